@@ -1,0 +1,104 @@
+"""Train the quickstart's tokenizer: byte-level BPE, as GPT-2's, on the corpus's training split.
+
+The result is a folder that `transformers.AutoTokenizer.from_pretrained` loads and Megatron's
+`--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER` takes. Every byte is a token, so
+no text is ever unknown and decoding gives back exactly what was encoded.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 256 + 1
+"""The bytes and the end of text."""
+
+
+def train_tokenizer(
+    train_jsonl: Path, output_dir: Path, *, vocab_size: int, max_bytes: int
+) -> Path:
+    """Train on the first `max_bytes` (UTF-8) of text in `train_jsonl`; returns `output_dir`.
+
+    The vocabulary has exactly `vocab_size` entries, `<|endoftext|>` (id 0) among them. The folder
+    appears complete or not at all, and one made from the same text and parameters is reused. Raises
+    ValueError if the folder holds anything else, or the text is too small for the vocabulary.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size {vocab_size} is below {SMALLEST_VOCABULARY}: each byte and {END_OF_TEXT} "
+            "need an entry"
+        )
+    recipe: dict[str, int | str] = {
+        "vocab_size": vocab_size,
+        "max_bytes": max_bytes,
+        "text_sha256": _text_hash(train_jsonl, max_bytes),
+    }
+    if output_dir.exists():
+        return _reuse(output_dir, recipe)
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+    _train_and_save(_texts(train_jsonl, max_bytes), vocab_size, partial)
+    (partial / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    partial.rename(output_dir)
+    return output_dir
+
+
+def _train_and_save(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # a set: order is random
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"the text gives only {tokenizer.get_vocab_size()} of {vocab_size} tokens: ask for a "
+            "smaller vocab_size, or give more text (max_bytes)"
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,  # it would change the text on decoding
+    ).save_pretrained(folder)
+
+
+def _texts(train_jsonl: Path, max_bytes: int) -> Iterator[str]:
+    taken = 0
+    with train_jsonl.open(encoding="utf-8") as file:
+        for line in file:
+            text = json.loads(line)["text"]
+            taken += len(text.encode())
+            if taken > max_bytes:
+                return
+            yield text
+
+
+def _text_hash(train_jsonl: Path, max_bytes: int) -> str:
+    if not train_jsonl.is_file():
+        raise ValueError(f"{train_jsonl} does not exist: build the corpus first")
+    digest = hashlib.sha256()
+    for text in _texts(train_jsonl, max_bytes):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _reuse(output_dir: Path, recipe: dict[str, int | str]) -> Path:
+    path = output_dir / "recipe.json"
+    if not path.is_file() or json.loads(path.read_text()) != recipe:
+        raise ValueError(
+            f"{output_dir} exists and was not made from this text with these parameters: choose "
+            "another folder, or delete it"
+        )
+    return output_dir

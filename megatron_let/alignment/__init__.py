@@ -1,0 +1,1 @@
+"""The alignment of an early student layer with the teacher's states: losses, resize, attachment."""

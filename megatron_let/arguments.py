@@ -1,0 +1,165 @@
+"""Our flags: one dataclass and one `--help` group each, and the checks that need no more than them.
+
+Everything else on the command line is Megatron-LM's. On Megatron's `args` only plain scalars of
+ours are left, since checkpoints save them and load them again with `weights_only`.
+"""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_let import cpu
+from megatron_let.errors import UsageError
+
+
+@dataclass
+class MethodArguments:
+    """How to train: every method sees the same batches in the same order."""
+
+    method: Literal["baseline", "let"] = "baseline"
+    """baseline: plain next-token training, exactly Megatron. let: Late-to-Early Training, a small
+    frozen teacher's last layer guides an early student layer during the early steps."""
+
+    cpu: bool = False
+    """Run on CPU with gloo even though a GPU is there. Without a GPU this is the default."""
+
+
+@dataclass
+class TeacherArguments:
+    """The small frozen model that guides the student; never trained, never in a checkpoint."""
+
+    teacher_model: str | None = None
+    """Folder or hub id of a Hugging Face causal language model with the student's tokenizer."""
+
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a hub id; the default is its main branch."""
+
+    teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision of the teacher's forward pass; the default is the student's."""
+
+
+@dataclass
+class LetArguments:
+    """Late-to-Early Training (arXiv 2602.05393); defaults are the paper's where it states one."""
+
+    let_layer: int = 3
+    """Student layer to align, counted from 1; its output is compared with the teacher's last
+    layer. The paper says "an early layer"."""
+
+    let_weight: float = 0.1
+    """Weight of the alignment loss at the first step (the paper's best of 0.01 to 3.0)."""
+
+    let_stop_step: int | None = None
+    """Step from which on the weight is zero and the teacher is released. Default 1500, or none
+    with --let-decay constant."""
+
+    let_stop_samples: int | None = None
+    """The same, counted in training samples."""
+
+    let_decay: Literal["linear", "cosine", "step", "constant"] = "linear"
+    """Course of the weight: linear or cosine to zero at the stop step, step: full weight until
+    there, constant: full weight during the whole run."""
+
+    let_loss: Literal["cosine"] = "cosine"
+    """Loss between student and teacher states of a token: cosine is 1 - cos."""
+
+    let_resize: Literal["interpolate", "linear"] = "interpolate"
+    """How states of another width are brought to one width: interpolate along the features
+    (no parameters), or linear, a learned map that is trained with the student, saved and resumed,
+    never exported."""
+
+    let_resize_side: Literal["teacher", "student"] = "teacher"
+    """Whose states are resized to the other's width."""
+
+
+GROUPS = {
+    "megatron_let: method": MethodArguments,
+    "megatron_let: teacher": TeacherArguments,
+    "megatron_let: LET": LetArguments,
+}
+DEFAULT_STOP_STEP = 1500
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add our groups, first in `--help`, and the platform's defaults (`extra_args_provider`)."""
+    parser.description = (
+        "Pre-train a GPT on Megatron-Core, with or without the help of a small frozen teacher. "
+        "The first groups are this program's own; all others are Megatron-LM's flags, unchanged."
+    )
+    upstream = list(parser._action_groups)
+    for title, dataclass_ in GROUPS.items():
+        ArgumentGroupFactory(dataclass_).build_group(parser, title=title)
+    ours = [group for group in parser._action_groups if group not in upstream]
+    parser._action_groups[:] = ours + upstream
+    # The format that another layout can resume from; Megatron's default one cannot be resharded.
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **cpu.platform_defaults())
+    return parser
+
+
+def check_flags(args: Namespace, argv: list[str]) -> None:
+    """Check our flags against each other before Megatron looks at its own.
+
+    Raises:
+        UsageError: naming the flag, its value and the way out.
+    """
+    _refuse_flags_of_other_methods(args, argv)
+    if args.method == "let":  # the flags' own group, not a branch of the training loop
+        _check_let(args)
+
+
+def _refuse_flags_of_other_methods(args: Namespace, argv: list[str]) -> None:
+    prefixes = {"baseline": (), "let": ("--let-", "--teacher-")}
+    for flag in (word.split("=")[0] for word in argv if word.startswith(("--let-", "--teacher-"))):
+        if not flag.startswith(prefixes[args.method] or "-" * 9):
+            raise UsageError(
+                f"{flag} has no effect with --method {args.method}. "
+                "Remove it, or add --method let to train with a teacher."
+            )
+
+
+def _check_let(args: Namespace) -> None:
+    if args.teacher_model is None:
+        raise UsageError(
+            "--method let needs a teacher. Add --teacher-model with the folder or hub id of a "
+            "small Hugging Face causal language model that has the student's tokenizer."
+        )
+    if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
+        raise UsageError(
+            f"--let-layer {args.let_layer} is outside the model: --num-layers {args.num_layers} "
+            f"allows 1 to {args.num_layers} (an early layer is meant, such as 2 or 3)."
+        )
+    if args.let_weight <= 0:
+        raise UsageError(
+            f"--let-weight {args.let_weight} switches the guidance off; use a positive weight "
+            "(the paper's is 0.1), or --method baseline."
+        )
+    _resolve_stop(args)
+
+
+def _resolve_stop(args: Namespace) -> None:
+    given = [args.let_stop_step is not None, args.let_stop_samples is not None]
+    if args.let_decay == "constant":
+        if any(given):
+            raise UsageError(
+                "--let-decay constant guides the whole run, so a stop has no effect. Remove "
+                "--let-stop-step / --let-stop-samples, or use --let-decay step to stop there."
+            )
+        return
+    if all(given):
+        raise UsageError("Give --let-stop-step or --let-stop-samples, not both.")
+    if not any(given):
+        args.let_stop_step = DEFAULT_STOP_STEP
+    for name, stop, total in (
+        ("step", args.let_stop_step, args.train_iters),
+        ("samples", args.let_stop_samples, args.train_samples),
+    ):
+        if stop is not None and stop < 1:
+            raise UsageError(f"--let-stop-{name} {stop} must be at least 1.")
+        if stop is not None and total is not None and stop > total:
+            raise UsageError(
+                f"The guidance would end after the run: --let-stop-{name} "
+                f"{stop}{'' if any(given) else ' (the default)'} is beyond the run's {total}. "
+                f"Choose a stop of at most {total}, or --let-decay constant for the whole run."
+            )

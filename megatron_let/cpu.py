@@ -1,0 +1,393 @@
+"""The CPU platform: unmodified Megatron-Core trains without a GPU, on gloo.
+
+Megatron calls `torch.cuda` everywhere. `activate()` redirects those calls, once, at start-up, and
+only where no GPU is present (or `--cpu` is given); with a GPU this module does nothing. Every
+redirect stands in one of the tables below with its reason, and a test checks that each name still
+exists upstream. A `TorchFunctionMode` would be shorter, but costs 24-29 % of a tiny step; patched
+factories cost nothing measurable.
+
+Call `activate()` before the first import of Megatron: `megatron.core.jit` reads `torch.compile`
+when it is imported.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+class Redirect(NamedTuple):
+    """One redirected name: `owner.name` becomes `make(original)`, for the stated reason."""
+
+    owner: str
+    name: str
+    make: Callable[[Any], Any]
+    reason: str
+
+
+# ----------------------------------------------------------------------------------------------
+# What a GPU call becomes
+# ----------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A CUDA stream on a machine that runs everything in order: waiting is a no-op."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """All earlier work is already done."""
+
+    def wait_event(self, event: "Event") -> None:
+        """All earlier work is already done."""
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        """Return an event that has already happened."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """All earlier work is already done."""
+
+    def query(self) -> bool:
+        """All earlier work is already done."""
+        return True
+
+
+class Event:
+    """A CUDA event: the wall clock at the moment it was recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Note the time."""
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """All earlier work is already done."""
+
+    def synchronize(self) -> None:
+        """All earlier work is already done."""
+
+    def query(self) -> bool:
+        """All earlier work is already done."""
+        return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds from this event to `end`."""
+        return 1000 * (end._seconds - self._seconds)
+
+
+@contextlib.contextmanager
+def _in_order(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int)  # Megatron's integers are `torch.cuda.current_device()`
+
+
+def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to)
+    def on_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and not isinstance(args[0], (int, torch.Tensor)) and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    return on_cpu
+
+
+def _type_as_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(tensor_type)
+    def as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    return as_cuda
+
+
+def _compile_nothing(compiler: Any) -> Callable[..., Any]:
+    def compile_nothing(model: Any = None, **kwargs: Any) -> Any:
+        return (lambda function: function) if model is None else model
+
+    return compile_nothing
+
+
+def _gloo_for_nccl(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def with_gloo(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("backend") == "nccl":
+            kwargs["backend"] = "gloo"
+        kwargs.pop("device_id", None)
+        return function(*args, **kwargs)
+
+    return with_gloo
+
+
+def _barrier_without_devices(barrier: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(barrier)
+    def without_devices(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_ids", None)
+        return barrier(*args, **kwargs)
+
+    return without_devices
+
+
+def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
+    """`WrappedTorchNorm.__new__` that marks its weights instead of refusing sequence parallelism.
+
+    Under sequence parallelism a norm sees a slice of the sequence, so its weights' gradients are
+    partial sums; `finalize_model_grads` adds them over the TP group if the weights say so.
+    """
+
+    def build(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return original(cls, config, hidden_size, eps, **kwargs)
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = original(cls, unsharded, hidden_size, eps, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return build
+
+
+def _returns(make_value: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A redirect that ignores its arguments.
+
+    Each redirect is a function object of its own: torch._dynamo, which every optimizer imports,
+    keeps a table of torch's functions by identity and refuses one that has two names.
+    """
+    return lambda original: lambda *args, **kwargs: make_value()
+
+
+def _get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
+    return lambda *args, **kwargs: torch.get_rng_state()
+
+
+def _set_rng_state(original: Any) -> Callable[..., None]:
+    return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+
+
+def _manual_seed(original: Any) -> Callable[[int], Any]:
+    return lambda seed: torch.default_generator.manual_seed(seed)
+
+
+def _itself(original: Any) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self
+
+
+_NOTHING = _returns(lambda: None)
+_ZERO = _returns(lambda: 0)
+_PROPERTIES = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
+
+# ----------------------------------------------------------------------------------------------
+# What is redirected, and why
+# ----------------------------------------------------------------------------------------------
+
+_FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
+    "rand rand_like randint randn randn_like randperm tensor tril_indices triu_indices zeros "
+    "zeros_like"
+).split()
+
+TORCH_REDIRECTS: list[Redirect] = [
+    *(
+        Redirect("torch", name, _factory_on_cpu, "called with device='cuda'")
+        for name in _FACTORIES
+    ),
+    Redirect("torch.Tensor", "to", _to_on_cpu, "called with device='cuda'"),
+    Redirect("torch.Tensor", "cuda", _itself, "moves a batch or weight to the GPU"),
+    Redirect("torch.Tensor", "pin_memory", _itself, "page-locked memory needs a CUDA driver"),
+    Redirect("torch.Tensor", "type", _type_as_cuda, "optimizers compare with torch.cuda.*Tensor"),
+    Redirect("torch.nn.Module", "cuda", _itself, "moves the model to the GPU"),
+    Redirect("torch.nn.Module", "to", _to_on_cpu, "called with device='cuda'"),
+    Redirect("torch", "compile", _compile_nothing, "jit_fuser: compiling costs more than it saves"),
+    Redirect("torch.cuda", "current_device", _returns(lambda: CPU), "device= of buffers"),
+    Redirect("torch.cuda", "device_count", _returns(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), "0 skips set-up"),
+    Redirect("torch.cuda", "set_device", _NOTHING, "one device"),
+    Redirect("torch.cuda", "get_device_capability", _returns(lambda: (8, 0)), "checks"),
+    Redirect("torch.cuda", "get_device_properties", _returns(lambda: _PROPERTIES), "checks"),
+    Redirect("torch.cuda", "get_device_name", _returns(lambda: "cpu"), "logs"),
+    Redirect("torch.cuda", "synchronize", _NOTHING, "timers, p2p, DDP"),
+    Redirect("torch.cuda", "empty_cache", _NOTHING, "no caching allocator"),
+    Redirect("torch.cuda", "memory_allocated", _ZERO, "memory report"),
+    Redirect("torch.cuda", "max_memory_allocated", _ZERO, "memory report"),
+    Redirect("torch.cuda", "memory_reserved", _ZERO, "memory report"),
+    Redirect("torch.cuda", "max_memory_reserved", _ZERO, "memory report"),
+    Redirect("torch.cuda", "memory_stats", _returns(dict), "memory report"),
+    Redirect("torch.cuda", "reset_peak_memory_stats", _NOTHING, "memory report"),
+    Redirect("torch.cuda", "Stream", lambda original: Stream, "DDP's communication stream"),
+    Redirect("torch.cuda", "Event", lambda original: Event, "timing"),
+    Redirect("torch.cuda", "stream", lambda original: _in_order, "DDP's communication stream"),
+    Redirect("torch.cuda", "set_stream", _NOTHING, "one stream"),
+    Redirect("torch.cuda", "current_stream", _returns(Stream), "DDP's communication stream"),
+    Redirect("torch.cuda", "default_stream", _returns(Stream), "DDP's communication stream"),
+    Redirect("torch.cuda", "is_current_stream_capturing", _returns(lambda: False), "graphs"),
+    Redirect("torch.cuda", "manual_seed", _manual_seed, "RNG"),
+    Redirect("torch.cuda", "get_rng_state", _get_rng_state, "RNG"),
+    Redirect("torch.cuda", "set_rng_state", _set_rng_state, "RNG"),
+    Redirect("torch.cuda.nvtx", "range_push", _NOTHING, "profiling ranges"),
+    Redirect("torch.cuda.nvtx", "range_pop", _NOTHING, "profiling ranges"),
+    Redirect("torch.distributed", "init_process_group", _gloo_for_nccl, "default backend is nccl"),
+    Redirect("torch.distributed", "new_group", _gloo_for_nccl, "groups named nccl"),
+    Redirect("torch.distributed", "barrier", _barrier_without_devices, "device_ids is for nccl"),
+]
+
+MEGATRON_REDIRECTS: list[Redirect] = [
+    Redirect(
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        _get_rng_state,
+        "the tensor-parallel RNG states are forks of the CPU generator",
+    ),
+    Redirect(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_rng_state,
+        "the tensor-parallel RNG states are forks of the CPU generator",
+    ),
+    Redirect(
+        "megatron.core.transformer.torch_norm.WrappedTorchNorm",
+        "__new__",
+        _torch_norm,
+        "refuses sequence parallelism since it does not mark its weights",
+    ),
+    Redirect(
+        "megatron.training.training",
+        "initialize_megatron",
+        lambda original: functools.partial(original, allow_no_cuda=True),
+        "asserts that CUDA is there",
+    ),
+]
+
+# ----------------------------------------------------------------------------------------------
+
+
+def resolve(dotted: str) -> Any:
+    """Return the module or class called `dotted`; raises `AttributeError` or `ImportError`."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[end:], found)
+    raise ImportError(dotted)
+
+
+def wanted(argv: list[str]) -> bool:
+    """Whether this process runs on CPU: there is no GPU, or `--cpu` is among its arguments."""
+    return "--cpu" in argv or not torch.cuda.is_available()
+
+
+def is_active() -> bool:
+    """Whether the redirects are in place."""
+    return torch.cuda.Stream is Stream
+
+
+def activate() -> None:
+    """Redirect Megatron's GPU calls to the CPU; a second call does nothing."""
+    if is_active():
+        return
+    _apply(TORCH_REDIRECTS)
+    _quieten()
+    _apply(MEGATRON_REDIRECTS)
+
+
+def activate_if_wanted(argv: list[str] | None = None) -> None:
+    """Activate the CPU platform if there is no GPU or `--cpu` is among `argv`."""
+    if wanted(sys.argv if argv is None else argv):
+        activate()
+
+
+def platform_defaults() -> dict[str, Any]:
+    """Defaults of Megatron's flags that this machine's packages call for; tells the user once.
+
+    Without Transformer Engine the `local` layers are used. Without NVIDIA Apex the fused norm,
+    softmax and weight-gradient kernels do not exist, so the flags that ask for them are off.
+    """
+    defaults: dict[str, Any] = {"distributed_backend": "gloo"} if is_active() else {}
+    missing = [name for name, present in accelerators().items() if not present]
+    if "Transformer Engine" in missing:
+        defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
+    if "NVIDIA Apex" in missing:
+        defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
+    if len(missing) == 2:
+        defaults |= {"gradient_accumulation_fusion": False}
+    if missing and os.environ.get("RANK", "0") == "0":
+        print(
+            f"> {' and '.join(missing)} not found: local layers, and no fused norm, softmax, rope "
+            "or weight-gradient kernels (docs/install.md says how to add them)",
+            flush=True,
+        )
+    return defaults
+
+
+def accelerators() -> dict[str, bool]:
+    """Whether the optional accelerators can be used here; on CPU none of them can.
+
+    PyPI's `apex` is an unrelated package, told apart by its missing `apex.optimizers`.
+    """
+    gpu = not is_active()
+    return {
+        "Transformer Engine": gpu and _importable("transformer_engine.pytorch"),
+        "NVIDIA Apex": gpu and _importable("apex.optimizers"),
+    }
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _apply(redirects: list[Redirect]) -> None:
+    for redirect in redirects:
+        owner = resolve(redirect.owner)
+        original = getattr(owner, redirect.name)
+        setattr(owner, redirect.name, redirect.make(original))
+
+
+def _quieten() -> None:
+    """Silence the warnings that are true of every CPU run and that nobody can act on."""
+    for message in (".*pin_memory.*", ".*Apex is not installed.*", ".*Transformer Engine.*"):
+        warnings.filterwarnings("ignore", message=message)
+    # Forks of the CPU generator stand in for the GPU's, so a draw "changes the CPU RNG state".
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -1,0 +1,52 @@
+"""What a training method adds to plain pre-training. The defaults of all hooks are the baseline."""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+
+class Method:
+    """Plain next-token training; the other methods override what they need.
+
+    A method never touches the training loop: it changes the model's configuration before it is
+    built, reads each training micro-batch before its forward pass, and reports once a step.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+
+    def check_tokens(self, student_ids: dict[str, int]) -> None:
+        """Check the student's token -> id map (empty if unknown) against the method's models."""
+
+    def configure(self, model_config: Any) -> None:
+        """Change Megatron's `GPTModelConfig` (layer spec, hooks) before the model is built."""
+
+    def reads_batch(self, vp_stage: int | None) -> bool:
+        """Whether this rank's model chunk needs tokens, labels and loss mask."""
+        return False
+
+    def on_data(self, train_dataset: Any) -> None:
+        """Called on every rank once model, checkpoint and data are there, before step 1."""
+
+    def start_step(self) -> None:
+        """Called on every rank before the first forward pass of a training step."""
+
+    def before_forward(self, batch: dict[str, torch.Tensor]) -> None:
+        """Called with each training micro-batch on a chunk that `reads_batch`."""
+
+    def end_step(self) -> dict[str, torch.Tensor]:
+        """Called on every rank after each step; returns what to log, equal on all ranks."""
+        return {}
+
+    def extra_flops(self, tokens: int) -> float:
+        """FLOPs that the step just made added to the student's, for `tokens` tokens."""
+        return 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the run's `metrics.jsonl`."""
+        return {"teacher": None}
+
+    def summary(self) -> list[str]:
+        """Lines that tell the user at start what this method will do."""
+        return ["plain next-token training"]

@@ -1,0 +1,69 @@
+"""`metrics.jsonl`: what a run did, one JSON object a line, written beside its checkpoints.
+
+Kinds: `start` (the run's facts, at each start or resume), `train` (each log interval), `valid` (each
+evaluation). `tokens`, `flops` (teacher included) and `seconds` (training, without evaluation) count
+from the run's first step, across resumes. `megatron_let.report` reads the file.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+Totals = dict[str, float]
+
+
+class MetricsFile:
+    """Appends a run's records; on resume the totals go on from the resumed iteration.
+
+    Args:
+        path: the file, or None to keep totals only (ranks that do not write).
+        iteration: the iteration that the run starts from; later records of an earlier attempt
+            are void, and the reader drops them.
+    """
+
+    def __init__(self, path: Path | None, iteration: int) -> None:
+        self.path = path
+        self.totals: Totals = {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+        if path is not None and path.exists():
+            _cut_torn_line(path)
+            self.totals |= _totals_at(path, iteration)
+        self._clock = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step out: evaluation, set-up."""
+        self._clock = time.perf_counter()
+
+    def add_step(self, tokens: int, flops: float) -> None:
+        """Count a training step that has just ended."""
+        now = time.perf_counter()
+        self.totals["tokens"] += tokens
+        self.totals["flops"] += flops
+        self.totals["seconds"] += now - self._clock
+        self._clock = now
+
+    def write(self, kind: str, iteration: int, **values: Any) -> None:
+        """Append one record; a single write, so a killed run tears at most the last line."""
+        if self.path is None:
+            return
+        record = {"kind": kind, "iteration": iteration, **self.totals, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what a killed run left behind the last newline, or it would garble the next record."""
+    text = path.read_bytes()
+    if not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def _totals_at(path: Path, iteration: int) -> Totals:
+    if iteration == 0:
+        return {}
+    latest: Totals = {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        if record["iteration"] <= iteration:
+            latest = {name: record[name] for name in ("tokens", "flops", "seconds")}
+    return latest

@@ -1,0 +1,237 @@
+"""One picture of a comparison: who reaches the plain run's final loss, and how much earlier."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from megatron_let.report.runs import Run
+from megatron_let.report.targets import Comparison, mean_speed_up
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import GridSpec
+
+PLAIN_COLOUR = "#4d4d4d"
+# Okabe and Ito's palette: told apart with every common form of colour blindness.
+COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
+TEACHER_COLOUR = "#009e73"
+TARGET_COLOUR = "#7f7f7f"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "font.family": "sans-serif",
+}
+SKIPPED_START = 0.06
+"""The loss axis ends where the curves stand after this fraction of the run: the fall from ln(vocab)
+in the first steps would flatten everything that is compared."""
+
+
+def plot_comparison(
+    comparisons: Sequence[Comparison],
+    path: Path,
+    *,
+    teacher_loss: float | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw validation loss over steps (and the alignment, if any was logged) as a PNG at `path`.
+
+    A thin line a seed, a thick one their mean. `teacher_loss` (nats a token, same validation set)
+    is drawn as a dashed line. Returns `path`; folders are made. Raises ValueError without runs
+    and ImportError with the way out if matplotlib is missing.
+    """
+    if not comparisons:
+        raise ValueError("nothing to plot: give at least one plain run and one other")
+    matplotlib, figure_class = _import_matplotlib()
+    with matplotlib.rc_context(STYLE):
+        guided = [c.run for c in comparisons if _has_alignment(c.run)]
+        figure = figure_class(figsize=(9.2, 4.0) if guided else (6.4, 4.0), layout="constrained")
+        figure.suptitle(title or default_title(comparisons), x=0.01, ha="left", weight="bold")
+        colours = _colours(comparisons)
+        widths = (1.9, 1.0) if guided else (1.0,)
+        grid = figure.add_gridspec(2, len(widths), width_ratios=widths)
+        _draw_losses(figure.add_subplot(grid[:, 0]), comparisons, colours, teacher_loss)
+        if guided:
+            _draw_alignment(figure, grid, guided, colours)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return path
+
+
+def default_title(comparisons: Sequence[Comparison]) -> str:
+    """State what is compared: methods, student, steps, tokens a step, number of seeds."""
+    plain = comparisons[0].plain
+    others = dict.fromkeys(c.run.label for c in comparisons if c.run.method != "baseline")
+    seeds = len({c.run.seed for c in comparisons})
+    what = " and ".join(_display(label) for label in others) + " against plain training"
+    return (
+        f"{what if others else 'Plain training'}: {_short(plain.student_parameters)} student, "
+        f"{plain.train_iters:,} steps of {plain.tokens_per_step:,} tokens, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}"
+    )
+
+
+def _import_matplotlib() -> "tuple[ModuleType, type[Figure]]":
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
+    return matplotlib, Figure
+
+
+def _display(label: str) -> str:
+    return {"baseline": "plain", "let": "LET", "salt": "SALT", "let+salt": "LET + SALT"}.get(
+        label, label
+    )
+
+
+def _short(count: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def _colours(comparisons: Sequence[Comparison]) -> dict[str, str]:
+    labels = dict.fromkeys(c.run.label for c in comparisons if c.run.method != "baseline")
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    plain = {c.run.label: PLAIN_COLOUR for c in comparisons if c.run.method == "baseline"}
+    return plain | colours
+
+
+def _has_alignment(run: Run) -> bool:
+    return bool(run.series("let loss"))
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Mean over the seeds at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    shared = sorted(set(tables[0]).intersection(*tables[1:]))
+    return [(step, fmean(table[step] for table in tables)) for step in shared]
+
+
+def _draw_curves(
+    axes: "Axes", curves: Sequence[Sequence[tuple[int, float]]], colour: str, label: str
+) -> list[tuple[int, float]]:
+    """Draw a thin line a seed and their mean; returns the mean."""
+    mean = _mean_curve(curves)
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, alpha=0.45)
+    if mean:
+        axes.plot(*zip(*mean, strict=True), color=colour, linewidth=2.0, label=label)
+    return mean
+
+
+def _draw_losses(
+    axes: "Axes",
+    comparisons: Sequence[Comparison],
+    colours: dict[str, str],
+    teacher_loss: float | None,
+) -> None:
+    means = []
+    for label, colour in colours.items():
+        runs = [c.run for c in comparisons if c.run.label == label]
+        curves = [[(e.iteration, e.loss) for e in run.evaluations] for run in runs]
+        means.append(_draw_curves(axes, curves, colour, _display(label)))
+    total = max(c.plain_total.steps for c in comparisons)
+    target = fmean({c.plain.path: c.target_loss for c in comparisons}.values())
+    axes.axhline(
+        target, color=TARGET_COLOUR, linestyle=":", linewidth=1.4, label="target: plain run's end"
+    )
+    if teacher_loss is not None:
+        axes.axhline(
+            teacher_loss,
+            color=TEACHER_COLOUR,
+            linestyle="--",
+            linewidth=1.3,
+            label=f"teacher's own loss ({teacher_loss:.2f})",
+        )
+    _limit_losses(axes, means, total, [target, *([] if teacher_loss is None else [teacher_loss])])
+    _annotate_best(axes, comparisons, colours, target)
+    axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
+    axes.legend(loc="upper right")
+
+
+def _limit_losses(
+    axes: "Axes",
+    means: Sequence[Sequence[tuple[int, float]]],
+    total_steps: float,
+    lines: Sequence[float],
+) -> None:
+    late = [loss for mean in means for step, loss in mean if step >= SKIPPED_START * total_steps]
+    finite = [loss for loss in (*late, *lines) if math.isfinite(loss)]
+    low, high = min(finite), max(finite)
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.02 * (high - low))
+
+
+def _annotate_best(
+    axes: "Axes", comparisons: Sequence[Comparison], colours: dict[str, str], target: float
+) -> None:
+    """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
+    plain_end = fmean(c.plain_total.steps for c in comparisons)
+    groups = {
+        label: [c for c in comparisons if c.run.label == label and c.run.method != "baseline"]
+        for label in colours
+    }
+    speed_ups = {label: mean_speed_up(group) for label, group in groups.items()}
+    reached = {label: speed for label, speed in speed_ups.items() if speed is not None}
+    axes.plot([plain_end], [target], "o", color=PLAIN_COLOUR, markersize=5, zorder=5)
+    if not reached:
+        _write_on_line(axes, plain_end * 0.5, target, "plain run's final loss: not reached", "k")
+        return
+    best = max(reached, key=lambda label: reached[label])
+    crossing = plain_end / reached[best]
+    axes.plot([crossing], [target], "o", color=colours[best], markersize=5, zorder=5)
+    axes.annotate(
+        "",
+        xy=(crossing, target),
+        xytext=(plain_end, target),
+        arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 4, "shrinkB": 4},
+    )
+    text = f"{reached[best]:.1f}x fewer steps" if reached[best] >= 1 else "more steps than plain"
+    _write_on_line(axes, (crossing + plain_end) / 2, target, text, "black")
+
+
+def _write_on_line(axes: "Axes", step: float, loss: float, text: str, colour: str) -> None:
+    axes.annotate(
+        text,
+        xy=(step, loss),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        color=colour,
+        weight="bold",
+        bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
+    )
+
+
+def _draw_alignment(
+    figure: "Figure", grid: "GridSpec", guided: Sequence[Run], colours: dict[str, str]
+) -> None:
+    """Right column: how alike student and teacher are, and how hard they are pulled together."""
+    cosine_axes = figure.add_subplot(grid[0, 1])
+    weight_axes = figure.add_subplot(grid[1, 1], sharex=cosine_axes)
+    for label in dict.fromkeys(run.label for run in guided):
+        runs = [run for run in guided if run.label == label]
+        cosines = [[(step, 1 - loss) for step, loss in run.series("let loss")] for run in runs]
+        _draw_curves(cosine_axes, cosines, colours[label], _display(label))
+        weights = [run.series("let weight") for run in runs]
+        if all(weights):
+            _draw_curves(weight_axes, weights, colours[label], _display(label))
+    cosine_axes.set_ylabel("cosine to teacher")
+    cosine_axes.tick_params(labelbottom=False)
+    weight_axes.set(xlabel="step", ylabel="alignment weight")
+    weight_axes.set_xlim(0, guided[0].train_iters * 1.02)
+    weight_axes.set_ylim(0, 1.08 * weight_axes.get_ylim()[1])

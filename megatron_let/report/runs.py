@@ -1,0 +1,181 @@
+"""Read one run's `metrics.jsonl` into a typed `Run`.
+
+The file is append-only, one JSON object a line: a `start` line each time the run is started or
+resumed, `train` lines at the log interval, `valid` lines at each evaluation. Units: `flops` and
+`seconds` are cumulative from step 0; `seconds` is training time without evaluation; `lm loss` is
+nats a token.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The small model that guided a run."""
+
+    name: str
+    parameters: int
+    fingerprint: str
+    lm_loss: float
+    """The teacher's own LM loss, nats a token, as the run measured it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the validation set."""
+
+    iteration: int
+    tokens: float
+    flops: float
+    seconds: float
+    loss: float
+    """Mean LM loss, nats a token."""
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One log interval of training."""
+
+    iteration: int
+    values: Mapping[str, float]
+    """Everything else that was logged: `lm loss`, `let loss`, `let weight`, `flops`, ..."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, with the records of abandoned attempts already dropped."""
+
+    path: Path
+    label: str
+    """What tables and plots call this kind of run; the method's name unless the reader chose."""
+    name: str
+    method: str
+    seed: int
+    train_iters: int
+    tokens_per_step: int
+    student_parameters: int
+    teacher: Teacher | None
+    student_flops_per_token: float
+    teacher_flops_per_token: float
+    train: tuple[TrainRecord, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def final(self) -> Evaluation:
+        """The last evaluation. ValueError if the run never evaluated."""
+        if not self.evaluations:
+            raise ValueError(
+                f"{self.path} holds no evaluation: run with --eval-interval and --eval-iters, "
+                "and wait for the first one"
+            )
+        return self.evaluations[-1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last evaluation was made after the last training step."""
+        return bool(self.evaluations) and self.final.iteration >= self.train_iters
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(iteration, value) of one logged training quantity; empty where it was not logged."""
+        return [(r.iteration, r.values[key]) for r in self.train if key in r.values]
+
+
+def read_run(path: Path, *, label: str | None = None) -> Run:
+    """Read a run from its `metrics.jsonl`, or from the folder that holds one.
+
+    `label` names the kind of run in tables and plots (default: its method); give one where two
+    kinds share a method, for example two alignment weights. Raises ValueError for a missing or
+    empty file, a broken line other than the last, and a file without a start line.
+    """
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    start: dict[str, Any] | None = None
+    latest: dict[tuple[str, int], dict[str, Any]] = {}
+    for line_number, record in _records(file):
+        try:
+            kind, iteration = record["kind"], int(record["iteration"])
+            if kind == "start":
+                start = record
+                latest = {key: value for key, value in latest.items() if key[1] <= iteration}
+            else:
+                latest[kind, iteration] = record
+        except KeyError as error:
+            raise ValueError(f"{file}:{line_number}: the record has no {error}") from error
+    if start is None:
+        raise ValueError(f"{file} has no start line: it was not written by pretrain_let.py")
+    try:
+        return _build_run(file, start, label, [latest[key] for key in sorted(latest)])
+    except KeyError as error:
+        raise ValueError(f"{file}: a record lacks {error}, which this version needs") from error
+
+
+def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, record); a last line torn by a killed run is passed over."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: give the folder of a run that has started")
+    lines = file.read_bytes().splitlines()
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{file} is empty: the run has logged nothing yet, wait for its start")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # broken JSON, or a character cut in half
+            if number == len(lines):
+                return
+            raise ValueError(
+                f"{file}:{number} is not a JSON object (a line torn by a killed run, or an edit): "
+                "delete that line, or run again"
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{file}:{number} is not a JSON object: {line[:40]!r}")
+        yield number, record
+
+
+def _build_run(
+    file: Path, start: dict[str, Any], label: str | None, records: list[dict[str, Any]]
+) -> Run:
+    teacher, flops = start["teacher"], start["flops_per_token"]
+    return Run(
+        path=file,
+        label=label or start["method"],
+        name=start["name"],
+        method=start["method"],
+        seed=start["seed"],
+        train_iters=start["train_iters"],
+        tokens_per_step=start["tokens_per_step"],
+        student_parameters=start["student_parameters"],
+        teacher=teacher and _build_teacher(teacher),
+        student_flops_per_token=flops["student"],
+        teacher_flops_per_token=flops.get("teacher") or 0.0,
+        train=tuple(_build_train_record(r) for r in records if r["kind"] == "train"),
+        evaluations=tuple(_build_evaluation(r) for r in records if r["kind"] == "valid"),
+    )
+
+
+def _build_teacher(teacher: dict[str, Any]) -> Teacher:
+    return Teacher(
+        name=teacher["name"],
+        parameters=teacher["parameters"],
+        fingerprint=teacher["fingerprint"],
+        lm_loss=teacher["lm_loss"],
+    )
+
+
+def _build_train_record(record: dict[str, Any]) -> TrainRecord:
+    values = {k: v for k, v in record.items() if k not in ("kind", "iteration")}
+    return TrainRecord(iteration=record["iteration"], values=values)
+
+
+def _build_evaluation(record: dict[str, Any]) -> Evaluation:
+    return Evaluation(
+        iteration=record["iteration"],
+        tokens=record["tokens"],
+        flops=record["flops"],
+        seconds=record["seconds"],
+        loss=record["lm loss"],
+    )

@@ -1,0 +1,117 @@
+"""A comparison as a markdown table that also reads well in a 100-column terminal."""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from megatron_let.report.runs import Run
+from megatron_let.report.targets import Comparison, Cost, mean_speed_up
+
+HEADER = ("method", "seed", "final loss", "steps", "FLOPs", "seconds", "speed-up", "teacher")
+NEVER = "never"
+
+
+def comparison_table(comparisons: Sequence[Comparison], teacher_run: Run | None = None) -> str:
+    """A row for every run, and for several seeds a row each for their mean and range.
+
+    `steps`, `FLOPs`, `seconds` are ratios over the plain run's totals, `speed-up` is 1 / steps.
+    `teacher_run` is the teacher's own pre-training; its FLOPs, over the plain run's, stand in the
+    last column. Without it that column says `not given`.
+    """
+    rows: list[tuple[str, ...]] = []
+    for label in dict.fromkeys(c.run.label for c in comparisons):
+        group = [c for c in comparisons if c.run.label == label]
+        rows += [_seed_row(c, teacher_run) for c in group]
+        if len(group) > 1:
+            rows += _summary_rows(label, group)
+    return "\n".join([*_markdown(HEADER, rows), "", *_legend(comparisons, teacher_run)])
+
+
+def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...]:
+    run, ratio = comparison.run, comparison.ratio
+    loss = f"{run.final.loss:.3f}"
+    if not run.finished:
+        loss += f" (step {run.final.iteration})"
+    if ratio is None:
+        axes = (NEVER, NEVER, NEVER, "-")
+    else:
+        axes = (
+            f"{ratio.steps:.2f}",
+            f"{ratio.flops:.2f}",
+            f"{ratio.seconds:.2f}",
+            f"{comparison.speed_up:.2f}x",
+        )
+    return (run.label, str(run.seed), loss, *axes, _teacher_cell(comparison, teacher_run))
+
+
+def _teacher_cell(comparison: Comparison, teacher_run: Run | None) -> str:
+    if comparison.run.teacher is None:
+        return "-"
+    if teacher_run is None:
+        return "not given"
+    return f"{teacher_run.final.flops / comparison.plain_total.flops:.2f}"
+
+
+def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    losses = [c.run.final.loss for c in group]
+    mean = [label, "mean", f"{fmean(losses):.3f}"]
+    spread = [label, "range", f"{min(losses):.3f}-{max(losses):.3f}"]
+    ratios = [c.ratio for c in group]
+    axes: tuple[Callable[[Cost], float], ...] = (
+        lambda ratio: ratio.steps,
+        lambda ratio: ratio.flops,
+        lambda ratio: ratio.seconds,
+    )
+    for axis in axes:
+        axis_mean, axis_range = _summarize(ratios, axis)
+        mean.append(axis_mean)
+        spread.append(axis_range)
+    mean_cell, range_cell = _summarize_speed_up(group)
+    return [(*mean, mean_cell, ""), (*spread, range_cell, "")]
+
+
+def _summarize_speed_up(group: Sequence[Comparison]) -> tuple[str, str]:
+    """(mean, range); the mean is plain steps over mean steps, as the steps column reads."""
+    speed_ups = [c.speed_up for c in group if c.speed_up is not None]
+    if len(speed_ups) < len(group):
+        return "-", "-"
+    return f"{mean_speed_up(group):.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
+
+
+def _summarize(ratios: Sequence[Cost | None], axis: Callable[[Cost], float]) -> tuple[str, str]:
+    """(mean, range) of one axis; a seed that never arrives has no mean, and is said."""
+    reached = [axis(r) for r in ratios if r is not None]
+    if not reached:
+        return NEVER, NEVER
+    if len(reached) < len(ratios):
+        return f"{len(reached)} of {len(ratios)}", f"{min(reached):.2f}-{NEVER}"
+    return f"{fmean(reached):.2f}", f"{min(reached):.2f}-{max(reached):.2f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return [line(header), line(rule), *(line(row) for row in rows)]
+
+
+def _legend(comparisons: Sequence[Comparison], teacher_run: Run | None) -> list[str]:
+    lines = [
+        "steps, FLOPs, seconds: cost to stay at or below the plain run's final validation loss,",
+        "over the plain run's total (FLOPs with the teacher's forward passes). teacher: FLOPs of",
+        "its own pre-training, over the same total and not part of the FLOPs column.",
+    ]
+    totals = [c.plain_total for c in comparisons if c.run == c.plain]
+    if totals:
+        seconds = fmean(total.seconds for total in totals)
+        lines.append(
+            f"Plain total: {totals[0].steps:.0f} steps, {totals[0].flops:.2e} FLOPs, "
+            f"{seconds:.0f} s."
+        )
+    if teacher_run is not None:
+        lines.append(f"Teacher's own pre-training: {teacher_run.final.flops:.2e} FLOPs.")
+    return lines

@@ -1,0 +1,215 @@
+"""*Steps to target*, *FLOPs to target* and *seconds to target*: what a method saved.
+
+The target is the final validation loss of the plain run with the same seed. A run reaches it at
+the first evaluation FROM WHICH ON its validation loss stays at or below the target: a dip that is
+lost again does not count. With that evaluation `b` and the one before it `a`, the crossing lies at
+
+    fraction = (loss_a - target) / (loss_a - loss_b)        0 < fraction <= 1
+
+and every axis (steps, FLOPs, seconds) is read at the same fraction between `a` and `b`. Where `b`
+is the run's first evaluation there is nothing to interpolate from: the cost is that of `b`, an
+upper bound. A run whose last evaluation lies above the target never reaches it (`None`).
+
+A ratio is that cost over the plain run's own at its final evaluation; the plain run's ratio is 1 by
+definition. FLOPs include the teacher's forward passes; what the teacher's own pre-training cost is
+not in them and is reported beside them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from megatron_let.report.runs import Evaluation, Run
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took to get somewhere: absolute values, or ratios over another cost."""
+
+    steps: float
+    flops: float
+    seconds: float
+
+    def over(self, total: "Cost") -> "Cost":
+        """This cost as a ratio over `total`, axis by axis."""
+        return Cost(
+            steps=self.steps / total.steps,
+            flops=self.flops / total.flops,
+            seconds=self.seconds / total.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run held against the plain run of its seed."""
+
+    run: Run
+    plain: Run
+    target_loss: float
+    plain_total: Cost
+    to_target: Cost | None
+    """Steps, FLOPs and seconds until the run stays at or below the target; None if never."""
+
+    @property
+    def ratio(self) -> Cost | None:
+        """`to_target` over the plain run's total; None if never."""
+        return None if self.to_target is None else self.to_target.over(self.plain_total)
+
+    @property
+    def speed_up(self) -> float | None:
+        """How many times fewer steps than the plain run; None if never."""
+        if self.to_target is None:
+            return None
+        steps = self.to_target.steps
+        return self.plain_total.steps / steps if steps else math.inf  # 0: started there
+
+
+def cost_to_target(run: Run, target_loss: float) -> Cost | None:
+    """Interpolated cost after which `run` stays at or below `target_loss`, or None if never.
+
+    Raises ValueError if the run holds no evaluation.
+    """
+    if not run.final.loss <= target_loss:  # written so that a NaN is "above"
+        return None
+    evaluations = run.evaluations
+    first = len(evaluations) - 1
+    while first > 0 and evaluations[first - 1].loss <= target_loss:
+        first -= 1
+    if first == 0:
+        return _cost_at(evaluations[0])
+    return _interpolate(evaluations[first - 1], evaluations[first], target_loss)
+
+
+def _cost_at(evaluation: Evaluation) -> Cost:
+    return Cost(
+        steps=float(evaluation.iteration), flops=evaluation.flops, seconds=evaluation.seconds
+    )
+
+
+def _interpolate(above: Evaluation, below: Evaluation, target_loss: float) -> Cost:
+    if not math.isfinite(above.loss):  # a diverged evaluation gives no slope to read
+        return _cost_at(below)
+    fraction = (above.loss - target_loss) / (above.loss - below.loss)
+    start, end = _cost_at(above), _cost_at(below)
+    return Cost(
+        steps=start.steps + fraction * (end.steps - start.steps),
+        flops=start.flops + fraction * (end.flops - start.flops),
+        seconds=start.seconds + fraction * (end.seconds - start.seconds),
+    )
+
+
+def compare(run: Run, plain: Run) -> Comparison:
+    """Hold `run` against `plain`, the plain run of the same seed.
+
+    Raises ValueError if the plain run is unfinished or the two do not compare like with like.
+    """
+    _check_plain_is_finished(plain)
+    _check_like_with_like(run, plain)
+    total = _cost_at(plain.final)
+    target = plain.final.loss
+    # Its own curve may touch the target earlier by noise; its cost is its whole length regardless.
+    to_target = total if run == plain else cost_to_target(run, target)
+    return Comparison(
+        run=run, plain=plain, target_loss=target, plain_total=total, to_target=to_target
+    )
+
+
+def mean_speed_up(group: Sequence[Comparison]) -> float | None:
+    """Plain steps over steps to target, both averaged over the seeds; None if any seed never.
+
+    This is the reciprocal of the mean ratio, not the mean of the reciprocals, so that a table's
+    two columns agree.
+    """
+    costs = [c.to_target for c in group]
+    if not costs or any(cost is None for cost in costs):
+        return None
+    steps = fmean(cost.steps for cost in costs if cost is not None)
+    return fmean(c.plain_total.steps for c in group) / steps if steps else math.inf
+
+
+def compare_all(runs: Sequence[Run]) -> list[Comparison]:
+    """Hold every run against the plain run (method `baseline`) of its own seed.
+
+    Plain runs come first, then the labels in the order given, seeds ascending. Raises ValueError
+    if a seed has no plain run, or two runs share label and seed.
+    """
+    plain_by_seed = {run.seed: run for run in _unique(runs) if run.method == "baseline"}
+    labels = list(dict.fromkeys(run.label for run in runs))
+    in_order = sorted(runs, key=lambda r: (r.method != "baseline", labels.index(r.label), r.seed))
+    for run in in_order:
+        if run.seed not in plain_by_seed:
+            raise ValueError(
+                f"{run.path} has seed {run.seed}, and no plain run has: add the run with "
+                f"--method baseline --seed {run.seed}"
+            )
+    return [compare(run, plain_by_seed[run.seed]) for run in in_order]
+
+
+def _unique(runs: Sequence[Run]) -> Sequence[Run]:
+    """`runs`, or ValueError if two claim the same place: one label and seed, or one plain run."""
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        # A label cannot make a second plain run of a seed: which of them would be the target?
+        key = ("baseline" if run.method == "baseline" else run.label, run.seed)
+        twin = seen.setdefault(key, run)
+        if twin is not run:
+            raise ValueError(
+                f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}: leave one "
+                "out" + ("" if key[0] == "baseline" else ", or give them labels of their own")
+            )
+    return runs
+
+
+def _check_plain_is_finished(plain: Run) -> None:
+    if not plain.finished:
+        raise ValueError(
+            f"the plain run {plain.path} was last evaluated at step {plain.final.iteration} of "
+            f"{plain.train_iters}: let it finish, the target is its final validation loss"
+        )
+    if not math.isfinite(plain.final.loss):
+        raise ValueError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
+
+
+def _check_like_with_like(run: Run, plain: Run) -> None:
+    pairs = {
+        "seed": (run.seed, plain.seed),
+        "train_iters": (run.train_iters, plain.train_iters),
+        "tokens_per_step": (run.tokens_per_step, plain.tokens_per_step),
+        "student_parameters": (run.student_parameters, plain.student_parameters),
+    }
+    for what, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ValueError(
+                f"{run.path} has {what} {ours} and the plain run {plain.path} has {theirs}: "
+                "only runs of the same student, batches and schedule compare"
+            )
+
+
+def teacher_loss(runs: Sequence[Run], teacher_run: Run | None = None) -> float | None:
+    """The teacher's own loss, nats a token: the line that tells which regime a comparison is in.
+
+    The final validation loss of the teacher's own run where there is one, otherwise what the first
+    run with a teacher measured at its start; None where neither exists.
+    """
+    if teacher_run is not None:
+        return teacher_run.final.loss
+    return next((run.teacher.lm_loss for run in runs if run.teacher is not None), None)
+
+
+def regime_sentence(plain: Run, teacher_loss: float) -> str:
+    """Say whether the plain student stays worse than its teacher or passes it, and where.
+
+    `teacher_loss` must come from the validation set that the plain run was evaluated on.
+    """
+    final = plain.final.loss
+    passed = cost_to_target(plain, teacher_loss)
+    if passed is None:
+        return (
+            f"Regime: the plain student stays worse than its teacher "
+            f"(final loss {final:.3f}, teacher {teacher_loss:.3f})."
+        )
+    return (
+        f"Regime: the plain student passes its teacher at step {passed.steps:.0f} of "
+        f"{plain.train_iters} (final loss {final:.3f}, teacher {teacher_loss:.3f})."
+    )

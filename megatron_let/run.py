@@ -1,0 +1,221 @@
+"""One training run: the callbacks that Megatron's loop asks for."""
+
+import functools
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_timers, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_let.methods.base import Method
+
+Batch = dict[str, torch.Tensor]
+Report = dict[str, torch.Tensor]
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+SPIKY_LOSS_FACTOR = 10
+"""With --check-for-spiky-loss: a loss this many times the largest so far is suspicious."""
+
+
+class Run:
+    """The datasets, the batches and the forward step of one run.
+
+    Args:
+        args: the checked command line.
+        config: Megatron's `GPTModelConfig`.
+        method: what is added to plain training.
+        log: told when a step starts, and when the data is there.
+    """
+
+    def __init__(self, args: Namespace, config: Any, method: Method, log: Any) -> None:
+        self.args = args
+        self.config = config.transformer
+        self.method = method
+        self.log = log
+        self._step = -1
+        self._method_dataset: Any = None
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def datasets_provider(self) -> Callable[..., tuple[Any, Any, Any]]:
+        """Return the function that builds the train, validation and test datasets."""
+
+        def provide(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+            return self._datasets(num_samples, vp_stage)
+
+        provide.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
+        return provide
+
+    def _datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
+        builder = BlendedMegatronDatasetBuilder(
+            MockGPTDataset if self.args.mock_data else GPTDataset,
+            num_samples,
+            functools.partial(self._needs_data, vp_stage),
+            self._dataset_config(),
+        )
+        datasets = builder.build()
+        if self.method.reads_batch(vp_stage):
+            self._method_dataset = datasets[0]
+        if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
+            self.method.on_data(self._method_dataset)
+            self.log.start()
+        return datasets
+
+    def _needs_data(self, vp_stage: int | None) -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and self._reads(vp_stage)
+
+    def _reads(self, vp_stage: int | None) -> bool:
+        return is_first_or_last_pipeline_stage(vp_stage) or self._reads_all(vp_stage)
+
+    def _reads_all(self, vp_stage: int | None) -> bool:
+        """Whether a chunk reads every key, not just what its stage's place asks for."""
+        return self.method.reads_batch(vp_stage) or mtp_on_this_rank(
+            layout=self.config.pipeline_model_parallel_layout,
+            mtp_num_layers=self.config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+
+    def _dataset_config(self) -> GPTDatasetConfig:
+        args = self.args
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+        sequences = None
+        if args.per_dataset_sequences_path is not None:
+            with open(args.per_dataset_sequences_path) as file:
+                sequences = json.load(file)
+        return GPTDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            blend=blend,
+            blend_per_split=blend_per_split,
+            split=args.split,
+            multiple_validation_sets=args.multiple_validation_sets,
+            full_validation=args.full_validation,
+            num_dataset_builder_threads=args.num_dataset_builder_threads,
+            path_to_cache=args.data_cache_path,
+            mmap_bin_files=args.mmap_bin_files,
+            tokenizer=get_tokenizer(),
+            reset_position_ids=args.reset_position_ids,
+            reset_attention_mask=args.reset_attention_mask,
+            eod_mask_loss=args.eod_mask_loss,
+            create_attention_mask=args.create_attention_mask_in_dataloader,
+            object_storage_cache_path=args.object_storage_cache_path,
+            mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+            allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+            fast_cache_load=args.dataloader_fast_cache_load,
+            sequences_per_dataset=sequences,
+            defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+            context_parallel_size=args.context_parallel_size,
+            data_parallel_size=args.data_parallel_size,
+            sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        )
+
+    # --- a micro-batch ------------------------------------------------------------------------
+
+    def batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> dict[str, Any]:
+        """Return this chunk's next micro-batch `[b, s]`; what a stage does not need is None.
+
+        Every stage that reads draws the same samples from an iterator of its own.
+        """
+        args = self.args
+        if not self._reads(vp_stage):
+            return dict.fromkeys(BATCH_KEYS)
+        batch: dict[str, Any] = {}
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            drawn = next(data_iterator)
+            batch = {
+                key: drawn[key].cuda(non_blocking=True) if key in drawn else None
+                for key in BATCH_KEYS
+            }
+        batch = get_batch_on_this_tp_rank(
+            batch,
+            has_cu_seqlens=False,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
+            cp_size=args.context_parallel_size,
+            tp_rank=mpu.get_tensor_model_parallel_rank(),
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=self._reads_all(vp_stage),  # upstream's word for "all the keys"
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        )
+        if args.context_parallel_size > 1:
+            batch = get_batch_on_this_cp_rank(
+                batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+            )
+        return batch
+
+    def forward_step(
+        self, data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Report]]]:
+        """Run one micro-batch through this rank's chunk (`forward_step_func` of the schedules)."""
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = self.batch(data_iterator, vp_stage)
+        timers("batch-generator").stop()
+        if model.training:
+            self._before_training_forward(batch, vp_stage)
+        run = model.build_schedule_plan if return_schedule_plan else model
+        output = run(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
+        return output, functools.partial(self.loss, batch["loss_mask"])
+
+    def _before_training_forward(self, batch: dict[str, Any], vp_stage: int | None) -> None:
+        if self.args.curr_iteration != self._step:
+            self._step = self.args.curr_iteration
+            self.method.start_step()
+        if self.method.reads_batch(vp_stage):
+            self.method.before_forward(batch)
+
+    def loss(
+        self, loss_mask: torch.Tensor, losses: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Report]:
+        """Return the summed loss, the number of tokens, and both for the log.
+
+        The schedule divides by tokens and micro-batches. Validation is this loss alone.
+        """
+        mask = loss_mask.view(-1).float()
+        loss = torch.sum(losses.view(-1).float() * mask)
+        num_tokens = mask.sum().clone().detach().to(torch.int)
+        self._check_loss(loss)
+        report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+        return loss, num_tokens, {"lm loss": report}
+
+    def _check_loss(self, loss: torch.Tensor) -> None:
+        machine = get_rerun_state_machine()
+        checks: list[tuple[Callable[..., bool], str, bool]] = []
+        if self.args.check_for_nan_in_loss_and_grad:
+            checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
+            checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+        if self.args.check_for_spiky_loss:
+            is_spiky = functools.partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            )
+            checks.append((is_spiky, "Spiky loss", False))
+        for rejects, message, fatal in checks:
+            machine.validate_result(
+                result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal
+            )

@@ -1,0 +1,151 @@
+"""What a run tells: the summary at start, our values in Megatron's log, and `metrics.jsonl`.
+
+Megatron's loop has no hook for a step's end, so two of its functions are wrapped: `training_log`,
+called on every rank after each step, and `evaluate`. A test pins both signatures.
+"""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.training import training
+from megatron.training.utils import is_last_rank, print_rank_0
+
+from megatron_let.methods.base import Method
+from megatron_let.metrics import MetricsFile
+
+
+class RunLog:
+    """Records a run; everything is written by the last rank, as Megatron's own log is."""
+
+    def __init__(self, args: Namespace, method: Method) -> None:
+        self.args = args
+        self.method = method
+        self.file: MetricsFile
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_steps = 0
+        self._evaluated: set[int] = set()
+
+    def install(self) -> None:
+        """Wrap Megatron's two functions."""
+        training.training_log = self._around_training_log(training.training_log)
+        training.evaluate = self._around_evaluate(training.evaluate)
+
+    def start(self) -> None:
+        """Print what the run will do, and write its facts; called once all is built."""
+        args = self.args
+        path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = MetricsFile(path, args.iteration)
+        student = _num_student_parameters(args)
+        facts = self.method.describe()
+        self.file.write(
+            "start",
+            args.iteration,
+            method=args.method,
+            seed=args.seed,
+            train_iters=args.train_iters,
+            tokens_per_step=args.global_batch_size * args.seq_length,
+            student_parameters=student,
+            flops_per_token={
+                "student": self._student_flops_per_token(),
+                "teacher": (facts["teacher"] or {}).get("flops_per_token", 0.0),
+            },
+            **facts,
+        )
+        print_rank_0(self._summary(student, facts))
+
+    def _student_flops_per_token(self) -> float:
+        return training.num_floating_point_operations(self.args, 1) / self.args.seq_length
+
+    def _summary(self, student: int, facts: dict[str, Any]) -> str:
+        args = self.args
+        rows = [
+            f"student: {student / 1e6:.2f} M parameters, {args.num_layers} layers of width "
+            f"{args.hidden_size}, TP {args.tensor_model_parallel_size} x PP "
+            f"{args.pipeline_model_parallel_size} x DP {args.data_parallel_size}",
+            *self.method.summary(),
+        ]
+        if facts["teacher"]:
+            share = facts["teacher"]["flops_per_token"] / self._student_flops_per_token()
+            rows.append(f"expected extra FLOPs in a guided step: {100 * share:.1f} %")
+        return "\n".join(f"> {row}" for row in [f"--method {args.method}", *rows])
+
+    # --- Megatron's functions, wrapped --------------------------------------------------------
+
+    def _around_training_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(training_log)
+        def wrapped(
+            loss_dict: dict[str, torch.Tensor],
+            total_loss_dict: dict[str, torch.Tensor],
+            learning_rate: float | None,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            ours = self.method.end_step()
+            if is_last_rank():
+                for key in self._known_keys - ours.keys():
+                    total_loss_dict.pop(key, None)  # else logged as 0.0 for the rest of the run
+                self._known_keys = set(ours)
+                loss_dict.update(ours)
+            self._count_step(loss_dict)
+            result = training_log(
+                loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
+            )
+            if iteration % self.args.log_interval == 0:
+                self._write_interval(iteration, learning_rate)
+            return result
+
+        self._known_keys: set[str] = set()
+        return wrapped
+
+    def _count_step(self, loss_dict: dict[str, torch.Tensor]) -> None:
+        samples = get_current_running_global_batch_size()
+        tokens = samples * self.args.seq_length
+        student = training.num_floating_point_operations(self.args, samples)
+        self.file.add_step(tokens, student + self.method.extra_flops(tokens))
+        self._num_steps += 1
+        for key, value in loss_dict.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value.detach().float().sum()
+
+    def _write_interval(self, iteration: int, learning_rate: float | None) -> None:
+        means = {key: value.item() / self._num_steps for key, value in self._sums.items()}
+        self.file.write("train", iteration, **means, **{"learning-rate": learning_rate})
+        self._sums, self._num_steps = {}, 0
+
+    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(evaluate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            self._write_evaluation(result[0] or {})
+            self.file.restart_clock()
+            return result
+
+        return wrapped
+
+    def _write_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
+        # After training Megatron evaluates the validation set once more, then the test set, at
+        # the same iteration: the first evaluation of an iteration is the one that counts.
+        iteration = self.args.curr_iteration + 1
+        if losses and iteration not in self._evaluated:
+            self._evaluated.add(iteration)
+            values = {key: value.item() for key, value in losses.items()}
+            self.file.write("valid", iteration, **values)
+
+
+def _num_student_parameters(args: Namespace) -> int:
+    """Parameters of the whole student, from the shapes on the command line."""
+    head_dim = args.kv_channels
+    query = args.num_attention_heads * head_dim
+    kv = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) * head_dim
+    mlp = (3 if args.swiglu else 2) * args.hidden_size * args.ffn_hidden_size
+    layer = args.hidden_size * (2 * query + 2 * kv) + mlp * (args.num_experts or 1)
+    embedding = args.padded_vocab_size * args.hidden_size
+    tables = 2 if args.untie_embeddings_and_output_weights else 1
+    return args.num_layers * layer + tables * embedding

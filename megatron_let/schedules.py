@@ -1,0 +1,37 @@
+"""How much the teacher counts at a given step: step -> factor in [0, 1], and nothing else."""
+
+import math
+from collections.abc import Callable
+
+
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _step(progress: float) -> float:
+    return 1.0
+
+
+DECAYS: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "step": _step}
+"""Factor as a function of progress = done / stop, for progress < 1; from 1 on it is zero.
+
+`linear` is the paper's `max(0, (S_stop - s) / S_stop)`; `step` stays at one until the stop.
+"""
+
+
+def guidance_factor(done: int, stop: int | None, decay: str) -> float:
+    """Factor of the initial weight after `done` of `stop` steps (or samples).
+
+    Args:
+        done: steps (or samples) completed before this one, 0 at the first.
+        stop: step (or sample) from which on the factor is zero; None with decay `constant`.
+        decay: a key of `DECAYS`, or `constant` for one during the whole run.
+    """
+    if decay == "constant":
+        return 1.0
+    assert stop is not None
+    return DECAYS[decay](done / stop) if done < stop else 0.0

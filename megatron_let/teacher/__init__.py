@@ -1,0 +1,1 @@
+"""The small frozen model that guides the student: loading, checks, forward pass."""

@@ -1,0 +1,127 @@
+"""Loads a teacher from a Hugging Face folder or hub id, and checks that it is one."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megatron_let.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What can be known of a teacher without its weights."""
+
+    name: str
+    revision: str | None
+    hidden_size: int
+    """Width of the last-layer states."""
+    context: int
+    """Longest sequence in tokens."""
+    vocab_size: int
+    """Rows of the embedding; padding rows above the tokenizer's ids are fine."""
+
+
+def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig:
+    """Read a teacher's configuration.
+
+    Raises:
+        UsageError: nothing is there, or it is not a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        where = "folder" if Path(name).exists() else "folder, nor a hub id that can be reached"
+        raise UsageError(
+            f"--teacher-model {name} is not a readable model {where}: it needs a config.json that "
+            f"transformers knows. ({_first_line(error)})"
+        ) from error
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    named = config.architectures or []
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        named and not any(architecture in known for architecture in named)
+    ):
+        raise UsageError(
+            f"--teacher-model {name} is a {' / '.join(named) or config.model_type}, not a causal "
+            "language model. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
+        )
+    # OPT projects its states to the embedding's width after the last layer; the others have one.
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return TeacherConfig(
+        name, revision, width, config.max_position_embeddings, config.vocab_size
+    )
+
+
+def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load the frozen causal language model in evaluation mode.
+
+    Weights are read from safetensors or with `weights_only`, remote code is off, and every random
+    number generator is left as it was found: student weights must not depend on the teacher.
+
+    Raises:
+        UsageError: the folder lacks weights, or weights of another shape.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                config.name, revision=config.revision, dtype=dtype, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"The weights of --teacher-model {config.name} could not be loaded: "
+                f"{_first_line(error)}. It needs model.safetensors (or pytorch_model.bin)."
+            ) from error
+    if info["missing_keys"]:
+        raise UsageError(
+            f"--teacher-model {config.name} lacks {len(info['missing_keys'])} weights, such as "
+            f"{sorted(info['missing_keys'])[0]}: a teacher with random weights would mislead the "
+            "student. Export or download the model again."
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | None:
+    """Return the teacher tokenizer's token -> id map, or None if the folder has no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision).get_vocab()
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_token_ids(student: dict[str, int], teacher: dict[str, int], teacher_name: str) -> None:
+    """Check that every token of the student has the same id in the teacher.
+
+    The map is compared, not its size: both models read the same ids. A teacher that knows more
+    tokens, or whose table is padded, is fine.
+
+    Raises:
+        UsageError: naming a token and its two ids.
+    """
+    for token, index in student.items():
+        if teacher.get(token) != index:
+            raise UsageError(
+                f"Student and teacher number tokens differently: {token!r} is {index} in the "
+                f"student's tokenizer and {teacher.get(token, 'absent')} in that of "
+                f"--teacher-model {teacher_name}. Train the student with the teacher's tokenizer "
+                f"(--tokenizer-type HuggingFaceTokenizer --tokenizer-model {teacher_name}) on "
+                "data that was preprocessed with it, or choose another teacher."
+            )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return 16 hexadecimal digits that change with any weight of the model."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

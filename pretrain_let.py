@@ -1,0 +1,50 @@
+"""Pre-train a GPT on Megatron-Core, with or without the help of a small frozen teacher.
+
+    torchrun --nproc_per_node 8 pretrain_let.py <Megatron-LM's flags> \
+        --method let --teacher-model HuggingFaceTB/SmolLM-135M
+
+Without a GPU everything runs on CPU with gloo.
+"""
+
+import sys
+
+from megatron_let import cpu
+
+cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from megatron_let import entry  # noqa: E402
+from megatron_let.errors import UsageError  # noqa: E402
+from megatron_let.methods import build_method  # noqa: E402
+from megatron_let.run import Run  # noqa: E402
+from megatron_let.run_log import RunLog  # noqa: E402
+
+
+def main() -> None:
+    """Parse the flags, build the configuration, train."""
+    entry.use_prebuilt_helpers()
+    args = entry.parse_arguments()
+    method = build_method(args)
+    model_config = entry.model_config(args, method)
+
+    log = RunLog(args, method)
+    log.install()
+    run = Run(args, model_config, method, log)
+
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        run.datasets_provider(),
+        ModelType.encoder_or_decoder,
+        run.forward_step,
+        get_embedding_ranks=entry.embedding_ranks(args),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"pretrain_let.py: error: {error}")

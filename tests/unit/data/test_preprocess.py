@@ -1,0 +1,345 @@
+"""The preprocessing tool writes what Megatron's own would, or says what is wrong and nothing."""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import zstandard
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.tokenizers import MegatronTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import megatron_let
+from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.preprocess import PreprocessConfig, load_tokenizer, preprocess
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
+EOD = "<|endoftext|>"
+WORDS = "the quick brown fox jumps over a lazy dog while it rains in Spain".split()
+
+
+def make_records(count: int) -> list[dict[str, object]]:
+    """Return documents of varied length, with empty, special and non-ASCII ones among them."""
+    rng = np.random.default_rng(7)
+    records = [
+        {"text": " ".join(rng.choice(WORDS, n)), "title": str(rng.choice(WORDS)), "score": int(n)}
+        for n in rng.integers(1, 40, count)
+    ]
+    records[1]["text"] = ""
+    records[2]["text"] = f"before{EOD}after\nline two\ttab"
+    records[3]["text"] = "Sch\u00f6ne Gr\u00fc\u00dfe \u4f60\u597d \U0001f98a"
+    records[4]["text"] = " ".join(rng.choice(WORDS, 3000))
+    return records
+
+
+def save_tokenizer(folder: Path, eos: str | None = EOD, bos: str | None = None) -> str:
+    """Train a tiny byte-level BPE; with `bos` it adds that token by itself, as Llama's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[token for token in (eos, bos) if token],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, model_max_length=64
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def dataset_bytes(prefix: str | Path) -> tuple[bytes, bytes]:
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def megatron_bytes(
+    folder: Path, model: str, texts: list[str], append_eod: bool, special_tokens: bool = True
+) -> tuple[bytes, bytes]:
+    """Build the pair as Megatron's tool does: its tokenizer and builder, one text at a time."""
+    tokenizer = MegatronTokenizer.from_pretrained(
+        model, metadata_path={"library": "huggingface"}, include_special_tokens=special_tokens
+    )
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(folder / "reference.bin"), dtype=dtype)
+    for text in texts:
+        ids = list(tokenizer.tokenize(text))
+        if ids and append_eod:
+            ids.append(tokenizer.eod)
+        builder.add_document(ids, [len(ids)] if ids else [])
+    builder.finalize(str(folder / "reference.idx"))
+    return dataset_bytes(folder / "reference")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("bos_tokenizer"), bos="<s>")
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    """Return the command-line tool as a module, loaded from its file."""
+    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_model: str) -> dict[str, object]:
+    """Return the arguments of a run that works; a test changes what it is about."""
+    source = write_jsonl(tmp_path / "in.jsonl", make_records(20))
+    return {
+        "input": (source,),
+        "output_prefix": str(tmp_path / "out"),
+        "tokenizer_model": tokenizer_model,
+    }
+
+
+def assert_refused(config: dict[str, object], *messages: str) -> None:
+    """Check that the run is refused with these words, leaving the folder as it was."""
+    folder = Path(str(config["output_prefix"])).parent
+    before = sorted(folder.glob("*"))
+    with pytest.raises(ValueError) as refusal:
+        preprocess(PreprocessConfig(**config))
+    for message in messages:
+        assert message in str(refusal.value)
+    assert sorted(folder.glob("*")) == before
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pair_is_byte_identical_with_megatron(
+    tmp_path: Path, config: dict[str, object], append_eod: bool, workers: int
+) -> None:
+    records = make_records(700)  # several batches, so that the order of the workers matters
+    config["input"] = (write_jsonl(tmp_path / "in.jsonl", records),)
+    (prefix,) = preprocess(PreprocessConfig(**config, append_eod=append_eod, workers=workers))
+    texts = [str(record["text"]) for record in records]
+    expected = megatron_bytes(tmp_path, str(config["tokenizer_model"]), texts, append_eod)
+    assert prefix == str(tmp_path / "out_text_document")
+    assert dataset_bytes(prefix) == expected
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_tokens_added_by_the_tokenizer_are_megatrons(
+    tmp_path: Path, config: dict[str, object], bos_tokenizer_model: str, special_tokens: bool
+) -> None:
+    config["tokenizer_model"] = bos_tokenizer_model
+    config["tokenizer_hf_no_include_special_tokens"] = not special_tokens
+    (prefix,) = preprocess(PreprocessConfig(**config, append_eod=True))
+    texts = [str(record["text"]) for record in make_records(20)]
+    expected = megatron_bytes(tmp_path, bos_tokenizer_model, texts, True, special_tokens)
+    assert dataset_bytes(prefix) == expected
+    bos = AutoTokenizer.from_pretrained(bos_tokenizer_model).bos_token_id
+    dataset = IndexedDataset(prefix)  # kept: its items are views into it
+    assert (dataset[0][0] == bos) == special_tokens
+
+
+def test_documents_read_back_as_their_text(config: dict[str, object]) -> None:
+    (prefix,) = preprocess(PreprocessConfig(**config, append_eod=True))
+    tokenizer = AutoTokenizer.from_pretrained(config["tokenizer_model"])
+    dataset = IndexedDataset(prefix)
+    texts = [str(record["text"]) for record in make_records(20)]
+    assert len(dataset) == 19 and len(dataset.document_indices) == 21  # one text is empty
+    for ids, text in zip(dataset, filter(None, texts), strict=True):
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_compressed_files_give_the_same_pair(tmp_path: Path, config: dict[str, object]) -> None:
+    (plain,) = preprocess(PreprocessConfig(**config))
+    content = (tmp_path / "in.jsonl").read_bytes()
+    # Two frames split inside a line, with a skippable frame between, as parallel zstd writes.
+    frames = [zstandard.compress(content[:700]), zstandard.compress(content[700:])]
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
+    (tmp_path / "in.jsonl.zst").write_bytes(skippable.join(frames))
+    config |= {"input": (str(tmp_path / "in.jsonl.zst"),), "output_prefix": str(tmp_path / "zst")}
+    (compressed,) = preprocess(PreprocessConfig(**config))
+    assert dataset_bytes(compressed) == dataset_bytes(plain)
+
+
+def test_several_inputs_follow_each_other(tmp_path: Path, config: dict[str, object]) -> None:
+    (whole,) = preprocess(PreprocessConfig(**config))
+    records = make_records(20)
+    (tmp_path / "b.jsonl").write_text("\r\n".join(map(json.dumps, records[:9])))  # no final newline
+    last = write_jsonl(tmp_path / "a.jsonl", records[9:])
+    config |= {"input": (str(tmp_path / "b.jsonl"), last), "output_prefix": str(tmp_path / "parts")}
+    (parts,) = preprocess(PreprocessConfig(**config))
+    assert dataset_bytes(parts) == dataset_bytes(whole)
+
+
+def test_every_key_gets_a_complete_pair(tmp_path: Path, config: dict[str, object]) -> None:
+    prefixes = preprocess(PreprocessConfig(**config, json_keys=("text", "title")))
+    assert [Path(prefix).name for prefix in prefixes] == ["out_text_document", "out_title_document"]
+    for prefix, key in zip(prefixes, ("text", "title"), strict=True):
+        texts = [str(record[key]) for record in make_records(20)]
+        expected = megatron_bytes(tmp_path, str(config["tokenizer_model"]), texts, False)
+        assert dataset_bytes(prefix) == expected
+
+
+def test_sidecar_says_what_made_the_pair(tmp_path: Path, config: dict[str, object]) -> None:
+    (prefix,) = preprocess(PreprocessConfig(**config, append_eod=True))
+    sidecar = json.loads(Path(prefix + ".json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(config["tokenizer_model"])
+    content = (tmp_path / "in.jsonl").read_bytes()
+    assert sidecar.pop("seconds") > 0
+    assert sidecar.pop("arguments")["append_eod"] is True
+    assert sidecar == {
+        "tool_version": megatron_let.__version__,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.get_vocab()),
+        "vocab_size": len(tokenizer),
+        "eod_id": tokenizer.eos_token_id,
+        "inputs": [
+            {
+                "path": str(tmp_path / "in.jsonl"),
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        ],
+        "documents": 20,
+        "empty_documents": 1,
+        "tokens": Path(prefix + ".bin").stat().st_size // 2,  # uint16: the vocabulary is small
+        "text_bytes": sum(len(str(record["text"]).encode()) for record in make_records(20)),
+    }
+
+
+def test_fingerprint_depends_on_the_map_and_not_on_its_order() -> None:
+    fingerprint = tokenizer_fingerprint({"a": 0, "\u00e9": 1, "\ud800": 2})
+    assert len(fingerprint) == 64
+    assert fingerprint == tokenizer_fingerprint({"\ud800": 2, "\u00e9": 1, "a": 0})
+    assert fingerprint != tokenizer_fingerprint({"a": 1, "\u00e9": 0, "\ud800": 2})
+    assert fingerprint != tokenizer_fingerprint({"a": 0, "\u00e9": 1})
+
+
+def test_eod_is_the_eos_token(tokenizer_model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_model)
+    assert load_tokenizer(tokenizer_model).eod == tokenizer.convert_tokens_to_ids(EOD)
+
+
+def test_progress_is_logged(config: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    preprocess(PreprocessConfig(**config, log_interval=15))
+    error = capsys.readouterr().err
+    assert error.startswith("Processed 15 documents (") and error.endswith(" MB/s).\n")
+    assert error.count("\n") == 1  # nothing else, no bar
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": "cut', "not a JSON object in UTF-8"),
+        (b"", "not a JSON object in UTF-8"),
+        (b'{"text": "\xff"}', "not a JSON object in UTF-8"),
+        (b"[" * 100_000, "not a JSON object in UTF-8"),
+        (b'["text"]', "expected a JSON object, found list"),
+        (b'{"body": "x"}', "no key 'text'; check --json-keys"),
+        (b'{"text": null}', "the value of 'text' must be a string, found NoneType"),
+        (b'{"text": "\\ud800"}', "the value of 'text' is not valid Unicode"),
+    ],
+)
+def test_bad_line_is_named(
+    tmp_path: Path, config: dict[str, object], line: bytes, message: str
+) -> None:
+    good = (tmp_path / "in.jsonl").read_bytes() * 10
+    (tmp_path / "in.jsonl").write_bytes(good + line + b"\n" + good)
+    assert_refused(config, f"{tmp_path / 'in.jsonl'}:201: ", message)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": ("absent.jsonl",)}, "input file absent.jsonl does not exist"),
+        ({"input": ("in.parquet",)}, "in.parquet must end in one of .jsonl, .jsonl.zst"),
+        ({"input": ()}, "--input and --json-keys must each name at least one"),
+        ({"json_keys": ("text", "text")}, "names a key twice"),
+        ({"tokenizer_type": "Llama2Tokenizer"}, "--tokenizer-type Llama2Tokenizer is not"),
+        ({"tokenizer_model": "./no/such/folder"}, "./no/such/folder"),
+        ({"workers": 0}, "--workers 0"),
+        ({"log_interval": 0}, "--log-interval 0"),
+    ],
+)
+def test_bad_argument_is_named(
+    config: dict[str, object], change: dict[str, object], message: str
+) -> None:
+    assert_refused(config | change, message)
+
+
+def test_absent_output_folder_is_named(tmp_path: Path, config: dict[str, object]) -> None:
+    config["output_prefix"] = str(tmp_path / "absent" / "out")
+    assert_refused(config, str(tmp_path / "absent"), "create it first")
+
+
+def test_text_free_input_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    (tmp_path / "in.jsonl").write_text("")
+    assert_refused(config, "no text was found for")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_existing_output_is_kept(tmp_path: Path, config: dict[str, object], suffix: str) -> None:
+    existing = tmp_path / f"out_text_document{suffix}"
+    existing.write_text("precious")
+    assert_refused(config, str(existing), "choose another --output-prefix")
+    assert existing.read_text() == "precious"
+
+
+def test_eod_without_such_a_token_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    config["tokenizer_model"] = save_tokenizer(tmp_path / "no_eos", eos=None)
+    assert_refused(config | {"append_eod": True}, "no_eos has no eos_token")
+    preprocess(PreprocessConfig(**config))
+
+
+@pytest.mark.parametrize(
+    "damage, message", [("cut", "is truncated"), ("garbage", "is not valid zstd data")]
+)
+def test_damaged_compressed_file_is_refused(
+    tmp_path: Path, config: dict[str, object], damage: str, message: str
+) -> None:
+    # Without its last bytes (the checksum) every line is still there, yet the file is not whole.
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
+    whole = compressor.compress((tmp_path / "in.jsonl").read_bytes())
+    source = tmp_path / "damaged.jsonl.zst"
+    source.write_bytes(whole[:-2] if damage == "cut" else whole + b"garbage")
+    assert_refused(config | {"input": (str(source),)}, str(source), message)
+
+
+def test_tool_runs_with_megatrons_flags(
+    tmp_path: Path, config: dict[str, object], tool: ModuleType
+) -> None:
+    (reference,) = preprocess(PreprocessConfig(**config, append_eod=True))
+    flags = f"--input {tmp_path / 'in.jsonl'} --json-keys text --output-prefix {tmp_path / 'cli'}"
+    flags += f" --tokenizer-type HuggingFaceTokenizer --tokenizer-model {config['tokenizer_model']}"
+    tool.main((flags + " --append-eod --workers 2 --log-interval 5").split())
+    assert dataset_bytes(tmp_path / "cli_text_document") == dataset_bytes(reference)
+
+
+def test_tool_ends_in_one_clear_line(tmp_path: Path) -> None:
+    """A real process in another folder: the tool finds its package and shows no traceback."""
+    command = [sys.executable, str(TOOL), "--input", "absent.jsonl", "--output-prefix", "out"]
+    command += ["--tokenizer-model", "any"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "preprocess_data.py: input file absent.jsonl does not exist; check --input\n"
+    )
