@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -325,6 +326,9 @@ def activate() -> None:
     """Redirect Megatron's GPU calls to the CPU; a second call does nothing."""
     if is_active():
         return
+    # `with torch.device("meta")`, in which Hugging Face models are built, knows the factories from a
+    # cached set: it must hold the originals, or every model is built, and initialised, for real.
+    _device_constructors()
     _apply(TORCH_REDIRECTS)
     _quieten()
     _apply(MEGATRON_REDIRECTS)

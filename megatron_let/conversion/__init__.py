@@ -1,0 +1,1 @@
+"""Checkpoints of a run to folders that Hugging Face's libraries load."""

@@ -1,0 +1,197 @@
+"""Reads Megatron's `torch_dist` checkpoints: on CPU, in one process, without Megatron.
+
+The format is layout-free: it tells where in the whole tensor each saved piece belongs, so the
+parallel layout of the run does not matter. Nothing that a file names is imported or called:
+tensors are read with `weights_only`, and the two pickles of the format by restricted loaders.
+"""
+
+import io
+import json
+import math
+import pickle
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from megatron_let.errors import UsageError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON_STATE = "common_state/shard_0_1"
+"""Megatron-Core 0.19: everything that is not sharded, in one object of the data."""
+OLDER_COMMON_STATE = "common.pt"
+
+METADATA_CLASSES = {
+    "torch": "Size float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 "
+    "int8 uint8 bool",
+    "pathlib": "PosixPath",
+    "torch.serialization": "_get_layout",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta "
+    "TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
+    "_MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+}
+"""All that a `.metadata` file may name; it is a plain pickle."""
+
+
+def find_checkpoint(load: Path, step: int | None = None) -> Path:
+    """Return the folder of one checkpoint below `load` (`--save` of the run).
+
+    Args:
+        load: the folder with `latest_checkpointed_iteration.txt`.
+        step: the iteration to take; the tracker's if None.
+
+    Raises:
+        UsageError: there is no such checkpoint, or it has another format than `torch_dist`.
+    """
+    folder = load / _step_folder(load, step)
+    if not folder.is_dir():
+        found = sorted(path.name for path in load.glob("iter_*"))
+        raise UsageError(f"No checkpoint at {folder}. {load} holds: {', '.join(found) or 'none'}.")
+    config = folder / "metadata.json"
+    backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else "torch"
+    if backend != "torch_dist":
+        raise UsageError(
+            f"{folder} was saved with --ckpt-format {backend}; only torch_dist can be read."
+        )
+    return folder
+
+
+def _step_folder(load: Path, step: int | None) -> str:
+    if step is not None:
+        return f"iter_{step:07d}"
+    tracker = load / TRACKER
+    if not tracker.is_file():
+        raise UsageError(
+            f"--load {load} has no {TRACKER}: give the folder that was the run's --save, not an "
+            "iter_ folder inside it; --ckpt-step chooses among those."
+        )
+    word = tracker.read_text().strip()
+    if word != "release" and not word.isdecimal():
+        raise UsageError(f"{tracker} holds {word!r}, which is not an iteration.")
+    return word if word == "release" else f"iter_{int(word):07d}"
+
+
+class Checkpoint:
+    """One `torch_dist` checkpoint; tensors are read one at a time.
+
+    Raises:
+        UsageError: the folder has no readable `.metadata`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = _Reader(folder)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors and objects."""
+        return set(self._reader.metadata.state_dict_metadata)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a whole tensor, in the type it was saved in.
+
+        Raises:
+            UsageError: it is an object, a piece was never saved, or a file is missing or damaged.
+        """
+        meta = self._reader.metadata.state_dict_metadata[name]
+        if not isinstance(meta, TensorStorageMetadata):
+            raise UsageError(f"{name} in {self.folder} is not a tensor.")
+        if sum(math.prod(chunk.sizes) for chunk in meta.chunks) != math.prod(meta.size):
+            raise UsageError(f"{self.folder} does not hold all of {name}.")
+        return self._load(name, torch.empty(meta.size, dtype=meta.properties.dtype))
+
+    def args(self) -> Namespace:
+        """Return the run's arguments.
+
+        Raises:
+            UsageError: the checkpoint was saved without them, or a file is missing or damaged.
+        """
+        older = self.folder / OLDER_COMMON_STATE
+        if older.exists():
+            common = _load_inert(io.BytesIO(older.read_bytes()))
+        elif COMMON_STATE in self.names:
+            common = self._load(COMMON_STATE, io.BytesIO())[0]
+        else:
+            common = {}
+        if "args" not in common:
+            raise UsageError(f"{self.folder} does not hold the arguments of its run.")
+        return common["args"]
+
+    def _load(self, name: str, target: Any) -> Any:
+        state = {name: target}
+        planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with warnings.catch_warnings():
+                # It says that one process reads, which is what we want.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
+        except dcp.CheckpointException as error:
+            reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+            raise UsageError(f"{name} in {self.folder} cannot be read: {reason}") from error
+        return state[name]
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's reader, with metadata read once and by a restricted loader."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        path = folder / ".metadata"
+        try:
+            with path.open("rb") as file:
+                self.metadata: Metadata = _MetadataUnpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what was read at the start."""
+        return self.metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the metadata classes of `torch.distributed.checkpoint` and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in METADATA_CLASSES.get(module, "").split():
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no metadata")
+        return super().find_class(module, name)
+
+
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's planner, with objects loaded safely; upstream's unpickles anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = _load_inert(value)
+
+
+class _Inert:
+    """Stands for any class or function that a file names."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+def _load_inert(file: io.BytesIO) -> Any:
+    """Load plain data and Namespaces; every other class becomes `_Inert`.
+
+    The run's arguments refer to enumerations of Megatron's, which would have to be imported.
+
+    Raises:
+        UsageError: the file is damaged, or names what PyTorch never accepts (`os`, `sys`).
+    """
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        file.seek(0)
+        stand_ins: list[Any] = [(_Inert, name) for name in foreign if name != "argparse.Namespace"]
+        with torch.serialization.safe_globals([Namespace, *stand_ins]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError("The checkpoint's arguments are damaged, or not data alone.") from error

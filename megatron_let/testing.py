@@ -1,0 +1,169 @@
+"""Test helpers: pools of real gloo processes, and tiny models of the real architectures.
+
+Importing Megatron and starting a process group is the dear part of a distributed test, so a pool of
+workers is started once per world size and runs many cases.
+"""
+
+import functools
+import importlib
+import multiprocessing as mp
+import os
+import queue
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 120
+CASE_SECONDS = 180
+
+
+class WorkerPool:
+    """`world_size` processes with a gloo process group, which run functions given to them.
+
+    Args:
+        world_size: number of processes, ranks 0 to `world_size - 1`.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        self.world_size = world_size
+        self._results: Any = context.Queue()
+        self._tasks = [context.Queue() for _ in range(world_size)]
+        port = _free_port()
+        self._processes = [
+            context.Process(
+                target=_worker,
+                args=(rank, world_size, port, self._tasks[rank], self._results),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run `function(*args, **kwargs)` on every rank; return the results in rank order.
+
+        The function is named, "package.module:function", so that the caller need not import
+        Megatron; arguments and results are pickled, so use numpy arrays.
+
+        Raises:
+            RuntimeError: with the traceback of the first rank that failed. The pool is closed
+                then, since the other ranks may wait for the failed one for ever.
+        """
+        for tasks in self._tasks:
+            tasks.put((function, args, kwargs))
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            try:
+                rank, ok, value = self._results.get(timeout=START_SECONDS + CASE_SECONDS)
+            except queue.Empty:
+                self.close()
+                raise RuntimeError(f"ranks {set(range(self.world_size)) - set(results)} hang")
+            if not ok:
+                self.close()
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all processes live."""
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+@functools.cache
+def _pools() -> dict[int, WorkerPool]:
+    return {}
+
+
+def run_distributed(function: str, world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+    """Run a function on `world_size` gloo ranks; return the list of results in rank order.
+
+    The pool of each world size lives until the interpreter ends; a failed one is replaced.
+    """
+    pools = _pools()
+    if world_size not in pools or not pools[world_size].is_open:
+        pools[world_size] = WorkerPool(world_size)
+    return pools[world_size].run(function, *args, **kwargs)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    sys.stdout = open(os.devnull, "w")  # Megatron prints its 900 arguments at every start
+    import torch
+
+    from megatron_let import cpu
+
+    torch.set_num_threads(1)
+    cpu.activate_if_wanted(["--cpu"])
+    torch.distributed.init_process_group("gloo")
+    while True:
+        function, args, kwargs = tasks.get()
+        module, name = function.split(":")
+        try:
+            result = getattr(importlib.import_module(module), name)(*args, **kwargs)
+            results.put((rank, True, result))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+
+# ----------------------------------------------------------------------------------------------
+# Tiny teachers
+# ----------------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("llama", "opt", "gpt_neox", "gpt2", "qwen2")
+
+
+def save_tiny_teacher(
+    folder: Path, architecture: str = "llama", *, vocab_size: int = 256, width: int = 48, seed: int = 0
+) -> Path:
+    """Save a randomly initialised two-layer causal language model; return its folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if architecture == "opt":
+        shape |= {"ffn_dim": 2 * width, "word_embed_proj_dim": width}
+    elif architecture == "gpt2":
+        shape |= {"n_inner": 2 * width}
+    else:
+        shape |= {"intermediate_size": 2 * width}
+    if architecture in ("llama", "qwen2"):
+        shape |= {"num_key_value_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(architecture, **shape)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,248 @@
+"""The gradient contract, run on one rank of a layout: every parameter's gradient, put together.
+
+A case builds the student through the real command line (`entry`, `Method`, `Run`), gives every
+parameter values that depend on its global name alone, runs one step over fixed micro-batches with
+uneven loss masks, and returns whole gradients by global name. `reference_gradients` does the same
+with the loss written out on one process, without a line of `megatron_let.alignment.attach`.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core import mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import training
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.core.utils import unwrap_model
+
+from megatron_let import entry
+from megatron_let.alignment.resize import interpolate
+from megatron_let.methods import build_method
+from megatron_let.run import Run
+from megatron_let.teacher.load import load_causal_lm, read_teacher_config
+
+SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
+MODEL_FLAGS = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --ffn-hidden-size 64 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights "
+    f"--seq-length {SEQ} --max-position-embeddings {SEQ} --micro-batch-size {MICRO_BATCH} "
+    "--attention-dropout 0 --hidden-dropout 0 --train-iters 10 --lr 1e-3 --clip-grad 0 "
+    f"--mock-data --tokenizer-type NullTokenizer --vocab-size {VOCAB - 1} "
+    "--make-vocab-size-divisible-by 8 --eval-iters 0 --eval-interval 100 --cpu --no-check-for-nan-in-loss-and-grad"
+).split()
+
+Gradients = dict[tuple[str, str], np.ndarray]
+
+
+def student(flags: list[str], global_batch: int) -> tuple[Any, Any, Any, Any]:
+    """Build a student through the command line: `(args, method, run, model chunks)`."""
+    training.destroy_global_state()
+    entry.use_prebuilt_helpers()
+    sys.argv = ["pretrain_let.py", *MODEL_FLAGS, "--global-batch-size", str(global_batch), *flags]
+    args = entry.parse_arguments()
+    method = build_method(args)
+    config = entry.model_config(args, method)
+    run = Run(args, config, method, log=None)
+    training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
+    chunks, optimizer, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in chunks:
+        chunk.train()
+        _fill(chunk)
+    config.transformer.grad_scale_func = optimizer.scale_loss
+    config.transformer.finalize_model_grads_func = finalize_model_grads
+    args.curr_iteration = 0  # the loop's counters
+    args.consumed_train_samples = 0
+    return args, method, run, chunks
+
+
+def layout_gradients(flags: list[str], global_batch: int, weight: float) -> Gradients:
+    """Whole gradients of one step in a layout: the language-model part, then the total.
+
+    Keys are `("lm" | "total", global name)`.
+    """
+    args, method, run, chunks = student(flags, global_batch)
+    method._load()
+    gradients: Gradients = {}
+    for part, args.let_weight in (("lm", 0.0), ("total", weight)):
+        args.curr_iteration += 1
+        step(args, run, chunks)
+        assert len(method.alignment) == 0, "a target was left in the queue"
+        gradients |= {(part, name): g for name, g in whole_gradients(chunks).items()}
+    method._check_every_micro_batch(method.alignment.record.micro_batches)
+    return gradients
+
+
+def step(args: Any, run: Run, chunks: list[Any]) -> list[dict[str, torch.Tensor]]:
+    """One forward and backward pass over the step's micro-batches, gradients synchronized."""
+    num_micro_batches = args.global_batch_size // (MICRO_BATCH * args.data_parallel_size)
+    iterators = [micro_batches(num_micro_batches) for _ in chunks]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    return get_forward_backward_func()(
+        forward_step_func=run.forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=num_micro_batches,
+        seq_length=SEQ,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=False,
+    )
+
+
+def micro_batch(index: int) -> dict[str, torch.Tensor]:
+    """Micro-batch `index` of the step, with a loss mask of its own density."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    words = torch.randint(0, VOCAB, (MICRO_BATCH, SEQ + 1), generator=generator)
+    keep = 0.3 + 0.15 * (index % 4)
+    mask = (torch.rand(MICRO_BATCH, SEQ, generator=generator) < keep).float()
+    mask[0, 0] = 1.0
+    positions = torch.arange(SEQ).expand(MICRO_BATCH, SEQ).contiguous()
+    return {
+        "tokens": words[:, :-1].contiguous(),
+        "labels": words[:, 1:].contiguous(),
+        "loss_mask": mask,
+        "position_ids": positions,
+        "attention_mask": torch.ones(SEQ, SEQ).tril().lt(0.5).repeat(MICRO_BATCH, 1, 1, 1),
+    }
+
+
+def micro_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This data-parallel rank's micro-batches; Megatron deals them out in turn."""
+    size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    return (micro_batch(i * size + rank) for i in range(count))
+
+
+# ----------------------------------------------------------------------------------------------
+# From shards to whole tensors
+# ----------------------------------------------------------------------------------------------
+
+
+def _named_parameters(chunk: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of a chunk by global name: layers carry their global number."""
+    module = unwrap_model(chunk)
+    numbers = {str(i): layer.layer_number for i, layer in enumerate(module.decoder.layers)}
+    for name, parameter in module.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(numbers[parts[2]])
+        yield ".".join(parts), parameter
+
+
+def _fill(chunk: Any) -> None:
+    size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    for name, parameter in _named_parameters(chunk):
+        axis = parameter.partition_dim if _is_sharded(parameter) else None
+        shape = list(parameter.shape)
+        if axis is not None:
+            shape[axis] *= size
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+        if "norm" in name:
+            whole = 1.0 + whole
+        if axis is not None:
+            whole = _join(name, list(whole.chunk(size, axis)), axis, inverse=True).chunk(size, axis)[rank]
+        with torch.no_grad():
+            parameter.copy_(whole)
+
+
+def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+    return mpu.get_tensor_model_parallel_world_size() > 1 and getattr(
+        parameter, "tensor_model_parallel", False
+    )
+
+
+def _join(name: str, parts: list[torch.Tensor], axis: int, inverse: bool = False) -> torch.Tensor:
+    """Concatenate shards; a gated MLP's shards hold [gate; up] each, the whole all gates first."""
+    if "linear_fc1" not in name or len(parts) == 1:
+        return torch.cat(parts, axis)
+    if not inverse:
+        halves = [part.chunk(2, axis) for part in parts]
+        return torch.cat([half[i] for i in range(2) for half in halves], axis)
+    pieces = torch.cat(parts, axis).chunk(2 * len(parts), axis)
+    order = [i for rank in range(len(parts)) for i in (rank, rank + len(parts))]
+    return torch.cat([pieces[i] for i in order], axis)
+
+
+def whole_gradients(chunks: list[Any]) -> dict[str, np.ndarray]:
+    """Gather every gradient over TP; each pipeline stage returns the parameters it owns."""
+    gradients = {}
+    for chunk in chunks:
+        _gather_distributed_shards(chunk)
+        for name, parameter in _named_parameters(chunk):
+            gradient = parameter.main_grad.detach().float().clone()
+            if _is_sharded(parameter):
+                group = mpu.get_tensor_model_parallel_group()
+                parts = [torch.empty_like(gradient) for _ in range(group.size())]
+                torch.distributed.all_gather(parts, gradient, group=group)
+                gradient = _join(name, parts, parameter.partition_dim)
+            gradients[name] = gradient.numpy()
+    return gradients
+
+
+def _gather_distributed_shards(chunk: Any) -> None:
+    """With the distributed optimizer a rank holds the reduced gradients of its shard only."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    group = mpu.get_data_parallel_group()
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.chunk(group.size()))
+            own = shards[group.rank()].clone()
+            torch.distributed.all_gather(shards, own, group=group)
+
+
+# ----------------------------------------------------------------------------------------------
+# The loss written out
+# ----------------------------------------------------------------------------------------------
+
+
+def reference_gradients(
+    flags: list[str], global_batch: int, weight: float, layer: int, teacher: str
+) -> Gradients:
+    """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
+
+    Keys are `("lm" | "let", global name)`. One process, a plain Megatron student, the teacher called directly, ordinary autograd. With
+    --calculate-per-token-loss: both sums over all micro-batches, divided by all tokens.
+    """
+    _, _, _, [chunk] = student(flags, global_batch)
+    module = unwrap_model(chunk)
+    states: list[torch.Tensor] = []
+    module.decoder.layers[layer - 1].register_forward_hook(lambda _, __, out: states.append(out[0]))
+    base = load_causal_lm(read_teacher_config(teacher), torch.float32, torch.device("cpu")).base_model
+    count = global_batch // MICRO_BATCH
+    lm_total, let_total = torch.zeros(()), torch.zeros(())
+    all_tokens = sum(micro_batch(i)["loss_mask"].sum() for i in range(count))
+    for batch in map(micro_batch, range(count)):
+        losses = module(
+            batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+        )
+        lm_sum = (losses * batch["loss_mask"]).sum()
+        target = base(input_ids=batch["tokens"]).last_hidden_state.transpose(0, 1)
+        hidden = states.pop()
+        aligned = 1 - F.cosine_similarity(hidden, interpolate(target, hidden.size(-1)), dim=-1)
+        let_sum = (aligned * batch["loss_mask"].transpose(0, 1)).sum()
+        per_token = "--calculate-per-token-loss" in flags
+        tokens = all_tokens if per_token else batch["loss_mask"].sum() * count
+        lm_total = lm_total + lm_sum / tokens
+        let_total = let_total + weight * let_sum / tokens
+    names, parameters = zip(*_named_parameters(chunk), strict=True)
+    gradients: Gradients = {}
+    for part, loss in (("lm", lm_total), ("let", let_total)):
+        values = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for name, parameter, value in zip(names, parameters, values, strict=True):
+            value = torch.zeros_like(parameter) if value is None else value
+            gradients[part, name] = value.numpy()
+    return gradients

@@ -1,0 +1,195 @@
+"""The whole export on a small made-up checkpoint, and everything it refuses."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_let.conversion.llama import MUST_BE_OFF, NEEDS, check_is_llama
+from megatron_let.conversion.to_hf import ExportConfig, export, sample
+from megatron_let.errors import UsageError
+from tests.unit.conversion.conftest import VOCAB_SIZE, MadeCheckpoint
+from tools.convert_checkpoint import main
+
+ROOT = Path(__file__).resolve().parents[3]
+IDS = torch.tensor([[1, 5, 2, 8, 10, 0]])
+
+
+def write_tokenizer(folder: Path, size: int = VOCAB_SIZE) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w10").save_pretrained(folder)
+    return folder
+
+
+def test_gives_back_the_model(made: MadeCheckpoint, tmp_path: Path) -> None:
+    folder = export(ExportConfig(made.save, tmp_path / "hf"))
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = made.model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+    torch.testing.assert_close(model(IDS).logits, made.model(IDS).logits, rtol=0, atol=0)
+    assert model.config.rope_parameters == made.model.config.rope_parameters
+    assert model.config.bos_token_id is model.config.eos_token_id is None
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 5000.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "save"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_tied_embeddings(made: MadeCheckpoint, tmp_path: Path) -> None:
+    made.args.untie_embeddings_and_output_weights = False
+    del made.state["output_layer.weight"]
+    (made.save / "iter_0000007" / ".metadata").unlink()
+    made.write()
+    model = AutoModelForCausalLM.from_pretrained(export(ExportConfig(made.save, tmp_path / "hf")))
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, made.model.model.embed_tokens.weight)
+
+
+def test_dtype_and_shards(made: MadeCheckpoint, tmp_path: Path) -> None:
+    config = ExportConfig(made.save, tmp_path / "hf", dtype="bf16", max_shard_size="1KB")
+    folder = export(config)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    expected = made.model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name].bfloat16()), name
+
+
+def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) -> None:
+    source = write_tokenizer(tmp_path / "tokenizer")
+    made.args.tokenizer_type = "HuggingFaceTokenizer"
+    made.args.tokenizer_model = str(source)
+    made.args.vocab_size = None
+    made.write()
+    folder = export(ExportConfig(made.save, tmp_path / "hf"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("w3 w10")["input_ids"] == [3, 10]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 10
+    assert sample(folder, "w3").startswith("w3 w")
+    with pytest.raises(UsageError, match="has no tokens"):
+        sample(folder, "")
+
+    source.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="Give the run's tokenizer with --tokenizer-model"):
+        export(ExportConfig(made.save, tmp_path / "hf2"))
+    moved = ExportConfig(made.save, tmp_path / "hf2", tokenizer_model=str(tmp_path / "moved"))
+    assert len(AutoTokenizer.from_pretrained(export(moved))) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("size", [40, 17])
+def test_another_tokenizer_is_refused(made: MadeCheckpoint, tmp_path: Path, size: int) -> None:
+    other = str(write_tokenizer(tmp_path / "tokenizer", size))
+    with pytest.raises(UsageError, match=f"has {size} tokens, padded to .* model has 16"):
+        export(ExportConfig(made.save, tmp_path / "hf", tokenizer_model=other))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
+    made.args.tokenizer_type = "GPT2BPETokenizer"
+    made.write()
+    with pytest.raises(UsageError, match="--tokenizer-type GPT2BPETokenizer"):
+        export(ExportConfig(made.save, tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("normalization", "LayerNorm", "--normalization (normalization='LayerNorm')"),
+        ("swiglu", False, "--swiglu"),
+        ("position_embedding_type", "learned_absolute", "--position-embedding-type"),
+        ("rotary_percent", 0.5, "--rotary-percent (rotary_percent=0.5)"),
+        ("rotary_interleaved", True, "--rotary-interleaved"),
+        ("add_bias_linear", True, "--disable-bias-linear (add_bias_linear=True)"),
+        ("add_qkv_bias", True, "--add-qkv-bias True"),
+        ("qk_layernorm", True, "--qk-layernorm True"),
+        ("num_experts", 8, "--num-experts 8"),
+        ("multi_latent_attention", True, "--multi-latent-attention True"),
+        ("use_rope_scaling", True, "--use-rope-scaling True"),
+        ("window_size", (128, 0), "--window-size (128, 0)"),
+    ],
+)
+def test_other_models_are_refused(
+    made: MadeCheckpoint, attribute: str, value: Any, message: str
+) -> None:
+    args = made.args
+    check_is_llama(args)
+    vars(args)[attribute] = value
+    with pytest.raises(UsageError) as error:
+        check_is_llama(args)
+    assert str(error.value).startswith(message)
+
+
+def test_refused_flags_exist() -> None:
+    """A renamed argument would be let through unseen."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    known = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    destinations = {action.dest: action.option_strings for action in known._actions}
+    flags = {need.attribute: need.flag for need in NEEDS} | MUST_BE_OFF
+    assert not {a: f for a, f in flags.items() if f not in destinations.get(a, [])}
+
+
+def test_another_shape_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
+    made.args.ffn_hidden_size = 16
+    made.write()
+    with pytest.raises(UsageError, match=r"gate_proj.weight has the shape \(12, 8\)"):
+        export(ExportConfig(made.save, tmp_path / "hf"))
+
+
+def test_nothing_is_overwritten_and_no_piece_is_left(
+    made: MadeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "hf"
+    output.mkdir()
+    (output / "note.txt").write_text("mine")
+    with pytest.raises(UsageError, match="nothing is overwritten"):
+        ExportConfig(made.save, output)
+    (output / "note.txt").unlink()
+    config = ExportConfig(made.save, output)  # an empty folder is fine
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made.model), "save_pretrained", fail)
+        with pytest.raises(OSError, match="disk full"):
+            export(config)
+    assert not any(output.iterdir()) and not (tmp_path / "hf.partial").exists()
+    (tmp_path / "hf.partial").mkdir()
+    assert export(config) == output
+
+
+def test_command_line_works_from_anywhere(made: MadeCheckpoint, tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "to-hf", "--load"]
+    command += [made.save, "--output", "hf", "--tokenizer-model", tokenizer, "--sample", "w3 w4"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    wrote, text = result.stdout.splitlines()
+    assert wrote == "Wrote hf" and text.startswith("w3 w4 w")
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
+def test_command_line_gives_one_paragraph_for_a_mistake(
+    made: MadeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "hf")
+    with pytest.raises(SystemExit) as stop:
+        main(["to-hf", "--load", str(made.save), "--output", output, "--ckpt-step", "3"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("convert_checkpoint.py: error: No checkpoint at ")
+    assert len(error.splitlines()) == 1
