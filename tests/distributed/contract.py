@@ -19,15 +19,16 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.core.utils import unwrap_model
 
 from megatron_let import entry
 from megatron_let.alignment.resize import interpolate
 from megatron_let.methods import build_method
 from megatron_let.run import Run
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
+from tests.distributed.faults import FAULTS
 
 SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
 MODEL_FLAGS = (
@@ -37,7 +38,8 @@ MODEL_FLAGS = (
     f"--seq-length {SEQ} --max-position-embeddings {SEQ} --micro-batch-size {MICRO_BATCH} "
     "--attention-dropout 0 --hidden-dropout 0 --train-iters 10 --lr 1e-3 --clip-grad 0 "
     f"--mock-data --tokenizer-type NullTokenizer --vocab-size {VOCAB - 1} "
-    "--make-vocab-size-divisible-by 8 --eval-iters 0 --eval-interval 100 --cpu --no-check-for-nan-in-loss-and-grad"
+    "--make-vocab-size-divisible-by 8 --eval-iters 0 --eval-interval 100 "
+    "--no-check-for-nan-in-loss-and-grad --cpu"
 ).split()
 
 Gradients = dict[tuple[str, str], np.ndarray]
@@ -68,13 +70,17 @@ def student(flags: list[str], global_batch: int) -> tuple[Any, Any, Any, Any]:
     return args, method, run, chunks
 
 
-def layout_gradients(flags: list[str], global_batch: int, weight: float) -> Gradients:
+def layout_gradients(
+    flags: list[str], global_batch: int, weight: float, fault: str | None = None
+) -> Gradients:
     """Whole gradients of one step in a layout: the language-model part, then the total.
 
-    Keys are `("lm" | "total", global name)`.
+    Keys are `("lm" | "total", global name)`. `fault` is a key of `faults.FAULTS` to inject.
     """
     args, method, run, chunks = student(flags, global_batch)
     method._load()
+    if fault is not None:
+        FAULTS[fault](method, chunks)
     gradients: Gradients = {}
     for part, args.let_weight in (("lm", 0.0), ("total", weight)):
         args.curr_iteration += 1
@@ -153,7 +159,9 @@ def _fill(chunk: Any) -> None:
         if "norm" in name:
             whole = 1.0 + whole
         if axis is not None:
-            whole = _join(name, list(whole.chunk(size, axis)), axis, inverse=True).chunk(size, axis)[rank]
+            whole = _join(name, list(whole.chunk(size, axis)), axis, inverse=True).chunk(
+                size, axis
+            )[rank]
         with torch.no_grad():
             parameter.copy_(whole)
 
@@ -214,14 +222,17 @@ def reference_gradients(
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
 
-    Keys are `("lm" | "let", global name)`. One process, a plain Megatron student, the teacher called directly, ordinary autograd. With
-    --calculate-per-token-loss: both sums over all micro-batches, divided by all tokens.
+    Keys are `("lm" | "let", global name)`. One process, a plain Megatron student, the teacher
+    called directly, ordinary autograd. With --calculate-per-token-loss: both sums over all
+    micro-batches, divided by all tokens.
     """
     _, _, _, [chunk] = student(flags, global_batch)
     module = unwrap_model(chunk)
     states: list[torch.Tensor] = []
     module.decoder.layers[layer - 1].register_forward_hook(lambda _, __, out: states.append(out[0]))
-    base = load_causal_lm(read_teacher_config(teacher), torch.float32, torch.device("cpu")).base_model
+    base = load_causal_lm(
+        read_teacher_config(teacher), torch.float32, torch.device("cpu")
+    ).base_model
     count = global_batch // MICRO_BATCH
     lm_total, let_total = torch.zeros(()), torch.zeros(())
     all_tokens = sum(micro_batch(i)["loss_mask"].sum() for i in range(count))
@@ -246,3 +257,8 @@ def reference_gradients(
             value = torch.zeros_like(parameter) if value is None else value
             gradients[part, name] = value.numpy()
     return gradients
+
+
+def fault_names() -> list[str]:
+    """The faults that can be injected."""
+    return list(FAULTS)

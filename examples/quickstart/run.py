@@ -1,0 +1,280 @@
+"""Show on a laptop that a small teacher saves a larger student steps: `make quickstart`.
+
+1. corpus: the Python sources installed on this machine, split by package
+2. a BPE tokenizer, and Megatron's .bin/.idx files
+3. a small teacher, trained plainly and exported to a Hugging Face folder
+4. for each seed: a plain student, and a LET student on the same batches from the same weights
+5. the report: table, picture, and a sample from the LET student
+
+Every stage is kept under runs/quickstart; a second call goes on where the first one stopped.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tqdm import tqdm  # noqa: E402
+
+from examples.quickstart.corpus import build_corpus  # noqa: E402
+from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
+from megatron_let.report.plot import plot_comparison  # noqa: E402
+from megatron_let.report.runs import Run, read_run  # noqa: E402
+from megatron_let.report.table import comparison_table  # noqa: E402
+from megatron_let.report.targets import compare_all, regime_sentence  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "import os\n\n\ndef "
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape and schedule of one training run."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    steps: int
+    lr: float
+    """Peak learning rate; the student's is the plain run's best of three (README)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a quickstart's size consists of."""
+
+    student: Model
+    teachers: dict[str, Model]
+    """By regime: `behind` stays ahead of the plain student, `pass` is overtaken by it."""
+    let_flags: str
+    train_bytes: int = 24_000_000
+    valid_bytes: int = 48_000
+    vocab_size: int = 2048
+    seq_length: int = 128
+    batch: int = 16
+    """Sequences a step."""
+    evaluations: int = 50
+    """Evaluations a student run, each over the whole validation set."""
+
+
+FULL = Recipe(
+    student=Model(layers=6, hidden=192, heads=6, ffn=512, steps=400, lr=2e-3),
+    teachers={
+        "behind": Model(layers=2, hidden=128, heads=4, ffn=344, steps=2000, lr=4e-3),
+        "pass": Model(layers=2, hidden=128, heads=4, ffn=344, steps=150, lr=4e-3),
+    },
+    let_flags="--let-layer 2 --let-weight 3 --let-decay linear --let-stop-step 300",
+)
+# A smoke of the same path: too short for a result.
+FAST = Recipe(
+    student=Model(layers=3, hidden=64, heads=4, ffn=128, steps=40, lr=2e-3),
+    teachers={
+        "behind": Model(layers=2, hidden=48, heads=4, ffn=96, steps=60, lr=4e-3),
+        "pass": Model(layers=2, hidden=48, heads=4, ffn=96, steps=10, lr=4e-3),
+    },
+    let_flags="--let-layer 2 --let-weight 3 --let-decay linear --let-stop-step 30",
+    train_bytes=1_000_000,
+    valid_bytes=20_000,
+    vocab_size=512,
+    seq_length=64,
+    batch=8,
+    evaluations=10,
+)
+
+
+class Quickstart:
+    """The stages over one output folder.
+
+    Args:
+        recipe: sizes and schedules.
+        folder: where everything is kept.
+        regime: which teacher guides.
+        processes: data-parallel processes of a training run.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, regime: str, processes: int) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.results = folder / regime
+        self.teacher = recipe.teachers[regime]
+        self.processes = processes
+
+    def data(self) -> None:
+        """Build corpus, tokenizer and datasets."""
+        recipe, corpus = self.recipe, self.folder / "corpus"
+        report = build_corpus(
+            corpus, max_train_bytes=recipe.train_bytes, max_valid_bytes=recipe.valid_bytes
+        )
+        print(
+            f"  {report.train.documents} training files of {len(report.train.packages)} packages, "
+            f"{report.valid.documents} validation files of others ({report.train.sha256[:12]})"
+        )
+        train_tokenizer(
+            corpus / "train.jsonl",
+            self.folder / "tokenizer",
+            vocab_size=recipe.vocab_size,
+            max_bytes=recipe.train_bytes,
+        )
+        for split in ("train", "valid"):
+            if not (self.folder / f"{split}_text_document.idx").exists():
+                self._tool(
+                    f"preprocess_data.py --input {corpus}/{split}.jsonl "
+                    f"--output-prefix {self.folder}/{split} --append-eod --workers 2 "
+                    f"--tokenizer-type HuggingFaceTokenizer "
+                    f"--tokenizer-model {self.folder}/tokenizer"
+                )
+
+    def train(self, model: Model, save: Path, seed: int, evaluations: int, extra: str = "") -> Run:
+        """Train one model, or go on with it; returns its record."""
+        if not _is_finished(save):
+            save.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc_per_node", str(self.processes), str(ROOT / "pretrain_let.py")]
+            command += self._flags(model, save, seed, evaluations) + extra.split()
+            _run_with_progress(command, save / "log.txt", model.steps)
+        return read_run(save)
+
+    def _flags(self, model: Model, save: Path, seed: int, evaluations: int) -> list[str]:
+        recipe, folder = self.recipe, self.folder
+        return (
+            f"--num-layers {model.layers} --hidden-size {model.hidden} "
+            f"--num-attention-heads {model.heads} --ffn-hidden-size {model.ffn} "
+            "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+            f"--seq-length {recipe.seq_length} --max-position-embeddings {recipe.seq_length} "
+            "--attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 8 "
+            f"--micro-batch-size {recipe.batch // self.processes} "
+            f"--global-batch-size {recipe.batch} --train-iters {model.steps} --seed {seed} "
+            f"--lr {model.lr} --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.05 "
+            "--weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 "
+            f"--train-data-path {folder}/train_text_document "
+            f"--valid-data-path {folder}/valid_text_document "
+            "--tokenizer-type HuggingFaceTokenizer "
+            f"--tokenizer-model {folder}/tokenizer --data-cache-path {folder}/cache "
+            "--num-workers 0 --no-create-attention-mask-in-dataloader "
+            f"--full-validation --multiple-validation-sets --eval-iters 1 "
+            f"--eval-interval {max(1, model.steps // evaluations)} --log-interval 10 "
+            f"--save {save} --load {save} --save-interval {max(1, model.steps // 2)}"
+        ).split()
+
+    def export(self, save: Path, folder: Path) -> Path:
+        """Write a run's model as a Hugging Face folder."""
+        if not (folder / "config.json").exists():
+            self._tool(f"convert_checkpoint.py to-hf --load {save} --output {folder}")
+        return folder
+
+    def report(self, runs: list[Run], teacher: Run) -> None:
+        """Print and keep the table; draw the picture."""
+        comparisons = compare_all(runs)
+        text = "\n\n".join(
+            [
+                comparison_table(comparisons, teacher),
+                regime_sentence(runs[0], teacher.final.loss),
+            ]
+        )
+        (self.results / "report.md").write_text(text + "\n")
+        picture = self.results / "report.png"
+        plot_comparison(comparisons, picture, teacher_loss=teacher.final.loss)
+        print(f"\n{text}\n\nPicture: {picture}")
+
+    def sample(self, folder: Path) -> None:
+        """Let transformers generate from an exported student."""
+        from megatron_let.conversion.to_hf import sample
+
+        print(f"\nThe LET student, exported to {folder}, goes on from {PROMPT!r}:\n")
+        print("  " + sample(folder, PROMPT).replace("\n", "\n  "))
+
+    def _tool(self, arguments: str) -> None:
+        words = arguments.split()
+        command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
+        result = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        if result.returncode:
+            sys.exit(f"{words[0]} failed:\n{result.stdout}{result.stderr}")
+
+
+def _is_finished(save: Path) -> bool:
+    return (save / "metrics.jsonl").exists() and read_run(save).finished
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _run_with_progress(command: list[str], log: Path, steps: int) -> None:
+    """Run a training command; a bar on a terminal, else a line every tenth of the run."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
+    )
+    assert process.stdout is not None
+    with log.open("a") as file, tqdm(total=steps, unit="step", disable=None) as bar:
+        for step, loss in _steps(process.stdout, file):
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            if bar.disable and step % max(10, steps // 10) == 0:
+                print(f"  step {step:5d} / {steps}: loss {loss:.3f}", flush=True)
+    if process.wait():
+        tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
+        sys.exit(f"{tail}\nThe training run failed; its whole log is {log}")
+
+
+def _steps(lines: Iterator[str], file: object) -> Iterator[tuple[int, float]]:
+    """Copy a run's output to its log; yield step and loss of Megatron's progress lines."""
+    for line in lines:
+        print(line, end="", file=file, flush=True)  # type: ignore[call-overload]
+        if "lm loss:" in line and "iteration" in line:
+            step = int(line.split("iteration")[1].split("/")[0])
+            yield step, float(line.split("lm loss:")[1].split("|")[0])
+
+
+def main() -> None:
+    """Run all stages."""
+    options = _parse()
+    folder = options.output / ("fast" if options.fast else "full")
+    recipe = FAST if options.fast else FULL
+    quickstart = Quickstart(recipe, folder, options.regime, options.processes)
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = 2 + 2 * options.seeds + 1
+    number = iter(range(1, stages + 1))
+
+    print(f"[{next(number)}/{stages}] data: the Python sources on this machine", flush=True)
+    quickstart.data()
+    print(f"[{next(number)}/{stages}] teacher: {quickstart.teacher}", flush=True)
+    results = quickstart.results
+    teacher = quickstart.train(quickstart.teacher, results / "teacher", 1, 10)
+    exported = quickstart.export(results / "teacher", results / "teacher-hf")
+    let = f"--method let --teacher-model {exported} {recipe.let_flags}"
+    runs: list[Run] = []
+    for seed in range(1, options.seeds + 1):
+        for name, save, extra in (
+            ("plain", folder / f"plain-{seed}", "--method baseline"),
+            ("LET", results / f"let-{seed}", let),
+        ):
+            print(f"[{next(number)}/{stages}] {name} student, seed {seed}", flush=True)
+            runs.append(quickstart.train(recipe.student, save, seed, recipe.evaluations, extra))
+    print(f"[{next(number)}/{stages}] report", flush=True)
+    quickstart.report(runs, teacher)
+    quickstart.sample(quickstart.export(results / "let-1", results / "let-hf"))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
+    parser.add_argument(
+        "--regime",
+        choices=("behind", "pass"),
+        default="behind",
+        help="behind: the teacher stays better than the plain student; pass: it is overtaken",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="students of each kind (default 1)")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
