@@ -16,9 +16,10 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
-from megatron_let import entry  # noqa: E402
+from megatron_let import entry, torch_adam  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
+from megatron_let.resume import check_resume  # noqa: E402
 from megatron_let.run import Run  # noqa: E402
 from megatron_let.run_log import RunLog  # noqa: E402
 
@@ -26,21 +27,23 @@ from megatron_let.run_log import RunLog  # noqa: E402
 def main() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
+    torch_adam.install()
     args = entry.parse_arguments()
     method = build_method(args)
+    check_resume(args, method)
     model_config = entry.model_config(args, method)
 
     log = RunLog(args, method)
-    log.install()
     run = Run(args, model_config, method, log)
 
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        run.datasets_provider(),
-        ModelType.encoder_or_decoder,
-        run.forward_step,
-        get_embedding_ranks=entry.embedding_ranks(args),
-    )
+    with log.installed(model_config):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            run.datasets_provider(),
+            ModelType.encoder_or_decoder,
+            run.forward_step,
+            get_embedding_ranks=entry.embedding_ranks(args),
+        )
 
 
 if __name__ == "__main__":

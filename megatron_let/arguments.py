@@ -4,6 +4,8 @@ Everything else on the command line is Megatron-LM's. On Megatron's `args` only 
 ours are left, since checkpoints save them and load them again with `weights_only`.
 """
 
+import math
+import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Literal
@@ -88,11 +90,15 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "Pre-train a GPT on Megatron-Core, with or without the help of a small frozen teacher. "
         "The first groups are this program's own; all others are Megatron-LM's flags, unchanged."
     )
+    # The synopsis that argparse makes of 900 flags hides what follows it: help, or an error.
+    parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
     upstream = list(parser._action_groups)
     for title, dataclass_ in GROUPS.items():
         ArgumentGroupFactory(dataclass_).build_group(parser, title=title)
     ours = [group for group in parser._action_groups if group not in upstream]
     parser._action_groups[:] = ours + upstream
+    for action in parser._actions:  # a bare % in a help text of Megatron's ends --help
+        action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     # The format that another layout can resume from; Megatron's default one cannot be resharded.
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **cpu.platform_defaults())
     return parser
@@ -130,9 +136,9 @@ def _check_let(args: Namespace) -> None:
             f"--let-layer {args.let_layer} is outside the model: --num-layers {args.num_layers} "
             f"allows 1 to {args.num_layers} (an early layer is meant, such as 2 or 3)."
         )
-    if args.let_weight <= 0:
+    if not (args.let_weight > 0 and math.isfinite(args.let_weight)):
         raise UsageError(
-            f"--let-weight {args.let_weight} switches the guidance off; use a positive weight "
+            f"--let-weight {args.let_weight} cannot guide the student; use a positive weight "
             "(the paper's is 0.1), or --method baseline."
         )
     _resolve_stop(args)
@@ -152,8 +158,8 @@ def _resolve_stop(args: Namespace) -> None:
     if not any(given):
         args.let_stop_step = DEFAULT_STOP_STEP
     for name, stop, total in (
-        ("step", args.let_stop_step, args.train_iters),
-        ("samples", args.let_stop_samples, args.train_samples),
+        ("step", args.let_stop_step, _run_length(args, "steps")),
+        ("samples", args.let_stop_samples, _run_length(args, "samples")),
     ):
         if stop is not None and stop < 1:
             raise UsageError(f"--let-stop-{name} {stop} must be at least 1.")
@@ -163,3 +169,15 @@ def _resolve_stop(args: Namespace) -> None:
                 f"{stop}{'' if any(given) else ' (the default)'} is beyond the run's {total}. "
                 f"Choose a stop of at most {total}, or --let-decay constant for the whole run."
             )
+
+
+def _run_length(args: Namespace, unit: str) -> int | None:
+    """Steps or samples of the whole run; None as long as the flags do not tell."""
+    given = {"steps": args.train_iters, "samples": args.train_samples}
+    if given[unit] is not None:
+        return given[unit]
+    if args.global_batch_size is None or args.rampup_batch_size is not None:
+        return None
+    if unit == "steps":
+        return args.train_samples and args.train_samples // args.global_batch_size
+    return args.train_iters and args.train_iters * args.global_batch_size

@@ -197,6 +197,22 @@ def _returns(make_value: Callable[[], Any]) -> Callable[[Any], Any]:
     return lambda original: lambda *args, **kwargs: make_value()
 
 
+def _loader_with_generator(init: Callable[..., None]) -> Callable[..., None]:
+    """`DataLoader.__init__` that seeds its workers from a generator of its own.
+
+    By default each iterator draws a seed from the CPU generator. That one stands in for the GPU's
+    here, so a resumed run, which makes its iterators after loading the state, would drop out
+    other activations than the uninterrupted run.
+    """
+
+    @functools.wraps(init)
+    def with_generator(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("generator", torch.Generator())
+        init(self, *args, **kwargs)
+
+    return with_generator
+
+
 def _get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
     return lambda *args, **kwargs: torch.get_rng_state()
 
@@ -228,10 +244,7 @@ _FACTORIES = (
 ).split()
 
 TORCH_REDIRECTS: list[Redirect] = [
-    *(
-        Redirect("torch", name, _factory_on_cpu, "called with device='cuda'")
-        for name in _FACTORIES
-    ),
+    *(Redirect("torch", name, _factory_on_cpu, "called with device='cuda'") for name in _FACTORIES),
     Redirect("torch.Tensor", "to", _to_on_cpu, "called with device='cuda'"),
     Redirect("torch.Tensor", "cuda", _itself, "moves a batch or weight to the GPU"),
     Redirect("torch.Tensor", "pin_memory", _itself, "page-locked memory needs a CUDA driver"),
@@ -240,7 +253,12 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect("torch.nn.Module", "to", _to_on_cpu, "called with device='cuda'"),
     Redirect("torch", "compile", _compile_nothing, "jit_fuser: compiling costs more than it saves"),
     Redirect("torch.cuda", "current_device", _returns(lambda: CPU), "device= of buffers"),
-    Redirect("torch.cuda", "device_count", _returns(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), "0 skips set-up"),
+    Redirect(
+        "torch.cuda",
+        "device_count",
+        _returns(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        "0 skips set-up",
+    ),
     Redirect("torch.cuda", "set_device", _NOTHING, "one device"),
     Redirect("torch.cuda", "get_device_capability", _returns(lambda: (8, 0)), "checks"),
     Redirect("torch.cuda", "get_device_properties", _returns(lambda: _PROPERTIES), "checks"),
@@ -265,6 +283,12 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect("torch.cuda", "set_rng_state", _set_rng_state, "RNG"),
     Redirect("torch.cuda.nvtx", "range_push", _NOTHING, "profiling ranges"),
     Redirect("torch.cuda.nvtx", "range_pop", _NOTHING, "profiling ranges"),
+    Redirect(
+        "torch.utils.data.DataLoader",
+        "__init__",
+        _loader_with_generator,
+        "draws from the generator that dropout uses",
+    ),
     Redirect("torch.distributed", "init_process_group", _gloo_for_nccl, "default backend is nccl"),
     Redirect("torch.distributed", "new_group", _gloo_for_nccl, "groups named nccl"),
     Redirect("torch.distributed", "barrier", _barrier_without_devices, "device_ids is for nccl"),
@@ -298,6 +322,33 @@ MEGATRON_REDIRECTS: list[Redirect] = [
 ]
 
 # ----------------------------------------------------------------------------------------------
+# What is switched off without the optional accelerators
+# ----------------------------------------------------------------------------------------------
+
+
+class Without(NamedTuple):
+    """What a missing accelerator means, in words and as defaults of Megatron's flags."""
+
+    means: str
+    defaults: dict[str, Any]
+
+
+WITHOUT = {
+    "Transformer Engine": Without(
+        "local layers, no fused rope", {"transformer_impl": "local", "apply_rope_fusion": False}
+    ),
+    "NVIDIA Apex": Without(
+        "no fused norm, no fused softmax",
+        {"no_persist_layer_norm": True, "masked_softmax_fusion": False},
+    ),
+    # Transformer Engine does not replace them: its students, too, end in Megatron's own output
+    # layer, which asks for this extension and refuses to be built without it.
+    "Apex's CUDA extensions": Without(
+        "no fused weight gradient", {"gradient_accumulation_fusion": False}
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------
 
 
 def resolve(dotted: str) -> Any:
@@ -326,8 +377,8 @@ def activate() -> None:
     """Redirect Megatron's GPU calls to the CPU; a second call does nothing."""
     if is_active():
         return
-    # `with torch.device("meta")`, in which Hugging Face models are built, knows the factories from a
-    # cached set: it must hold the originals, or every model is built, and initialised, for real.
+    # `with torch.device("meta")`, in which Hugging Face models are built, knows the factories from
+    # a cached set: it must hold the originals, or every model is built, and initialised, for real.
     _device_constructors()
     _apply(TORCH_REDIRECTS)
     _quieten()
@@ -343,22 +394,16 @@ def activate_if_wanted(argv: list[str] | None = None) -> None:
 def platform_defaults() -> dict[str, Any]:
     """Defaults of Megatron's flags that this machine's packages call for; tells the user once.
 
-    Without Transformer Engine the `local` layers are used. Without NVIDIA Apex the fused norm,
-    softmax and weight-gradient kernels do not exist, so the flags that ask for them are off.
+    What is missing changes what `WITHOUT` says; a flag on the command line still wins.
     """
     defaults: dict[str, Any] = {"distributed_backend": "gloo"} if is_active() else {}
     missing = [name for name, present in accelerators().items() if not present]
-    if "Transformer Engine" in missing:
-        defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
-    if "NVIDIA Apex" in missing:
-        defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
-    if len(missing) == 2:
-        defaults |= {"gradient_accumulation_fusion": False}
-    if missing and os.environ.get("RANK", "0") == "0":
-        print(
-            f"> {' and '.join(missing)} not found: local layers, and no fused norm, softmax, rope "
-            "or weight-gradient kernels (docs/install.md says how to add them)",
-            flush=True,
+    for name in missing:
+        defaults |= WITHOUT[name].defaults
+    if missing:
+        means = ", ".join(WITHOUT[name].means for name in missing)
+        _tell_once(
+            f"> without {', '.join(missing)}: {means} (docs/install.md says how to add them)"
         )
     return defaults
 
@@ -370,12 +415,28 @@ def accelerators() -> dict[str, bool]:
     """
     gpu = not is_active()
     return {
-        "Transformer Engine": gpu and _importable("transformer_engine.pytorch"),
-        "NVIDIA Apex": gpu and _importable("apex.optimizers"),
+        "Transformer Engine": gpu and _exists("transformer_engine.pytorch"),
+        "NVIDIA Apex": gpu and _exists("apex.optimizers"),
+        "Apex's CUDA extensions": gpu and _imports("fused_weight_gradient_mlp_cuda"),
     }
 
 
-def _importable(name: str) -> bool:
+@functools.cache
+def _tell_once(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def _imports(name: str) -> bool:
+    """Whether an extension module loads, which is what Megatron tries."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _exists(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -391,7 +452,13 @@ def _apply(redirects: list[Redirect]) -> None:
 
 def _quieten() -> None:
     """Silence the warnings that are true of every CPU run and that nobody can act on."""
-    for message in (".*pin_memory.*", ".*Apex is not installed.*", ".*Transformer Engine.*"):
+    for message in (
+        ".*pin_memory.*",
+        ".*Apex is not installed.*",
+        ".*Transformer Engine.*",
+        ".*transformer-engine.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     # Forks of the CPU generator stand in for the GPU's, so a draw "changes the CPU RNG state".
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"

@@ -1,9 +1,12 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
 import importlib.util
+import json
 import os
 import sys
+import traceback
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,15 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_let import arguments
+from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 
-# Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences.
+# Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
+# and the file that replaces the command line, ours included.
 UNSUPPORTED_FLAGS = (
     "sft fim_data logits_load_dir logits_save_dir hybrid_context_parallel perform_rl_step "
-    "dataloader_inter_document_masking"
+    "dataloader_inter_document_masking yaml_cfg"
 ).split()
 
 
@@ -41,35 +46,77 @@ def parse_arguments() -> Namespace:
     """
     if not any("fsdp" in word for word in sys.argv):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
+    _refuse_unsupported(sys.argv)
     flags = parse_args(arguments.add_arguments)
     arguments.check_flags(flags, sys.argv)
-    _refuse_unsupported(flags)
     _check_data_paths(flags)
-    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
-    args = parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+    _check_save(flags)
+    args = _megatron_arguments()
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
+    _check_data_tokenizer(args)
     return args
 
 
-def _refuse_unsupported(args: Namespace) -> None:
-    for name in UNSUPPORTED_FLAGS:
-        if vars(args).get(name):
+def _refuse_unsupported(argv: list[str]) -> None:
+    given = {word.split("=")[0] for word in argv}
+    for flag in (f"--{name.replace('_', '-')}" for name in UNSUPPORTED_FLAGS):
+        if flag in given:
             raise UsageError(
-                f"--{name.replace('_', '-')} is not supported by pretrain_let.py: it trains on "
-                "documents packed to sequences. Use Megatron-LM's pretrain_gpt.py for it."
+                f"{flag} is not supported: pretrain_let.py trains on documents packed to "
+                "sequences, with its flags on the command line. Use Megatron-LM's "
+                f"pretrain_gpt.py for {flag}."
             )
 
 
-def _check_data_paths(args: Namespace) -> None:
+def _megatron_arguments() -> Namespace:
+    """Let Megatron check its flags; what it refuses by an assertion becomes a message."""
+    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
+    try:
+        return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+    except (AssertionError, OSError, ValueError) as error:
+        # Some assertions have no words: then the violated condition speaks for itself.
+        words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
+
+
+def _data_prefixes(args: Namespace) -> Iterator[str]:
     given = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    for prefix in (word for paths in given for word in paths or []):
+    return (word for paths in given for word in paths or [] if not _is_number(word))
+
+
+def _check_data_paths(args: Namespace) -> None:
+    for prefix in _data_prefixes(args):
         files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if _is_number(prefix) or all(file.exists() for file in files):
+        if all(file.exists() for file in files):
             continue
         raise UsageError(
             f"No data at {prefix}: {files[0].name} and {files[1].name} must both exist there. "
             "Write them with tools/preprocess_data.py, and give their path without the ending."
         )
+
+
+def _check_save(args: Namespace) -> None:
+    if args.save is not None and args.save_interval is None:
+        raise UsageError(
+            f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "
+            f"for example --save-interval {args.train_iters or 1000}."
+        )
+
+
+def _check_data_tokenizer(args: Namespace) -> None:
+    """Refuse data that was preprocessed with another tokenizer, where its sidecar tells."""
+    ids = _student_token_ids(args)
+    for prefix in _data_prefixes(args):
+        sidecar = Path(f"{prefix}.json")
+        if not ids or not sidecar.exists():
+            continue
+        made_with = json.loads(sidecar.read_text()).get("tokenizer_fingerprint")
+        if made_with is not None and made_with != tokenizer_fingerprint(ids):
+            raise UsageError(
+                f"{prefix} was made with another tokenizer (fingerprint {made_with[:12]}) than "
+                f"--tokenizer-model {args.tokenizer_model} "
+                f"({tokenizer_fingerprint(ids)[:12]}). Use that tokenizer, or preprocess again."
+            )
 
 
 def _is_number(word: str) -> bool:

@@ -206,7 +206,7 @@ class Run:
 
     def _check_loss(self, loss: torch.Tensor) -> None:
         machine = get_rerun_state_machine()
-        checks: list[tuple[Callable[..., bool], str, bool]] = []
+        checks: list[tuple[Callable[..., Any], str, bool]] = []
         if self.args.check_for_nan_in_loss_and_grad:
             checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
             checks.append((torch.isinf, "found Inf in local forward loss calculation", True))

@@ -4,14 +4,18 @@ Megatron's loop has no hook for a step's end, so two of its functions are wrappe
 called on every rank after each step, and `evaluate`. A test pins both signatures.
 """
 
+import contextlib
 import functools
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.training import training
 from megatron.training.utils import is_last_rank, print_rank_0
 
@@ -26,14 +30,23 @@ class RunLog:
         self.args = args
         self.method = method
         self.file: MetricsFile
+        self._num_parameters = 0
+        self._known_keys: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._num_steps = 0
         self._evaluated: set[int] = set()
 
-    def install(self) -> None:
-        """Wrap Megatron's two functions."""
+    @contextlib.contextmanager
+    def installed(self, model_config: Any) -> Iterator[None]:
+        """Wrap Megatron's two functions as long as the run lasts; have its model counted."""
+        model_config.pre_wrap_hooks.append(self._count_model)
+        originals = training.training_log, training.evaluate
         training.training_log = self._around_training_log(training.training_log)
         training.evaluate = self._around_evaluate(training.evaluate)
+        try:
+            yield
+        finally:
+            training.training_log, training.evaluate = originals
 
     def start(self) -> None:
         """Print what the run will do, and write its facts; called once all is built."""
@@ -42,32 +55,36 @@ class RunLog:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         self.file = MetricsFile(path, args.iteration)
-        student = _num_student_parameters(args)
         facts = self.method.describe()
         self.file.write(
             "start",
             args.iteration,
+            name=Path(args.save).name if args.save else args.method,
             method=args.method,
             seed=args.seed,
             train_iters=args.train_iters,
             tokens_per_step=args.global_batch_size * args.seq_length,
-            student_parameters=student,
+            student_parameters=self._num_parameters,
             flops_per_token={
                 "student": self._student_flops_per_token(),
                 "teacher": (facts["teacher"] or {}).get("flops_per_token", 0.0),
             },
             **facts,
         )
-        print_rank_0(self._summary(student, facts))
+        print_rank_0(self._summary(facts))
+
+    def _count_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        self._num_parameters = count_parameters(chunks)
+        return chunks
 
     def _student_flops_per_token(self) -> float:
         return training.num_floating_point_operations(self.args, 1) / self.args.seq_length
 
-    def _summary(self, student: int, facts: dict[str, Any]) -> str:
+    def _summary(self, facts: dict[str, Any]) -> str:
         args = self.args
         rows = [
-            f"student: {student / 1e6:.2f} M parameters, {args.num_layers} layers of width "
-            f"{args.hidden_size}, TP {args.tensor_model_parallel_size} x PP "
+            f"student: {self._num_parameters / 1e6:.2f} M parameters, {args.num_layers} layers of "
+            f"width {args.hidden_size}, TP {args.tensor_model_parallel_size} x PP "
             f"{args.pipeline_model_parallel_size} x DP {args.data_parallel_size}",
             *self.method.summary(),
         ]
@@ -102,7 +119,6 @@ class RunLog:
                 self._write_interval(iteration, learning_rate)
             return result
 
-        self._known_keys: set[str] = set()
         return wrapped
 
     def _count_step(self, loss_dict: dict[str, torch.Tensor]) -> None:
@@ -139,13 +155,22 @@ class RunLog:
             self.file.write("valid", iteration, **values)
 
 
-def _num_student_parameters(args: Namespace) -> int:
-    """Parameters of the whole student, from the shapes on the command line."""
-    head_dim = args.kv_channels
-    query = args.num_attention_heads * head_dim
-    kv = (args.num_query_groups if args.group_query_attention else args.num_attention_heads) * head_dim
-    mlp = (3 if args.swiglu else 2) * args.hidden_size * args.ffn_hidden_size
-    layer = args.hidden_size * (2 * query + 2 * kv) + mlp * (args.num_experts or 1)
-    embedding = args.padded_vocab_size * args.hidden_size
-    tables = 2 if args.untie_embeddings_and_output_weights else 1
-    return args.num_layers * layer + tables * embedding
+def count_parameters(chunks: list[torch.nn.Module]) -> int:
+    """Parameters of the whole student, each once, from this rank's chunks; called on every rank.
+
+    A learned map of LET is none of them: it is trained with the student, but never exported.
+    """
+    dense_and_expert = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
+    for chunk in chunks:
+        for name, weight in chunk.named_parameters():
+            if (
+                ".let_resize." not in name
+                and param_is_not_shared(weight)
+                and param_is_not_tensor_parallel_duplicate(weight)
+            ):
+                is_expert = not getattr(weight, "allreduce", True)  # Megatron's own mark
+                dense_and_expert[int(is_expert)] += weight.numel()
+    torch.distributed.all_reduce(dense_and_expert)
+    dense, expert = dense_and_expert.tolist()
+    replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    return dense // replicas + expert // mpu.get_expert_data_parallel_world_size()

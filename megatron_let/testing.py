@@ -4,11 +4,14 @@ Importing Megatron and starting a process group is the dear part of a distribute
 workers is started once per world size and runs many cases.
 """
 
+import atexit
+import contextlib
 import functools
 import importlib
 import multiprocessing as mp
 import os
 import queue
+import signal
 import socket
 import sys
 import traceback
@@ -36,12 +39,13 @@ class WorkerPool:
             context.Process(
                 target=_worker,
                 args=(rank, world_size, port, self._tasks[rank], self._results),
-                daemon=True,
             )
             for rank in range(world_size)
         ]
         for process in self._processes:
             process.start()
+        # Not daemons, which may have no children: saving a checkpoint starts a process.
+        atexit.register(self.close)
 
     def run(self, function: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run `function(*args, **kwargs)` on every rank; return the results in rank order.
@@ -59,9 +63,10 @@ class WorkerPool:
         while len(results) < self.world_size:
             try:
                 rank, ok, value = self._results.get(timeout=START_SECONDS + CASE_SECONDS)
-            except queue.Empty:
+            except queue.Empty as error:
                 self.close()
-                raise RuntimeError(f"ranks {set(range(self.world_size)) - set(results)} hang")
+                missing = set(range(self.world_size)) - set(results)
+                raise RuntimeError(f"ranks {missing} hang") from error
             if not ok:
                 self.close()
                 raise RuntimeError(f"rank {rank} failed:\n{value}")
@@ -74,8 +79,12 @@ class WorkerPool:
         return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes, and those that they have started."""
+        atexit.unregister(self.close)
         for process in self._processes:
+            assert process.pid is not None
+            with contextlib.suppress(ProcessLookupError):  # it has not made its group yet
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
 
@@ -103,6 +112,7 @@ def _free_port() -> int:
 
 
 def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+    os.setpgrp()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -138,7 +148,12 @@ ARCHITECTURES = ("llama", "opt", "gpt_neox", "gpt2", "qwen2")
 
 
 def save_tiny_teacher(
-    folder: Path, architecture: str = "llama", *, vocab_size: int = 256, width: int = 48, seed: int = 0
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    vocab_size: int = 256,
+    width: int = 48,
+    seed: int = 0,
 ) -> Path:
     """Save a randomly initialised two-layer causal language model; return its folder."""
     import torch
@@ -167,3 +182,15 @@ def save_tiny_teacher(
         config = AutoConfig.for_model(architecture, **shape)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def our_flags() -> dict[str, Any]:
+    """Our flags and their defaults, from the real parser; run in a worker."""
+    from argparse import ArgumentParser
+
+    from megatron_let.arguments import GROUPS, add_arguments
+
+    parser = add_arguments(ArgumentParser())
+    groups = [group for group in parser._action_groups if group.title in GROUPS]
+    actions = [action for group in groups for action in group._group_actions]
+    return {action.option_strings[0]: action.default for action in actions}

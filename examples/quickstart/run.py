@@ -69,7 +69,7 @@ FULL = Recipe(
         "behind": Model(layers=2, hidden=128, heads=4, ffn=344, steps=2000, lr=4e-3),
         "pass": Model(layers=2, hidden=128, heads=4, ffn=344, steps=150, lr=4e-3),
     },
-    let_flags="--let-layer 2 --let-weight 3 --let-decay linear --let-stop-step 300",
+    let_flags="--let-layer 2 --let-weight 10 --let-decay linear --let-stop-step 300",
 )
 # A smoke of the same path: too short for a result.
 FAST = Recipe(

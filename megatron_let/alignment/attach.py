@@ -7,7 +7,7 @@ gradient is computed at once, so that neither teacher states nor a graph wait fo
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,9 @@ class Alignment:
         """
         weights = list(resize.parameters())
         if not self._targets:
-            return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
+            return (
+                activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
+            )
         target = self._targets.popleft()
         gradients = self._gradients(activation_SBH, target, resize, weights)
         return _AddGradient.apply(
@@ -115,7 +117,7 @@ class Alignment:
         activation_SBH: torch.Tensor,
         target: Target,
         resize: Resize,
-        weights: list[torch.Tensor],
+        weights: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
         leaf = activation_SBH.detach().requires_grad_()
         loss_SB = self.loss(*resize(leaf, target.states_SBT))

@@ -46,7 +46,7 @@ def aligned_layer_class(layer_class: type) -> type:
                 self.let_resize.cuda()
             for weight in self.let_resize.parameters():
                 # Each rank sees its slice of the sequence, so the gradients are partial sums.
-                weight.sequence_parallel = config.sequence_parallel
+                weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
         def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
             """Run the layer; attach in the run that builds a graph, not in a checkpointed one."""

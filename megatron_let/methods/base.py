@@ -13,11 +13,17 @@ class Method:
     built, reads each training micro-batch before its forward pass, and reports once a step.
     """
 
+    same_on_resume: tuple[str, ...] = ()
+    """Arguments that a resumed run must share with its checkpoint."""
+
     def __init__(self, args: Namespace) -> None:
         self.args = args
 
     def check_tokens(self, student_ids: dict[str, int]) -> None:
         """Check the student's token -> id map (empty if unknown) against the method's models."""
+
+    def check_checkpoint(self, saved: Namespace) -> None:
+        """Check the arguments of the checkpoint that will be loaded."""
 
     def configure(self, model_config: Any) -> None:
         """Change Megatron's `GPTModelConfig` (layer spec, hooks) before the model is built."""

@@ -6,6 +6,7 @@ The teacher runs on the stage that owns layer K, K's `AlignedTransformerLayer` a
 the second term to its output's, and nothing of ours travels between stages.
 """
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_tokenizer
 
 from megatron_let.alignment.attach import Alignment, Target
 from megatron_let.alignment.layer import aligned_block_spec
@@ -53,10 +55,22 @@ REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
 class Let(Method):
     """Cosine alignment of student layer K with the teacher's last layer, early in the run."""
 
+    same_on_resume = (
+        "let_layer",
+        "let_weight",
+        "let_stop_step",
+        "let_stop_samples",
+        "let_decay",
+        "let_loss",
+        "let_resize",
+        "let_resize_side",
+    )
+
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
         _refuse_unproven(args)
-        self.config = read_teacher_config(args.teacher_model, args.teacher_revision)
+        args.teacher_fingerprint = None  # saved in checkpoints
+        self.config = _read_config(args)
         _check_context(self.config, args)
         self.teacher: Teacher | None = None
         self.weight = 0.0
@@ -72,11 +86,22 @@ class Let(Method):
         teacher_ids = read_token_ids(self.config.name, self.config.revision)
         if student_ids and teacher_ids:
             check_token_ids(student_ids, teacher_ids, self.config.name)
-        elif self.config.vocab_size < self.args.vocab_size:
+        elif self.config.vocab_size < get_tokenizer().vocab_size:
             raise UsageError(
                 f"--teacher-model {self.config.name} knows {self.config.vocab_size} token ids, "
-                f"the student {self.args.vocab_size}: choose a teacher of the same tokenizer."
+                f"the student {get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
             )
+
+    def check_checkpoint(self, saved: Namespace) -> None:
+        """Only a run with a learned map saves one; the teacher must stay the same."""
+        before = vars(saved)  # of any version, of Megatron-LM too
+        if self.args.let_resize == "linear" and before.get("let_resize") != "linear":
+            raise UsageError(
+                f"The checkpoint in {self.args.load} holds no learned map, which --let-resize "
+                "linear trains from the first step. Use --let-resize interpolate."
+            )
+        if not self.args.finetune:
+            self.args.teacher_fingerprint = before.get("teacher_fingerprint")
 
     def configure(self, model_config: Any) -> None:
         """Replace layer K in the spec, and load the teacher before the model is wrapped."""
@@ -118,6 +143,18 @@ class Let(Method):
             assert self.teacher is not None
             self.teacher.drop_head()
         self.facts = _share(self.facts)
+        if self.facts:
+            self._check_fingerprint()
+
+    def _check_fingerprint(self) -> None:
+        before, now = self.args.teacher_fingerprint, self.facts["fingerprint"]
+        if before not in (None, now):
+            raise UsageError(
+                f"The teacher's weights have the fingerprint {now}, but {before} guided the run "
+                f"that saved the checkpoint in {self.args.load}. Resume with that teacher, or "
+                "start a new run from the checkpoint's weights: --finetune, with another --save."
+            )
+        self.args.teacher_fingerprint = now
 
     def _load(self) -> None:
         dtype = DTYPES.get(self.args.teacher_dtype, self._transformer.params_dtype)
@@ -248,7 +285,8 @@ class Let(Method):
             course = f"{args.let_decay} until sample {args.let_stop_samples}"
         else:
             course = f"{args.let_decay} until step {args.let_stop_step}"
-        lines = [f"LET: layer {args.let_layer} of {args.num_layers}, weight {args.let_weight} {course}"]
+        layer = f"layer {args.let_layer} of {args.num_layers}"
+        lines = [f"LET: {layer}, weight {args.let_weight} {course}"]
         if not self.facts:
             return [*lines, "the guidance is over: no teacher is loaded"]
         facts = self.facts
@@ -257,23 +295,35 @@ class Let(Method):
             f"teacher {facts['name']}: {facts['parameters'] / 1e6:.2f} M parameters, weights "
             f"{facts['fingerprint']}, loss {loss:.3f} on the first micro-batch"
         )
-        if near_random(loss, args.vocab_size):
+        if near_random(loss, self.config.vocab_size):
             lines.append(
                 f"WARNING: a loss of {loss:.3f} is close to ln(vocabulary) = "
-                f"{torch.tensor(args.vocab_size).log():.3f}: the teacher {facts['name']} guesses. "
+                f"{math.log(self.config.vocab_size):.3f}: the teacher {facts['name']} guesses. "
                 "Was it trained, on such text, with this tokenizer?"
             )
         return lines
 
 
+def _read_config(args: Namespace) -> TeacherConfig:
+    try:
+        return read_teacher_config(args.teacher_model, args.teacher_revision)
+    except UsageError as error:
+        if args.load is None:
+            raise
+        raise UsageError(
+            f"{error} A run whose guidance is over goes on without a teacher: --method baseline."
+        ) from error
+
+
 def _refuse_unproven(args: Namespace) -> None:
     for name, allowed in REFUSED_FLAGS.items():
-        value = getattr(args, name, allowed[0])
+        value = getattr(args, name)
         if value not in allowed:
+            shown = "" if value is True else f" {value}"
             raise UsageError(
-                f"--{name.replace('_', '-')} {value} is not supported with --method {args.method}: "
-                "it bypasses the aligned layer or hides document boundaries from the teacher. "
-                "Remove it, or use --method baseline."
+                f"--{name.replace('_', '-')}{shown} is not supported with --method {args.method}: "
+                "the aligned layer could be bypassed, or the teacher see another text than the "
+                "student. Remove it, or use --method baseline."
             )
 
 

@@ -34,6 +34,11 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
     Raises:
         UsageError: nothing is there, or it is not a causal language model.
     """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise UsageError(
+            f"--teacher-model {name}: there is no such folder. Give the folder of a Hugging Face "
+            "causal language model, or a hub id such as HuggingFaceTB/SmolLM-135M."
+        )
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
@@ -89,9 +94,12 @@ def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.devi
 def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | None:
     """Return the teacher tokenizer's token -> id map, or None if the folder has no tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision).get_vocab()
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError):
         return None
+    token_ids = tokenizer.get_vocab()
+    # For some architectures transformers makes a tokenizer up, of nothing but special tokens.
+    return token_ids if token_ids.keys() - tokenizer.get_added_vocab().keys() else None
 
 
 def check_token_ids(student: dict[str, int], teacher: dict[str, int], teacher_name: str) -> None:

@@ -33,7 +33,8 @@ class Teacher:
     ) -> float:
         """Return the mean next-token loss in nats over the tokens of the mask."""
         logits = self._causal_lm(input_ids=tokens_BS, use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
+        logits = logits.flatten(0, 1).float()
+        losses = F.cross_entropy(logits, labels_BS.flatten(), reduction="none")
         mask = mask_BS.flatten().float()
         return ((losses * mask).sum() / mask.sum().clamp(min=1)).item()
 

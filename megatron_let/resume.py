@@ -1,0 +1,61 @@
+"""Resuming: a run goes on as it began, or the user hears why it cannot.
+
+Megatron compares the student's shape with the checkpoint's and knows nothing of our flags.
+"""
+
+import os
+from argparse import Namespace
+
+from megatron.training.checkpointing import _load_base_checkpoint
+
+from megatron_let.errors import UsageError
+from megatron_let.methods.base import Method
+
+
+def check_resume(args: Namespace, method: Method) -> None:
+    """Compare this run with the one that saved the checkpoint of `--load`, if there is one.
+
+    Another method may go on from a checkpoint; the same one must go on with the same flags.
+
+    Raises:
+        UsageError: naming both values and the way out.
+    """
+    saved = _saved_args(args)
+    if saved is None:
+        return
+    method.check_checkpoint(saved)
+    if args.finetune:  # a run of its own, which takes the weights only
+        return
+    saved_method = vars(saved).get("method", "baseline")  # Megatron-LM's own checkpoints have none
+    if saved_method == args.method:
+        _check_flags(args, saved, method)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
+
+
+def _saved_args(args: Namespace) -> Namespace | None:
+    """Return the arguments saved in the checkpoint, None without one.
+
+    Every rank reads them before the model is built, as Megatron does with --use-checkpoint-args:
+    it is the small part of a checkpoint that holds no tensors.
+    """
+    if args.load is None:
+        return None
+    state, _, release, _ = _load_base_checkpoint(args.load, args, rank0=True)
+    return None if release or not state else state.get("args")
+
+
+def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:
+    for name in method.same_on_resume:
+        value, before = vars(args)[name], vars(saved).get(name)
+        if value != before:
+            raise UsageError(
+                f"This run has {_flag(name, value)}, the checkpoint in {args.load} was saved with "
+                f"{_flag(name, before)}. Resume with the checkpoint's, or start a new run from "
+                "its weights: --finetune, with another --save."
+            )
+
+
+def _flag(name: str, value: object) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None else f"{flag} {value}"

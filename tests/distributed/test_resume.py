@@ -1,0 +1,122 @@
+"""A run that is stopped and resumed ends in the weights of one that is not, bit for bit."""
+
+import shutil
+
+import pytest
+
+from tests.distributed.training import STEPS, checkpoint, hashes, records, run, series
+
+STOP = 4  # of `training.LET`
+KINDS = {
+    # Dropout depends on the random state, a weight decay that grows on the scheduler's.
+    "dropout": "--attention-dropout 0.1 --hidden-dropout 0.1 --start-weight-decay 0.01 "
+    "--end-weight-decay 0.3 --weight-decay-incr-style linear",
+    "linear_bf16": "--let-resize linear --bf16 --use-distributed-optimizer",
+}
+EVERY_2 = ("--save-interval", "2")
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, tmp_path_factory):
+    """Uninterrupted runs, which save every second step."""
+    folder = tmp_path_factory.mktemp("whole")
+    for kind, flags in KINDS.items():
+        save = str(folder / kind)
+        assert not run(1, *corpus.flags, *corpus.let(*flags.split()), "--save", save, *EVERY_2)
+    return folder
+
+
+def resume(corpus, load, save, step, *flags, method=None):
+    """Go on from one of the checkpoints of a run, as after a kill; return the usage error."""
+    method = corpus.let() if method is None else method
+    folders = ("--load", str(load), "--ckpt-step", str(step), "--save", str(save))
+    return run(1, *corpus.flags, *method, *flags, *folders)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6], ids=["before_stop", "at_stop", "after_stop"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_ends_like_the_uninterrupted_one(corpus, whole, tmp_path, kind, step):
+    if step >= STOP:  # then the teacher's weights are not even there
+        ignore = shutil.ignore_patterns("model.safetensors")
+        shutil.copytree(corpus.folder / "teacher", tmp_path / "teacher", ignore=ignore)
+        teacher = ("--teacher-model", str(tmp_path / "teacher"))
+    else:
+        teacher = ()
+    save = tmp_path / "resumed"
+    assert not resume(corpus, whole / kind, save, step, *KINDS[kind].split(), *teacher)
+
+    expected = hashes(whole / kind)
+    assert len(expected) >= 27  # 9 weights and two moments of each
+    assert hashes(save) == expected
+    for key in ("lm loss", "let loss", "let weight", "learning-rate"):
+        values = series(whole / kind, key)
+        assert series(save, key) == {i: value for i, value in values.items() if i > step}, key
+    assert set(series(whole / kind, "let loss")) == {1, 2, 3, 4}
+    before, after = checkpoint(whole / kind).args(), checkpoint(save).args()
+    assert after.consumed_train_samples == before.consumed_train_samples == STEPS * 8
+    assert after.teacher_fingerprint == before.teacher_fingerprint
+    assert (records(save, "start")[step]["teacher"] is None) == (step >= STOP)
+
+
+def test_uninterrupted_runs_differ_with_the_seed(corpus, whole, tmp_path):
+    """The twin: what is compared above does depend on the random state."""
+    flags = (*KINDS["dropout"].split(), "--seed", "4321")
+    assert not resume(corpus, whole / "dropout", tmp_path, 6, *flags, "--no-load-rng")
+    assert series(tmp_path, "lm loss")[7] != series(whole / "dropout", "lm loss")[7]
+
+
+# --- after the stop, without the teacher -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_baseline_finishes_a_run_whose_guidance_is_over(corpus, whole, tmp_path, kind):
+    flags = KINDS[kind].replace("--let-resize linear", "").split()
+    assert not resume(corpus, whole / kind, tmp_path, 4, *flags, method=[])
+    expected = hashes(whole / kind)
+    learned_map = {name for name in expected if "let_resize" in name}
+    assert bool(learned_map) == (kind == "linear_bf16")
+    assert hashes(tmp_path) == {n: h for n, h in expected.items() if n not in learned_map}
+
+
+def test_a_missing_teacher_is_named_with_the_way_out(corpus, whole, tmp_path):
+    gone = ("--teacher-model", str(tmp_path / "gone"))
+    flags = KINDS["dropout"].split()
+    error = resume(corpus, whole / "dropout", tmp_path / "save", 6, *flags, *gone)
+    assert str(tmp_path / "gone") in error
+    assert "goes on without a teacher: --method baseline" in error
+
+
+# --- what a resumed run must share with its checkpoint -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        ("--let-layer 3", ("--let-layer 3", "--let-layer 2")),
+        ("--let-stop-step 6", ("--let-stop-step 6", "--let-stop-step 4")),
+        ("--let-weight 2", ("--let-weight 2.0", "--let-weight 1.0")),
+        ("--let-resize linear", ("holds no learned map", "--let-resize linear")),
+    ],
+)
+def test_another_guidance_is_refused(corpus, whole, tmp_path, flags, values):
+    error = resume(corpus, whole / "dropout", tmp_path, 2, *flags.split())
+    assert all(value in error for value in values), error
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_another_teacher_is_refused(corpus, whole, tmp_path):
+    before = checkpoint(whole / "dropout").args().teacher_fingerprint
+    flags = (*KINDS["dropout"].split(), "--teacher-model", f"{corpus.folder}/other")
+    error = resume(corpus, whole / "dropout", tmp_path, 2, *flags)
+    assert f"but {before} guided the run" in error
+    assert str(whole / "dropout") in error and "--finetune" in error
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_finetune_takes_the_weights_with_another_guidance(corpus, whole, tmp_path):
+    flags = ("--teacher-model", f"{corpus.folder}/other", "--let-layer", "3")
+    short = ("--finetune", "--exit-interval", "1")
+    assert not resume(corpus, whole / "dropout", tmp_path, 2, *flags, *short)
+    assert set(series(tmp_path, "let loss")) == {1}
+    before, after = checkpoint(whole / "dropout").args(), checkpoint(tmp_path).args()
+    assert after.teacher_fingerprint != before.teacher_fingerprint

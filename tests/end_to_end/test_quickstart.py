@@ -1,0 +1,28 @@
+"""The quickstart's own path, in its --fast form: from Python sources to the report."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def quickstart(folder, *options):
+    command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--fast"]
+    command += ["--processes", "1", "--output", str(folder), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_fast_quickstart_reports_and_is_kept(tmp_path):
+    first = quickstart(tmp_path)
+    results = tmp_path / "fast" / "behind"
+    assert "| let" in (results / "report.md").read_text()
+    assert (results / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "Regime: the plain student" in first
+    assert "goes on from" in first
+    logs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}
+    assert len(logs) == 3
+    quickstart(tmp_path)
+    assert logs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}

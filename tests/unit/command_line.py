@@ -1,0 +1,98 @@
+"""Run in a worker: command lines up to the point where the model would be built."""
+
+import argparse
+import contextlib
+import inspect
+import io
+import sys
+from typing import Any
+
+from megatron.training import training
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_let import arguments, entry
+from megatron_let.errors import UsageError
+from megatron_let.methods import build_method
+from megatron_let.methods.let import REFUSED_FLAGS
+from megatron_let.run_log import count_parameters
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 "
+    "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 2 --lr 1e-3 "
+    "--tokenizer-type NullTokenizer --vocab-size 255 --make-vocab-size-divisible-by 8 "
+    "--eval-iters 0 --cpu"
+).split()
+
+
+def usage_errors(command_lines: list[list[str]]) -> list[str]:
+    """The message with which each command line ends; empty if it is fine."""
+    return [usage_error(flags) for flags in command_lines]
+
+
+def usage_error(flags: list[str]) -> str:
+    """The message of one command line; anything but a usage error is raised."""
+    training.destroy_global_state()
+    sys.argv = ["pretrain_let.py", *MODEL, *flags]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            args = entry.parse_arguments()
+        entry.model_config(args, build_method(args))
+    except UsageError as error:
+        return str(error)
+    except SystemExit:  # argparse's own
+        return printed.getvalue()
+    return ""
+
+
+def parser_facts() -> dict[str, Any]:
+    """The whole help text, and what the parser knows of the flags that we refuse."""
+    parser = argparse.ArgumentParser(prog="pretrain_let.py", allow_abbrev=False)
+    arguments.add_arguments(add_megatron_arguments(parser))
+    flags = {action.dest: (action.option_strings, action.default) for action in parser._actions}
+    ours = {f for group in arguments.GROUPS.values() for f in inspect.get_annotations(group)}
+    return {
+        "help": parser.format_help(),
+        "flags": {name: flags[name] for name in flags if name in REFUSED_FLAGS},
+        "refused": REFUSED_FLAGS,
+        "unsupported": entry.UNSUPPORTED_FLAGS,
+        "options": [option for options, _ in flags.values() for option in options],
+        "ours": sorted(ours),
+    }
+
+
+def signatures() -> dict[str, list[str]]:
+    """Parameters of the functions of Megatron that a run log wraps."""
+    functions = (training.training_log, training.evaluate)
+    return {f.__name__: list(inspect.signature(f).parameters) for f in functions}
+
+
+def number_of_parameters(flags: list[str]) -> int:
+    """Build a student and count it."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    training.destroy_global_state()
+    sys.argv = ["pretrain_let.py", *MODEL, "--mock-data", "--train-iters", "10", *flags]
+    args = entry.parse_arguments()
+    config = entry.model_config(args, build_method(args))
+    training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
+    chunks, _, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return count_parameters(chunks)
+
+
+def train(flags: list[str]) -> str:
+    """Run `pretrain_let.py` to its end; return what it printed."""
+    import pretrain_let
+
+    training.destroy_global_state()
+    sys.argv = ["pretrain_let.py", *MODEL, "--mock-data", *flags]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        pretrain_let.main()
+    return printed.getvalue()

@@ -1,0 +1,185 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from megatron_let.errors import UsageError
+from megatron_let.teacher.load import (
+    check_token_ids,
+    fingerprint,
+    load_causal_lm,
+    read_teacher_config,
+    read_token_ids,
+)
+from megatron_let.testing import ARCHITECTURES, save_tiny_teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Llama without a tokenizer."""
+    return save_tiny_teacher(tmp_path_factory.mktemp("llama"), vocab_size=64, width=16)
+
+
+def load(folder):
+    return load_causal_lm(read_teacher_config(str(folder)), torch.float32, CPU)
+
+
+def change_weights(source, folder, change):
+    """Copy a teacher with its weights changed by `change(dict)`."""
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    weights = load_file(source / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_width_context_and_vocabulary_of_every_architecture(architecture, tmp_path):
+    save_tiny_teacher(tmp_path, architecture, vocab_size=72, width=24)
+    config = read_teacher_config(str(tmp_path))
+    assert (config.hidden_size, config.context, config.vocab_size) == (24, 128, 72)
+    assert not read_token_ids(str(tmp_path))  # no tokenizer in the folder, none made up
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"--teacher-model .*/nowhere: there is no such folder"):
+        read_teacher_config(str(tmp_path / "nowhere"))
+
+
+def test_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"not a readable model folder: .* config.json"):
+        read_teacher_config(str(tmp_path))
+
+
+def test_encoders_are_refused(tmp_path):
+    bert = BertConfig(
+        vocab_size=32,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    BertModel(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match="is a BertModel, not a causal language model. Choose"):
+        read_teacher_config(str(tmp_path / "bert"))
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UsageError, match="is a T5ForConditionalGeneration, not a causal"):
+        read_teacher_config(str(tmp_path / "t5"))
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_teacher_is_frozen_in_evaluation_mode_and_of_the_asked_precision(folder):
+    model = load_causal_lm(read_teacher_config(str(folder)), torch.bfloat16, CPU)
+    assert not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loading_leaves_every_random_number_generator_as_it_was(architecture, tmp_path):
+    save_tiny_teacher(tmp_path, architecture)
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2])
+
+
+def test_missing_weights_are_refused_instead_of_drawn(folder, tmp_path):
+    def remove(weights):
+        del weights["model.layers.1.mlp.up_proj.weight"]
+
+    broken = change_weights(folder, tmp_path / "broken", remove)
+    with pytest.raises(UsageError, match=r"lacks 1 weights, such as .*layers.1.mlp.up_proj.weight"):
+        load(broken)
+
+
+def test_a_folder_without_weights_says_which_file_it_needs(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UsageError, match=r"could not be loaded.*model.safetensors"):
+        load(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(folder, tmp_path):
+    def cut(weights):
+        weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+
+    with pytest.raises(UsageError, match="could not be loaded"):
+        load(change_weights(folder, tmp_path / "cut", cut))
+
+
+# --- fingerprint --------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_the_same_at_every_load(folder):
+    assert fingerprint(load(folder)) == fingerprint(load(folder))
+
+
+def test_fingerprint_changes_with_any_weight(folder):
+    model = load(folder)
+    seen = {fingerprint(model)}
+    weights = list(model.parameters())
+    for weight in weights:
+        with torch.no_grad():
+            weight.view(-1)[-1] += 1e-3
+        seen.add(fingerprint(model))
+    assert len(seen) == len(weights) + 1
+
+
+# --- token ids ----------------------------------------------------------------------------------
+
+
+def test_tokenizer_of_the_folder_is_read(folder, tmp_path):
+    words = {"a": 0, "b": 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert read_token_ids(str(tmp_path)) == words
+
+
+def test_equal_ids_and_a_larger_vocabulary_are_fine():
+    check_token_ids({"a": 0, "b": 1}, {"a": 0, "b": 1}, "teacher")
+    check_token_ids({"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}, "teacher")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told"), [({"a": 0, "b": 2}, "'b' is 1 .* and 2"), ({"a": 0}, "'b' .* absent")]
+)
+def test_another_id_and_an_absent_token_are_named(teacher, told):
+    with pytest.raises(UsageError, match=told) as error:
+        check_token_ids({"a": 0, "b": 1}, teacher, "small-model")
+    assert "--tokenizer-model small-model" in str(error.value)
+
+
+def test_same_size_in_another_order_is_no_match():
+    with pytest.raises(UsageError):
+        check_token_ids({"a": 0, "b": 1}, {"a": 1, "b": 0}, "teacher")
+
+
+def test_a_table_with_padding_rows_loads(folder):
+    """64 rows for two tokens: the table's size is not the tokenizer's."""
+    assert read_teacher_config(str(folder)).vocab_size == 64
+    check_token_ids({"a": 0, "b": 1}, {"a": 0, "b": 1}, str(folder))
+    assert isinstance(
+        load(folder), AutoModelForCausalLM._model_mapping[load(folder).config.__class__]
+    )

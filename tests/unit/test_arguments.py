@@ -1,0 +1,203 @@
+"""Command lines that cannot be right: each is told in one paragraph that names value and way out.
+
+They go through `entry`, in one worker, up to the point where the model would be built.
+"""
+
+import re
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, T5Config
+
+from megatron_let.testing import run_distributed, save_tiny_teacher
+
+STEPS = "--train-iters 10"
+LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
+CONSTANT = f"{LET} --let-decay constant"
+PLAIN = f"{STEPS} --mock-data"
+
+# name: (flags, patterns that the message must hold)
+MISTAKES = {
+    "teacher folder missing": (
+        f"{CONSTANT} --teacher-model TMP/nowhere",
+        "--teacher-model TMP/nowhere: there is no such folder.*hub id",
+    ),
+    "no model in the folder": (f"{CONSTANT} --teacher-model TMP/empty", "TMP/empty .*config.json"),
+    "not a causal language model": (
+        f"{CONSTANT} --teacher-model TMP/t5",
+        "TMP/t5 is a T5ForConditionalGeneration, not a causal language model. Choose",
+    ),
+    "token ids disagree": (
+        f"{CONSTANT} --teacher-model TMP/other --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model TMP/tokenizer",
+        "'b' is 1 in the student's.* 2 in .*TMP/other.*--tokenizer-model TMP/other",
+    ),
+    "teacher with a smaller vocabulary": (
+        f"{CONSTANT} --teacher-model TMP/small",
+        "TMP/small knows 100 token ids, the student 25[56]: choose",
+    ),
+    "sequences beyond the teacher's context": (
+        f"{CONSTANT} --seq-length 256 --max-position-embeddings 256",
+        r"--seq-length 256 is longer .*TMP/teacher \(128 tokens\)",
+    ),
+    "layer zero": (f"{CONSTANT} --let-layer 0", "--let-layer 0 .*--num-layers 4 allows 1 to 4"),
+    "negative layer": (f"{CONSTANT} --let-layer -1", "--let-layer -1 .*allows 1 to 4"),
+    "layer beyond the model": (f"{CONSTANT} --let-layer 5", "--let-layer 5 .*allows 1 to 4"),
+    "default stop beyond a short run": (
+        LET,
+        r"--let-stop-step 1500 \(the default\) .*run's 10. .*at most 10, or --let-decay constant",
+    ),
+    "stop step beyond the run": (f"{LET} --let-stop-step 11", "--let-stop-step 11 is beyond.* 10"),
+    "stop samples beyond the run": (
+        f"{LET} --let-stop-samples 21",
+        "--let-stop-samples 21 is beyond the run's 20. .*at most 20",
+    ),
+    "stop step beyond a run given in samples": (
+        LET.replace(STEPS, "--train-samples 20") + " --let-stop-step 11",
+        "--let-stop-step 11 is beyond the run's 10",
+    ),
+    "stop at nothing": (f"{LET} --let-stop-step 0", "--let-stop-step 0 must be at least 1"),
+    "stop of a constant weight": (
+        f"{CONSTANT} --let-stop-step 5",
+        "--let-decay constant .*no effect. Remove --let-stop-step .*--let-decay step",
+    ),
+    "both stops": (f"{LET} --let-stop-step 5 --let-stop-samples 5", "or --let-stop-samples, not"),
+    "weight zero": (f"{CONSTANT} --let-weight 0", "--let-weight 0.0 .*0.1.*--method baseline"),
+    "negative weight": (f"{CONSTANT} --let-weight -1", "--let-weight -1.0 .*positive"),
+    "weight that is no number": (f"{CONSTANT} --let-weight nan", "--let-weight nan .*positive"),
+    "LET flag without the method": (
+        f"{PLAIN} --let-layer 2",
+        "--let-layer has no effect with --method baseline. Remove it, or add --method let",
+    ),
+    "the same with an equals sign": (f"{PLAIN} --let-layer=2", "^--let-layer has no effect"),
+    "teacher without the method": (f"{PLAIN} --teacher-model x", "--teacher-model has no effect"),
+    "method without a teacher": (f"{PLAIN} --method let", "needs a teacher. Add --teacher-model"),
+    "unknown method": (f"{PLAIN} --method lett", "--method: invalid choice: 'lett' .*baseline"),
+    "misspelt flag": (f"{PLAIN} --let-layr 2", "unrecognized arguments: --let-layr 2"),
+    "save without an interval": (
+        f"{PLAIN} --save TMP/run",
+        "--save TMP/run needs --save-interval, .*--save-interval 10",
+    ),
+    "no data at the prefix": (
+        f"{STEPS} --data-path TMP/text_document",
+        "No data at TMP/text_document: text_document.bin and text_document.idx .*preprocess_data",
+    ),
+    "no data in a blend": (
+        f"{STEPS} --train-data-path 0.5 TMP/one 0.5 TMP/absent",
+        "No data at TMP/absent: absent.bin",
+    ),
+    "no tokenizer in the folder": (
+        f"{PLAIN} --tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/empty",
+        "Megatron-LM refuses these flags: .*TMP/empty",
+    ),
+    "an assertion of Megatron's": (
+        f"{PLAIN} --global-batch-size 3",
+        r"Megatron-LM refuses these flags: .*\(3\) must be divisible by",
+    ),
+    "an assertion of Megatron's without words": (
+        f"{PLAIN} --hidden-size 30",
+        "Megatron-LM refuses these flags: assert args.hidden_size % args.num_attention_heads == 0",
+    ),
+    "another kind of batches": (f"{PLAIN} --sft", "--sft is not supported: .*pretrain_gpt.py"),
+    "configuration file": (f"{PLAIN} --yaml-cfg TMP/x.yaml", "--yaml-cfg is not supported"),
+    "configuration file with equals sign": (f"{PLAIN} --yaml-cfg=x", "--yaml-cfg is not supported"),
+    "own layer specification": (f"{CONSTANT} --spec local", "--spec .*--method let: .*Remove it"),
+    "document boundaries in the mask": (
+        f"{CONSTANT} --reset-attention-mask",
+        "--reset-attention-mask is not supported with --method let: .*--method baseline",
+    ),
+    "CUDA graphs": (f"{CONSTANT} --cuda-graph-impl local", "--cuda-graph-impl local is not supp"),
+}
+
+FINE = {
+    "baseline": PLAIN,
+    "guided for the whole run": CONSTANT,
+    "guided until the last step": f"{LET} --let-stop-step 10",
+    "guided until the last sample": f"{LET} --let-stop-samples 20",
+    "larger vocabulary of the teacher": f"{CONSTANT} --vocab-size 100",
+    "teacher's tokenizer knows more": f"{CONSTANT} --teacher-model TMP/superset "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/tokenizer",
+    "document boundaries without a teacher": f"{PLAIN} --reset-attention-mask",
+    "blend with weights": f"{STEPS} --train-data-path 0.5 TMP/one 0.5 TMP/one "
+    "--valid-data-path TMP/one",
+}
+
+
+def save_tokenizer(folder, *words):
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    for name in ("teacher", "other", "superset"):
+        save_tiny_teacher(folder / name)
+    save_tiny_teacher(folder / "small", vocab_size=100)
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(folder / "t5")
+    save_tokenizer(folder / "tokenizer", "a", "b")
+    save_tokenizer(folder / "other", "a", "c", "b")
+    save_tokenizer(folder / "superset", "a", "b", "c")
+    (folder / "empty").mkdir()
+    for ending in ("bin", "idx"):
+        (folder / f"one.{ending}").touch()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def messages(tmp):
+    """Message of every command line above, paths of this run written as TMP."""
+    flags = {name: flags for name, (flags, _) in MISTAKES.items()} | FINE
+    lines = [line.replace("TMP", tmp).split() for line in flags.values()]
+    [found] = run_distributed("tests.unit.command_line:usage_errors", 1, lines)
+    return {name: text.replace(tmp, "TMP") for name, text in zip(flags, found, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def parser():
+    [facts] = run_distributed("tests.unit.command_line:parser_facts", 1)
+    return facts
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told_with_its_value_and_the_way_out(name, messages):
+    pattern = MISTAKES[name][1]
+    assert re.search(pattern, messages[name], re.DOTALL), messages[name]
+    assert "Traceback" not in messages[name]
+    assert len(messages[name]) < 500
+    assert "\n\n" not in messages[name]
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_can_be_right_is_not_refused(name, messages):
+    assert messages[name] == ""
+
+
+# --- names, and help ----------------------------------------------------------------------------
+
+
+def test_every_refused_flag_exists_in_megatrons_parser(parser):
+    """A misspelt name would refuse nothing."""
+    assert parser["flags"].keys() == parser["refused"].keys()
+    for name, (options, default) in parser["flags"].items():
+        assert f"--{name.replace('_', '-')}" in options
+        assert default in parser["refused"][name], "would be refused without being given"
+
+
+def test_every_unsupported_flag_exists_in_megatrons_parser(parser):
+    flags = {f"--{name.replace('_', '-')}" for name in parser["unsupported"]}
+    assert flags <= set(parser["options"])
+
+
+def test_help_shows_our_groups_first_and_then_all_of_megatrons(parser):
+    text = parser["help"]
+    ours = [text.index(f"\nmegatron_let: {name}:\n") for name in ("method", "teacher", "LET")]
+    upstream = [text.index("\noptions:"), text.index("\n  --num-layers ")]
+    assert ours == sorted(ours) and max(ours) < min(upstream)
+    assert text[: ours[0]].count("\n") < 10, "the synopsis of 900 flags hides the help"
+
+
+def test_help_explains_each_of_our_flags(parser):
+    for flag in (f"--{name.replace('_', '-')}" for name in parser["ours"]):
+        entry = re.search(rf"\n  {flag}\b[^\n]*\n?((?:\s{{10,}}[^\n]*\n)+)", parser["help"])
+        assert entry and len(entry[0].split()) > 5, flag
