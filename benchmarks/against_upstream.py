@@ -17,6 +17,7 @@ two medians over steps. Times on a busy machine mean little: the spread is print
 import argparse
 import hashlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,16 +155,24 @@ def train(program: str, args: argparse.Namespace, folder: Path) -> Outcome:
         command += [str(ROOT / "pretrain_let.py"), "--cpu", "--method", "baseline"]
     else:
         command += [str(ROOT / "benchmarks" / "run_upstream.py"), str(args.megatron_lm.resolve())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     folder.mkdir(parents=True)
     log = folder / "log.txt"
-    with log.open("w") as file:
-        code = subprocess.call(
-            command + flags(args, folder), env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+    code = call(command + flags(args, folder), log)
     if code != 0:
         raise UsageError(f"{program}: exit status {code}; its log ends:\n{log.read_text()[-3000:]}")
     return read_outcome(folder, args.steps)
+
+
+def call(command: list[str], log: Path) -> int:
+    """Run a command to its end, or, when this program is stopped, to a clean end of its workers."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()  # torchrun ends its workers then; nothing happens if it has ended
+        process.wait()
 
 
 def read_outcome(folder: Path, steps: int) -> Outcome:
@@ -246,6 +255,7 @@ def summarize(args: argparse.Namespace, ratios: list[float], differences: list[s
 
 def main() -> int:
     """Compare the two programs."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clean up
     try:
         args = parse_arguments()
         started = time.perf_counter()

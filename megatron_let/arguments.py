@@ -7,6 +7,7 @@ ours are left, since checkpoints save them and load them again with `weights_onl
 import math
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,19 +111,19 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
     Raises:
         UsageError: naming the flag, its value and the way out.
     """
-    _refuse_flags_of_other_methods(args, argv)
-    if args.method == "let":  # the flags' own group, not a branch of the training loop
-        _check_let(args)
-
-
-def _refuse_flags_of_other_methods(args: Namespace, argv: list[str]) -> None:
-    prefixes = {"baseline": (), "let": ("--let-", "--teacher-")}
-    for flag in (word.split("=")[0] for word in argv if word.startswith(("--let-", "--teacher-"))):
-        if not flag.startswith(prefixes[args.method] or "-" * 9):
+    prefixes, check = METHOD_FLAGS[args.method]
+    every_prefix = tuple(prefix for rules in METHOD_FLAGS.values() for prefix in rules[0])
+    for flag in (word.split("=")[0] for word in argv if word.startswith(every_prefix)):
+        if not flag.startswith(prefixes):
             raise UsageError(
                 f"{flag} has no effect with --method {args.method}. "
                 "Remove it, or add --method let to train with a teacher."
             )
+    check(args)
+
+
+def _check_baseline(args: Namespace) -> None:
+    """Megatron checks its own flags."""
 
 
 def _check_let(args: Namespace) -> None:
@@ -181,3 +182,10 @@ def _run_length(args: Namespace, unit: str) -> int | None:
     if unit == "steps":
         return args.train_samples and args.train_samples // args.global_batch_size
     return args.train_iters and args.train_iters * args.global_batch_size
+
+
+METHOD_FLAGS: dict[str, tuple[tuple[str, ...], Callable[[Namespace], None]]] = {
+    "baseline": ((), _check_baseline),
+    "let": (("--let-", "--teacher-"), _check_let),
+}
+"""For each method the prefixes of the flags that it knows, and their check."""

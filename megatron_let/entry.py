@@ -46,11 +46,14 @@ def parse_arguments() -> Namespace:
     """
     if not any("fsdp" in word for word in sys.argv):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
+    if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     _refuse_unsupported(sys.argv)
     flags = parse_args(arguments.add_arguments)
     arguments.check_flags(flags, sys.argv)
     _check_data_paths(flags)
-    _check_save(flags)
+    _check_needed(flags)
     args = _megatron_arguments()
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
     _check_data_tokenizer(args)
@@ -95,7 +98,16 @@ def _check_data_paths(args: Namespace) -> None:
         )
 
 
-def _check_save(args: Namespace) -> None:
+def _check_needed(args: Namespace) -> None:
+    """Numbers that Megatron computes with although they have no default."""
+    if not args.skip_train:
+        for flag, meaning, value in (
+            ("--train-iters", "number of training steps", args.train_iters or args.train_samples),
+            ("--lr", "peak learning rate", args.lr),
+            ("--eval-interval", "steps between two evaluations", args.eval_interval),
+        ):
+            if value is None:
+                raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
     if args.save is not None and args.save_interval is None:
         raise UsageError(
             f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "

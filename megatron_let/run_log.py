@@ -34,6 +34,7 @@ class RunLog:
         self._known_keys: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._num_steps = 0
+        self._iteration = 0
         self._evaluated: set[int] = set()
 
     @contextlib.contextmanager
@@ -54,6 +55,7 @@ class RunLog:
         path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._iteration = args.iteration
         self.file = MetricsFile(path, args.iteration)
         facts = self.method.describe()
         self.file.write(
@@ -111,6 +113,7 @@ class RunLog:
                     total_loss_dict.pop(key, None)  # else logged as 0.0 for the rest of the run
                 self._known_keys = set(ours)
                 loss_dict.update(ours)
+            self._iteration = iteration
             self._count_step(loss_dict)
             result = training_log(
                 loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
@@ -148,11 +151,10 @@ class RunLog:
     def _write_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
         # After training Megatron evaluates the validation set once more, then the test set, at
         # the same iteration: the first evaluation of an iteration is the one that counts.
-        iteration = self.args.curr_iteration + 1
-        if losses and iteration not in self._evaluated:
-            self._evaluated.add(iteration)
+        if losses and self._iteration not in self._evaluated:
+            self._evaluated.add(self._iteration)
             values = {key: value.item() for key, value in losses.items()}
-            self.file.write("valid", iteration, **values)
+            self.file.write("valid", self._iteration, **values)
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:

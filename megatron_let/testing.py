@@ -14,6 +14,7 @@ import queue
 import signal
 import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,17 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _end_with_parent() -> None:
+    """End this worker and what it started when the test process is gone, however it went."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
     os.setpgrp()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -164,6 +164,7 @@ class Let(Method):
         self.facts = {
             "name": self.config.name,
             "parameters": self.teacher.parameters,
+            "stage": mpu.get_pipeline_model_parallel_rank(),
             "fingerprint": fingerprint(model),
             "flops_per_token": self.teacher.forward_flops(1, self.args.seq_length),
         }
@@ -286,10 +287,11 @@ class Let(Method):
         else:
             course = f"{args.let_decay} until step {args.let_stop_step}"
         layer = f"layer {args.let_layer} of {args.num_layers}"
-        lines = [f"LET: {layer}, weight {args.let_weight} {course}"]
         if not self.facts:
-            return [*lines, "the guidance is over: no teacher is loaded"]
+            return [f"LET: {layer}; the guidance is over, no teacher is loaded"]
         facts = self.facts
+        stage = f"pipeline stage {facts['stage']} of {args.pipeline_model_parallel_size}"
+        lines = [f"LET: {layer}, on {stage} (from 0), weight {args.let_weight} {course}"]
         loss = facts["lm_loss"]
         lines.append(
             f"teacher {facts['name']}: {facts['parameters'] / 1e6:.2f} M parameters, weights "

@@ -58,9 +58,7 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
         )
     # OPT projects its states to the embedding's width after the last layer; the others have one.
     width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    return TeacherConfig(
-        name, revision, width, config.max_position_embeddings, config.vocab_size
-    )
+    return TeacherConfig(name, revision, width, config.max_position_embeddings, config.vocab_size)
 
 
 def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:

@@ -74,7 +74,9 @@ def number_of_parameters(flags: list[str]) -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     training.destroy_global_state()
-    sys.argv = ["pretrain_let.py", *MODEL, "--mock-data", "--train-iters", "10", *flags]
+    entry.use_prebuilt_helpers()
+    steps = "--mock-data --train-iters 10 --eval-interval 5".split()
+    sys.argv = ["pretrain_let.py", *MODEL, *steps, *flags]
     args = entry.parse_arguments()
     config = entry.model_config(args, build_method(args))
     training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, T5Config
 
 from megatron_let.testing import run_distributed, save_tiny_teacher
 
-STEPS = "--train-iters 10"
+STEPS = "--eval-interval 5 --train-iters 10"
 LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
 CONSTANT = f"{LET} --let-decay constant"
 PLAIN = f"{STEPS} --mock-data"
@@ -53,7 +53,7 @@ MISTAKES = {
         "--let-stop-samples 21 is beyond the run's 20. .*at most 20",
     ),
     "stop step beyond a run given in samples": (
-        LET.replace(STEPS, "--train-samples 20") + " --let-stop-step 11",
+        LET.replace("--train-iters 10", "--train-samples 20") + " --let-stop-step 11",
         "--let-stop-step 11 is beyond the run's 10",
     ),
     "stop at nothing": (f"{LET} --let-stop-step 0", "--let-stop-step 0 must be at least 1"),
@@ -74,6 +74,8 @@ MISTAKES = {
     "method without a teacher": (f"{PLAIN} --method let", "needs a teacher. Add --teacher-model"),
     "unknown method": (f"{PLAIN} --method lett", "--method: invalid choice: 'lett' .*baseline"),
     "misspelt flag": (f"{PLAIN} --let-layr 2", "unrecognized arguments: --let-layr 2"),
+    "no number of steps": ("--mock-data --eval-interval 5", "Add --train-iters, the number of"),
+    "no evaluation interval": ("--mock-data --train-iters 5", "Add --eval-interval, the steps"),
     "save without an interval": (
         f"{PLAIN} --save TMP/run",
         "--save TMP/run needs --save-interval, .*--save-interval 10",

@@ -47,36 +47,37 @@ def test_signatures_of_the_wrapped_functions_are_the_known_ones():
 
 # --- parameters ---------------------------------------------------------------------------------
 
-LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope"
-GQA = "--group-query-attention --num-query-groups 2 --kv-channels 16 --ffn-hidden-size 48"
+LLAMA = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--ffn-hidden-size 48"
+)
+GQA = "--group-query-attention --num-query-groups 2 --kv-channels 16"
 UNTIED = "--untie-embeddings-and-output-weights"
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 
 
-def llama_parameters(*, groups, head, ffn, tables):
+def llama_parameters(*, groups, head, tables):
     """Four layers of width 32 and 4 heads, 256 tokens."""
-    width, heads, layers, vocab = 32, 4, 4, 256
+    width, heads, ffn, layers, vocab = 32, 4, 48, 4, 256
     attention = width * head * (2 * heads + 2 * groups)
     layer = attention + 3 * width * ffn + 2 * width  # the layer's two norms
     return layers * layer + width + tables * vocab * width  # and the final norm
 
 
 @pytest.mark.parametrize(
-    "layout", ["--global-batch-size 4", TP2, f"{TP2} --sequence-parallel", PP2]
-)
-@pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("layout", "flags", "expected"),
     [
-        (f"{LLAMA} --ffn-hidden-size 48 {UNTIED}", dict(groups=4, head=8, ffn=48, tables=2)),
-        (f"{LLAMA} {GQA} {UNTIED}", dict(groups=2, head=16, ffn=48, tables=2)),
-        (f"{LLAMA} {GQA}", dict(groups=2, head=16, ffn=48, tables=1)),
+        ("--global-batch-size 4", UNTIED, {"groups": 4, "head": 8, "tables": 2}),
+        (f"{TP2} --sequence-parallel", f"{GQA} {UNTIED}", {"groups": 2, "head": 16, "tables": 2}),
+        (TP2, GQA, {"groups": 2, "head": 16, "tables": 1}),
+        (PP2, GQA, {"groups": 2, "head": 16, "tables": 1}),  # both stages hold the tied table
     ],
-    ids=["untied", "gqa-untied", "gqa-tied"],
+    ids=["dp2-untied", "tp2-sp-gqa-untied", "tp2-gqa-tied", "pp2-gqa-tied"],
 )
-def test_every_parameter_is_counted_once_in_every_layout(flags, expected, layout):
+def test_every_parameter_is_counted_once_in_every_layout(layout, flags, expected):
     function = "tests.unit.command_line:number_of_parameters"
-    counts = run_distributed(function, 2, f"{flags} {layout}".split())
+    counts = run_distributed(function, 2, f"{LLAMA} {flags} {layout}".split())
     assert counts == [llama_parameters(**expected)] * 2
 
 
@@ -118,7 +119,7 @@ def test_report_reads_what_a_run_wrote(run):
 
 
 def test_learned_map_is_no_parameter_of_the_student(run):
-    expected = llama_parameters(groups=2, head=16, ffn=48, tables=2)
+    expected = llama_parameters(groups=2, head=16, tables=2)
     assert read_run(run[0]).student_parameters == expected
 
 
@@ -161,9 +162,9 @@ def test_summary_names_student_teacher_layer_and_cost(run):
     _, printed = run
     for words in (
         "> --method let",
-        "> student: 0.03 M parameters, 4 layers of width 32, TP 1 x PP 1 x DP 1",
+        "> student: 0.06 M parameters, 4 layers of width 32, TP 1 x PP 1 x DP 1",
         "> LET: layer 2 of 4, weight 0.5 linear until step 3",
-        "/teacher: 0.06 M parameters, weights ",
+        "/teacher: 0.07 M parameters, weights ",
         "> expected extra FLOPs in a guided step: ",
     ):
         assert words in printed

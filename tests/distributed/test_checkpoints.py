@@ -1,0 +1,142 @@
+"""What a checkpoint holds, and who can load it."""
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megatron_let.conversion.to_hf import ExportConfig, export
+from tests.distributed.training import (
+    TP2_PP2,
+    checkpoint,
+    hashes,
+    only_weights,
+    records,
+    run,
+    series,
+    tensor_names,
+)
+
+METHODS = {"baseline": None, "let": "", "linear": "--let-resize linear"}
+LEARNED_MAP = "decoder.layers.let_resize.weight"
+# One step at learning rate 0 saves the weights that a run starts with.
+INITIAL = "--lr 0 --min-lr 0 --weight-decay 0 --exit-interval 1".split()
+
+
+def method_flags(corpus, name):
+    return [] if METHODS[name] is None else corpus.let(*METHODS[name].split())
+
+
+@pytest.fixture(scope="session")
+def initial(corpus, tmp_path_factory):
+    """The initial checkpoint of a method in a layout."""
+    made = {}
+
+    def save(method, layout=()):
+        key = (method, bool(layout))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(method)
+            flags = [*corpus.flags, *method_flags(corpus, method), *layout, *INITIAL]
+            assert not run(4 if layout else 1, *flags, "--save", str(folder))
+            made[key] = folder
+        return made[key]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """Runs of all methods, ended after 2 of 8 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    for method in METHODS:
+        flags = [*corpus.flags, *method_flags(corpus, method), "--exit-interval", "2"]
+        assert not run(1, *flags, "--save", str(folder / method))
+    return folder
+
+
+@pytest.mark.parametrize("layout", [[], TP2_PP2], ids=["single", "tp2_pp2"])
+@pytest.mark.parametrize("method", ["let", "linear"])
+def test_methods_start_from_the_same_weights(initial, method, layout):
+    expected, actual = (hashes(initial(name, layout)) for name in ("baseline", method))
+    expected, actual = ({n: h[n] for n in only_weights(h)} for h in (expected, actual))
+    assert actual.keys() - expected.keys() == ({LEARNED_MAP} if method == "linear" else set())
+    assert {name: actual[name] for name in expected} == expected
+
+
+# --- what is in it -----------------------------------------------------------------------------
+
+
+def test_nothing_of_the_teacher_is_saved(trained):
+    baseline, let, linear = (checkpoint(trained / method) for method in METHODS)
+    assert let.names == baseline.names
+    added = tensor_names(linear) - tensor_names(baseline)
+    assert added == {LEARNED_MAP} | {
+        f"optimizer.state.{moment}.{LEARNED_MAP}" for moment in ("exp_avg", "exp_avg_sq")
+    }
+    assert linear.names - baseline.names == added
+
+
+def test_our_arguments_are_plain_scalars(trained):
+    """Or `torch.load(weights_only=True)`, with which Megatron reads them, would refuse them."""
+    args = vars(checkpoint(trained / "linear").args())
+    ours = {n: v for n, v in args.items() if n.startswith(("let_", "teacher_", "method", "cpu"))}
+    assert {"method", "cpu", "let_layer", "let_stop_step", "teacher_fingerprint"} <= ours.keys()
+    assert all(type(value) in (str, int, float, bool, type(None)) for value in ours.values())
+
+
+def test_the_learned_map_is_trained_and_not_exported(initial, trained, tmp_path):
+    before, after = (hashes(folder) for folder in (initial("linear"), trained / "linear"))
+    assert before[LEARNED_MAP] != after[LEARNED_MAP]
+    folder = export(ExportConfig(trained / "linear", tmp_path / "hf"))
+    expected = export(ExportConfig(trained / "baseline", tmp_path / "baseline"))
+    names = [set(AutoModelForCausalLM.from_pretrained(f).state_dict()) for f in (folder, expected)]
+    assert names[0] == names[1]
+
+
+# --- who loads it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"), [("let", "baseline"), ("linear", "baseline"), ("baseline", "let")]
+)
+def test_another_method_goes_on(corpus, trained, tmp_path, saved, loading):
+    flags = [*corpus.flags, *method_flags(corpus, loading), "--exit-interval", "4"]
+    assert not run(1, *flags, "--load", str(trained / saved), "--save", str(tmp_path))
+    assert set(series(tmp_path, "lm loss")) == {3, 4}
+    names = tensor_names(checkpoint(tmp_path))
+    assert names == tensor_names(checkpoint(trained / loading))
+
+
+@pytest.mark.parametrize("finetune", [[], ["--finetune"]], ids=["resume", "finetune"])
+def test_a_learned_map_that_was_never_saved_is_named(corpus, trained, tmp_path, finetune):
+    flags = [*corpus.flags, *method_flags(corpus, "linear"), *finetune]
+    error = run(1, *flags, "--load", str(trained / "baseline"), "--save", str(tmp_path))
+    assert "holds no learned map" in error and "--let-resize interpolate" in error
+
+
+# --- validation --------------------------------------------------------------------------------
+
+
+def test_evaluation_leaves_nothing_behind(corpus, tmp_path):
+    """Twice the same run, with an evaluation after each step and without any."""
+    for name, interval in (("often", "1"), ("never", "100")):
+        flags = [*corpus.flags, *corpus.let("--let-decay", "step"), "--exit-interval", "4"]
+        flags += ["--hidden-dropout", "0.1", "--eval-interval", interval]
+        assert not run(1, *flags, "--save", str(tmp_path / name))
+    assert set(records(tmp_path / "often", "valid")) == {1, 2, 3, 4}
+    assert not records(tmp_path / "never", "valid")
+    assert hashes(tmp_path / "often") == hashes(tmp_path / "never")
+    for key in ("lm loss", "let loss"):
+        assert series(tmp_path / "often", key) == series(tmp_path / "never", key)
+
+
+def test_validation_is_the_language_model_loss_alone(corpus, tmp_path):
+    """Both evaluate the same weights on the same samples, one of them with a teacher at hand."""
+    flags = [*corpus.flags, "--train-iters", "3", "--eval-interval", "100"]
+    let = corpus.let("--let-stop-step", "3", "--let-decay", "step")
+    assert not run(1, *flags, *let, "--save", str(tmp_path / "let"))
+    load = ["--load", str(tmp_path / "let"), "--save", str(tmp_path / "baseline"), "--skip-train"]
+    assert not run(1, *flags, *load)
+    [with_teacher], [plain] = (
+        records(tmp_path / name, "valid").values() for name in ("let", "baseline")
+    )
+    assert with_teacher["lm loss"] == plain["lm loss"]
+    assert not [key for key in with_teacher if key.startswith("let")]
