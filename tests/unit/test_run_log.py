@@ -163,7 +163,7 @@ def test_summary_names_student_teacher_layer_and_cost(run):
     for words in (
         "> --method let",
         "> student: 0.06 M parameters, 4 layers of width 32, TP 1 x PP 1 x DP 1",
-        "> LET: layer 2 of 4, weight 0.5 linear until step 3",
+        "> LET: layer 2 of 4, on pipeline stage 0 of 1 (from 0), weight 0.5 linear until step 3",
         "/teacher: 0.07 M parameters, weights ",
         "> expected extra FLOPs in a guided step: ",
     ):
