@@ -7,6 +7,7 @@ workers is started once per world size and runs many cases.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -148,6 +149,23 @@ def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> 
             results.put((rank, True, result))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
+
+
+def forget_last_run() -> None:
+    """Destroy what Megatron left in this worker: global state, models, process groups.
+
+    Upstream drops its groups without destroying them, and each gloo group keeps threads alive:
+    after some fifty runs a worker would have over a thousand, which hold up the machine.
+    """
+    import torch
+    from megatron.training import training
+    from torch.distributed import distributed_c10d
+
+    training.destroy_global_state()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()  # models that refer to groups
 
 
 # ----------------------------------------------------------------------------------------------

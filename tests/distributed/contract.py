@@ -28,6 +28,7 @@ from megatron_let.alignment.resize import interpolate
 from megatron_let.methods import build_method
 from megatron_let.run import Run
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
+from megatron_let.testing import forget_last_run
 from tests.distributed.faults import FAULTS
 
 SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
@@ -47,7 +48,7 @@ Gradients = dict[tuple[str, str], np.ndarray]
 
 def student(flags: list[str], global_batch: int) -> tuple[Any, Any, Any, Any]:
     """Build a student through the command line: `(args, method, run, model chunks)`."""
-    training.destroy_global_state()
+    forget_last_run()
     entry.use_prebuilt_helpers()
     sys.argv = ["pretrain_let.py", *MODEL_FLAGS, "--global-batch-size", str(global_batch), *flags]
     args = entry.parse_arguments()

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from megatron_let.errors import UsageError
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from megatron_let.testing import forget_last_run, run_distributed, save_tiny_teacher
 
 VOCAB, SEQ, BATCH, STEPS = 256, 16, 8, 8
 FLAGS = (
@@ -38,11 +38,9 @@ TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".spli
 
 def train(argv: list[str]) -> str | None:
     """Run `pretrain_let.py` on this rank; return the text of its usage error, if it has one."""
-    from megatron.training import training
-
     import pretrain_let
 
-    training.destroy_global_state()
+    forget_last_run()
     sys.argv = ["pretrain_let.py", *argv]
     try:
         pretrain_let.main()

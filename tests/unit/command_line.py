@@ -15,6 +15,7 @@ from megatron_let.errors import UsageError
 from megatron_let.methods import build_method
 from megatron_let.methods.let import REFUSED_FLAGS
 from megatron_let.run_log import count_parameters
+from megatron_let.testing import forget_last_run
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 "
@@ -31,7 +32,7 @@ def usage_errors(command_lines: list[list[str]]) -> list[str]:
 
 def usage_error(flags: list[str]) -> str:
     """The message of one command line; anything but a usage error is raised."""
-    training.destroy_global_state()
+    forget_last_run()
     sys.argv = ["pretrain_let.py", *MODEL, *flags]
     printed = io.StringIO()
     try:
@@ -73,7 +74,7 @@ def number_of_parameters(flags: list[str]) -> int:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    training.destroy_global_state()
+    forget_last_run()
     entry.use_prebuilt_helpers()
     steps = "--mock-data --train-iters 10 --eval-interval 5".split()
     sys.argv = ["pretrain_let.py", *MODEL, *steps, *flags]
@@ -92,7 +93,7 @@ def train(flags: list[str]) -> str:
     """Run `pretrain_let.py` to its end; return what it printed."""
     import pretrain_let
 
-    training.destroy_global_state()
+    forget_last_run()
     sys.argv = ["pretrain_let.py", *MODEL, "--mock-data", *flags]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
