@@ -77,6 +77,7 @@ def test_resumes_in_another_layout(corpus, halves, tmp_path, saved, resumed):
         assert_close(series(tmp_path, key), expected)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_and_sigterm_saves(corpus, tmp_path):
     """The command of the README, ended by a scheduler, and resumed."""
     layout = LAYOUTS["tp2_pp2_sp"][1]

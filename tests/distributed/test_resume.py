@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from tests.distributed.training import STEPS, checkpoint, hashes, records, run, series
+from megatron_let.testing import run_distributed
+from tests.distributed.training import FLAGS, STEPS, checkpoint, hashes, records, run, series
 
 STOP = 4  # of `training.LET`
 KINDS = {
@@ -63,6 +64,24 @@ def test_uninterrupted_runs_differ_with_the_seed(corpus, whole, tmp_path):
     flags = (*KINDS["dropout"].split(), "--seed", "4321")
     assert not resume(corpus, whole / "dropout", tmp_path, 6, *flags, "--no-load-rng")
     assert series(tmp_path, "lm loss")[7] != series(whole / "dropout", "lm loss")[7]
+
+
+def test_sigterm_saves_the_step_it_came_in(corpus, tmp_path):
+    endless = "--train-iters 10000 --let-stop-step 10000 --hidden-dropout 0.1".split()
+    flags = [*corpus.flags, *corpus.let(*endless)]
+    save = tmp_path / "ended"
+    argv = [*FLAGS, *flags, "--save", str(save)]
+    function = "tests.distributed.training:train_until_sigterm"
+    assert run_distributed(function, 1, argv, save / "metrics.jsonl") == [None]
+    last = max(series(save, "let loss"))
+    assert not run(1, *flags, "--save", str(tmp_path / "whole"), "--exit-interval", str(last))
+    assert hashes(save) == hashes(tmp_path / "whole", last)
+
+    again = ["--load", str(save), "--save", str(save), "--exit-interval", "1"]
+    assert not run(1, *flags, *again)
+    assert set(series(save, "let loss")) == set(range(1, last + 2))
+    first, second = (records(save, "start")[step] for step in (0, last))
+    assert second["tokens"] == records(save, "train")[last]["tokens"] > first["tokens"] == 0
 
 
 # --- after the stop, without the teacher -------------------------------------------------------

@@ -5,7 +5,11 @@ A test never imports Megatron; it reads metrics and checkpoints, which is what a
 
 import hashlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +53,18 @@ def train(argv: list[str]) -> str | None:
     except SystemExit as end:  # --exit-interval
         assert not end.code, end.code
     return None
+
+
+def train_until_sigterm(argv: list[str], metrics: Path) -> str | None:
+    """As `train`, ended by a signal, as by a scheduler, once three steps are logged."""
+    threading.Thread(target=_sigterm_after_three_steps, args=(metrics,), daemon=True).start()
+    return train([*argv, "--exit-signal-handler"])
+
+
+def _sigterm_after_three_steps(metrics: Path) -> None:
+    while not metrics.exists() or metrics.read_text().count('"kind": "train"') < 3:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- in a test ---------------------------------------------------------------------------------
