@@ -47,9 +47,17 @@ class TeacherArguments:
 class LetArguments:
     """Late-to-Early Training (arXiv 2602.05393); defaults are the paper's where it states one."""
 
-    let_layer: int = 3
-    """Student layer to align, counted from 1; its output is compared with the teacher's last
-    layer. The paper says "an early layer"."""
+    let_layer: int | None = None
+    """Student layer to align, counted from 1; the default is 3. The paper says "an early
+    layer"."""
+
+    let_teacher_layer: int | None = None
+    """Layer of the teacher to align it with, counted from 1; the default is its last, after its
+    final norm. The layers behind another one are not run."""
+
+    let_pair: Literal["L2E", "L2M", "L2L", "M2E", "M2M", "M2L"] | None = None
+    """Both layers by the paper's names: the teacher's last (L) or middle (M) to the student's
+    early (E), middle (M) or last (L). L2E is the default."""
 
     let_weight: float = 0.1
     """Weight of the alignment loss at the first step (the paper's best of 0.01 to 3.0)."""
@@ -83,6 +91,7 @@ GROUPS = {
     "megatron_let: LET": LetArguments,
 }
 DEFAULT_STOP_STEP = 1500
+EARLY_LAYER = 3
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -132,6 +141,7 @@ def _check_let(args: Namespace) -> None:
             "--method let needs a teacher. Add --teacher-model with the folder or hub id of a "
             "small Hugging Face causal language model that has the student's tokenizer."
         )
+    _resolve_student_layer(args)
     if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
         raise UsageError(
             f"--let-layer {args.let_layer} is outside the model: --num-layers {args.num_layers} "
@@ -143,6 +153,23 @@ def _check_let(args: Namespace) -> None:
             "(the paper's is 0.1), or --method baseline."
         )
     _resolve_stop(args)
+
+
+def _resolve_student_layer(args: Namespace) -> None:
+    """Turn the student's side of --let-pair, and the default, into a number of a layer."""
+    by_number = [args.let_layer, args.let_teacher_layer]
+    if args.let_pair is not None and by_number != [None, None]:
+        raise UsageError(
+            f"--let-pair {args.let_pair} names both layers. Leave it out, or leave out --let-layer "
+            "and --let-teacher-layer."
+        )
+    if args.let_layer is not None:
+        return
+    side = args.let_pair[-1] if args.let_pair is not None else "E"
+    if side == "E":
+        args.let_layer = EARLY_LAYER
+    elif args.num_layers is not None:  # else a checkpoint tells later
+        args.let_layer = max(1, args.num_layers // 2) if side == "M" else args.num_layers
 
 
 def _resolve_stop(args: Namespace) -> None:
@@ -177,7 +204,7 @@ def _run_length(args: Namespace, unit: str) -> int | None:
     given = {"steps": args.train_iters, "samples": args.train_samples}
     if given[unit] is not None:
         return given[unit]
-    if args.global_batch_size is None or args.rampup_batch_size is not None:
+    if args.global_batch_size is None or args.step_batch_size_schedule is not None:
         return None
     if unit == "steps":
         return args.train_samples and args.train_samples // args.global_batch_size

@@ -51,6 +51,7 @@ def parse_arguments() -> Namespace:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     _refuse_unsupported(sys.argv)
     flags = parse_args(arguments.add_arguments)
+    _refuse_ignored(flags)
     arguments.check_flags(flags, sys.argv)
     _check_data_paths(flags)
     _check_needed(flags)
@@ -69,6 +70,16 @@ def _refuse_unsupported(argv: list[str]) -> None:
                 "sequences, with its flags on the command line. Use Megatron-LM's "
                 f"pretrain_gpt.py for {flag}."
             )
+
+
+def _refuse_ignored(args: Namespace) -> None:
+    """Flags that Megatron-Core parses and then forgets."""
+    if args.rampup_batch_size is not None:
+        given = " ".join(map(str, args.rampup_batch_size))
+        raise UsageError(
+            f"--rampup-batch-size {given} has no effect in Megatron-Core 0.19. Use "
+            "--step-batch-size-schedule, pairs of tokens and batch size such as 0:256,1B:512."
+        )
 
 
 def _megatron_arguments() -> Namespace:

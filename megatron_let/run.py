@@ -3,6 +3,7 @@
 import functools
 import json
 from argparse import Namespace
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
@@ -45,8 +47,12 @@ class Run:
         self.config = config.transformer
         self.method = method
         self.log = log
-        self._step = -1
         self._method_dataset: Any = None
+        self._step = -1
+        self._left: dict[int | None, int] = {}
+        """Micro-batches that each chunk of this rank has not run yet in this step."""
+        self._ahead: dict[int | None, deque[dict[str, Any]]] = defaultdict(deque)
+        """Micro-batches that a chunk has drawn and not run yet."""
 
     # --- data ---------------------------------------------------------------------------------
 
@@ -81,12 +87,20 @@ class Run:
         return is_first_or_last_pipeline_stage(vp_stage) or self._reads_all(vp_stage)
 
     def _reads_all(self, vp_stage: int | None) -> bool:
-        """Whether a chunk reads every key, not just what its stage's place asks for."""
-        return self.method.reads_batch(vp_stage) or mtp_on_this_rank(
-            layout=self.config.pipeline_model_parallel_layout,
-            mtp_num_layers=self.config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
+        """Whether a chunk reads every key, not just what its stage's place asks for.
+
+        Upstream gives the middle of a pipeline no attention mask, so that there
+        --reset-attention-mask would keep no documents apart.
+        """
+        return (
+            self.method.reads_batch(vp_stage)
+            or self.args.reset_attention_mask
+            or mtp_on_this_rank(
+                layout=self.config.pipeline_model_parallel_layout,
+                mtp_num_layers=self.config.mtp_num_layers,
+                ignore_virtual=False,
+                vp_stage=vp_stage,
+            )
         )
 
     def _dataset_config(self) -> GPTDatasetConfig:
@@ -130,9 +144,16 @@ class Run:
 
         Every stage that reads draws the same samples from an iterator of its own.
         """
-        args = self.args
         if not self._reads(vp_stage):
             return dict.fromkeys(BATCH_KEYS)
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = self._drawn_batch(data_iterator, vp_stage)
+        timers("batch-generator").stop()
+        return batch
+
+    def _drawn_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> dict[str, Any]:
+        args = self.args
         batch: dict[str, Any] = {}
         if mpu.get_tensor_model_parallel_rank() == 0:
             drawn = next(data_iterator)
@@ -167,12 +188,8 @@ class Run:
     ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Report]]]:
         """Run one micro-batch through this rank's chunk (`forward_step_func` of the schedules)."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        timers = get_timers()
-        timers("batch-generator", log_level=2).start()
-        batch = self.batch(data_iterator, vp_stage)
-        timers("batch-generator").stop()
-        if model.training:
-            self._before_training_forward(batch, vp_stage)
+        draw = self._training_batch if model.training else self.batch
+        batch = draw(data_iterator, vp_stage)
         run = model.build_schedule_plan if return_schedule_plan else model
         output = run(
             batch["tokens"],
@@ -183,12 +200,33 @@ class Run:
         )
         return output, functools.partial(self.loss, batch["loss_mask"])
 
-    def _before_training_forward(self, batch: dict[str, Any], vp_stage: int | None) -> None:
-        if self.args.curr_iteration != self._step:
-            self._step = self.args.curr_iteration
-            self.method.start_step()
-        if self.method.reads_batch(vp_stage):
-            self.method.before_forward(batch)
+    def _training_batch(
+        self, data_iterator: Iterator[Batch], vp_stage: int | None
+    ) -> dict[str, Any]:
+        """Return the chunk's next micro-batch; the method has seen it, perhaps with coming ones.
+
+        Coming ones of this step only: Megatron may repeat a step, and saves between steps.
+        """
+        if self.args.curr_iteration != self._step or not any(self._left.values()):
+            self._start_step()
+        ahead = self._ahead[vp_stage]
+        if not ahead:
+            guided = self.method.reads_batch(vp_stage)
+            count = self.method.micro_batches_at_once() if guided else 1
+            for _ in range(min(count, self._left[vp_stage])):
+                ahead.append(self.batch(data_iterator, vp_stage))
+            if guided:
+                self.method.before_forward(list(ahead))
+        self._left[vp_stage] -= 1
+        return ahead.popleft()
+
+    def _start_step(self) -> None:
+        self._step = self.args.curr_iteration
+        chunks = self.args.virtual_pipeline_model_parallel_size
+        stages = [None] if chunks is None else range(chunks)
+        self._left = dict.fromkeys(stages, get_num_microbatches())
+        self._ahead.clear()
+        self.method.start_step()
 
     def loss(
         self, loss_mask: torch.Tensor, losses: torch.Tensor

@@ -93,6 +93,12 @@ class RunLog:
         if facts["teacher"]:
             share = facts["teacher"]["flops_per_token"] / self._student_flops_per_token()
             rows.append(f"expected extra FLOPs in a guided step: {100 * share:.1f} %")
+            stages = args.pipeline_model_parallel_size
+            if stages > 1:
+                rows[-1] += (
+                    f"; they fall on one stage, where they are {100 * share * stages:.1f} % of a "
+                    "stage's work (tools/plan.py balances the stages)"
+                )
         return "\n".join(f"> {row}" for row in [f"--method {args.method}", *rows])
 
     # --- Megatron's functions, wrapped --------------------------------------------------------

@@ -95,6 +95,7 @@ EOF
         "found: ${rejected:-none}. Install one, for example with 'uv python install 3.12', 'pyenv" \
         "install 3.12' or 'apt install python3.12 python3.12-venv', and call again; or name one:" \
         "make quickstart PYTHON=/path/to/python3.12"
+    inspect "$python"  # `version` is still that of the last candidate
 }
 
 # ---- Is .venv as it should be -------------------------------------------------------------------

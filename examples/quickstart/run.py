@@ -67,7 +67,7 @@ FULL = Recipe(
     student=Model(layers=6, hidden=192, heads=6, ffn=512, steps=400, lr=2e-3),
     teachers={
         "behind": Model(layers=2, hidden=128, heads=4, ffn=344, steps=2000, lr=4e-3),
-        "pass": Model(layers=2, hidden=128, heads=4, ffn=344, steps=300, lr=4e-3),
+        "pass": Model(layers=2, hidden=128, heads=4, ffn=344, steps=350, lr=4e-3),
     },
     let_flags="--let-layer 2 --let-weight 10 --let-decay linear --let-stop-step 300",
 )

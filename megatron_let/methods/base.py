@@ -38,8 +38,16 @@ class Method:
     def start_step(self) -> None:
         """Called on every rank before the first forward pass of a training step."""
 
-    def before_forward(self, batch: dict[str, torch.Tensor]) -> None:
-        """Called with each training micro-batch on a chunk that `reads_batch`."""
+    def micro_batches_at_once(self) -> int:
+        """How many micro-batches of the step `before_forward` wants together, where it can."""
+        return 1
+
+    def before_forward(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Called on a chunk that `reads_batch` before the first forward pass of `batches`.
+
+        These are the next micro-batches of this step in their order: `micro_batches_at_once`, or
+        what is left of the step.
+        """
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Called on every rank after each step; returns what to log, equal on all ranks."""

@@ -1,4 +1,4 @@
-"""Late-to-Early Training (arXiv 2602.05393): a small frozen teacher guides an early layer.
+"""Late-to-Early Training (arXiv 2602.05393): a small teacher guides an early layer.
 
 `L = L_NLL + lambda(s) * mean over the loss's tokens of (1 - cos(h_student^(K), h_teacher^(last)))`
 
@@ -6,36 +6,23 @@ The teacher runs on the stage that owns layer K, K's `AlignedTransformerLayer` a
 the second term to its output's, and nothing of ours travels between stages.
 """
 
-import math
 from argparse import Namespace
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import get_tokenizer
 
 from megatron_let.alignment.attach import Alignment, Target
 from megatron_let.alignment.layer import aligned_block_spec
 from megatron_let.alignment.losses import LOSSES
 from megatron_let.alignment.resize import ResizeConfig
 from megatron_let.errors import UsageError
-from megatron_let.methods.base import Method
+from megatron_let.methods.with_teacher import Batch, TeacherMethod
 from megatron_let.schedules import guidance_factor
-from megatron_let.teacher.load import (
-    DTYPES,
-    TeacherConfig,
-    check_token_ids,
-    fingerprint,
-    load_causal_lm,
-    read_teacher_config,
-    read_token_ids,
-)
-from megatron_let.teacher.stage import Teacher, near_random
 
-# Paths of Megatron that bypass, capture or replace `TransformerLayer.forward`, or that show the
-# student other document boundaries than the teacher. Each is refused until it is proven.
+# Paths of Megatron that bypass, capture or copy the aligned layer, or that were never run with it.
+# Each is refused until it is proven.
 REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
     "overlap_moe_expert_parallel_comm": (False,),
     "cuda_graph_impl": ("none", None),
@@ -46,17 +33,17 @@ REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
     "experimental_attention_variant": (None,),
-    "reset_attention_mask": (False,),
-    "reset_position_ids": (False,),
+    "mtp_num_layers": (None,),
     "context_parallel_size": (1,),
 }
 
 
-class Let(Method):
+class Let(TeacherMethod):
     """Cosine alignment of student layer K with the teacher's last layer, early in the run."""
 
     same_on_resume = (
         "let_layer",
+        "let_teacher_layer",
         "let_weight",
         "let_stop_step",
         "let_stop_samples",
@@ -67,30 +54,26 @@ class Let(Method):
     )
 
     def __init__(self, args: Namespace) -> None:
-        super().__init__(args)
         _refuse_unproven(args)
-        args.teacher_fingerprint = None  # saved in checkpoints
-        self.config = _read_config(args)
-        _check_context(self.config, args)
-        self.teacher: Teacher | None = None
-        self.weight = 0.0
+        super().__init__(args)
+        _resolve_teacher_layer(args, self.config.num_layers)
         self.alignment = Alignment(LOSSES[args.let_loss])
-        self.facts: dict[str, Any] = {}
-        self._transformer: TransformerConfig
-        self._owner_chunks: set[int | None] = set()
+
+    def weight_at(self, step: int, samples: int) -> float:
+        """lambda(s), by steps or by samples."""
+        args = self.args
+        if args.let_stop_samples is not None:
+            factor = guidance_factor(samples, args.let_stop_samples, args.let_decay)
+        else:
+            factor = guidance_factor(step, args.let_stop_step, args.let_decay)
+        return args.let_weight * factor
+
+    def teacher_layer(self) -> int | None:
+        """None for the last layer, whose states are those after the final norm."""
+        layer = self.args.let_teacher_layer
+        return None if layer == self.config.num_layers else layer
 
     # --- before the run -----------------------------------------------------------------------
-
-    def check_tokens(self, student_ids: dict[str, int]) -> None:
-        """Compare the two tokenizers; without one on either side, ids must at least exist."""
-        teacher_ids = read_token_ids(self.config.name, self.config.revision)
-        if student_ids and teacher_ids:
-            check_token_ids(student_ids, teacher_ids, self.config.name)
-        elif self.config.vocab_size < get_tokenizer().vocab_size:
-            raise UsageError(
-                f"--teacher-model {self.config.name} knows {self.config.vocab_size} token ids, "
-                f"the student {get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
-            )
 
     def check_checkpoint(self, saved: Namespace) -> None:
         """Only a run with a learned map saves one; the teacher must stay the same."""
@@ -100,17 +83,16 @@ class Let(Method):
                 f"The checkpoint in {self.args.load} holds no learned map, which --let-resize "
                 "linear trains from the first step. Use --let-resize interpolate."
             )
-        if not self.args.finetune:
-            self.args.teacher_fingerprint = before.get("teacher_fingerprint")
+        super().check_checkpoint(saved)
 
     def configure(self, model_config: Any) -> None:
-        """Replace layer K in the spec, and load the teacher before the model is wrapped."""
-        self._transformer = model_config.transformer
+        """Replace layer K in the spec."""
+        super().configure(model_config)
         resize = ResizeConfig(
             kind=self.args.let_resize,
             side=self.args.let_resize_side,
             student_width=self._transformer.hidden_size,
-            teacher_width=self.config.hidden_size,
+            teacher_width=self.config.width(self.teacher_layer()),
         )
 
         def spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -127,89 +109,26 @@ class Let(Method):
 
         model_config.transformer_layer_spec = spec
 
-    def reads_batch(self, vp_stage: int | None) -> bool:
-        """The chunk that owns layer K, as long as it is guided."""
-        return vp_stage in self._owner_chunks
-
-    def on_data(self, train_dataset: Any) -> None:
-        """Load the teacher on its stage and score it on the run's first micro-batch.
-
-        Reading a sample by its index consumes nothing of the data order.
-        """
-        guided = self._weight_at(self.args.iteration, self.args.consumed_train_samples) > 0
-        if guided and self._owner_chunks:
-            self._load()
-            self._score(train_dataset)
-            assert self.teacher is not None
-            self.teacher.drop_head()
-        self.facts = _share(self.facts)
-        if self.facts:
-            self._check_fingerprint()
-
-    def _check_fingerprint(self) -> None:
-        before, now = self.args.teacher_fingerprint, self.facts["fingerprint"]
-        if before not in (None, now):
-            raise UsageError(
-                f"The teacher's weights have the fingerprint {now}, but {before} guided the run "
-                f"that saved the checkpoint in {self.args.load}. Resume with that teacher, or "
-                "start a new run from the checkpoint's weights: --finetune, with another --save."
-            )
-        self.args.teacher_fingerprint = now
-
-    def _load(self) -> None:
-        dtype = DTYPES.get(self.args.teacher_dtype, self._transformer.params_dtype)
-        device = torch.device(torch.cuda.current_device())
-        model = load_causal_lm(self.config, dtype, device)
-        self.teacher = Teacher(model)
-        self.facts = {
-            "name": self.config.name,
-            "parameters": self.teacher.parameters,
-            "stage": mpu.get_pipeline_model_parallel_rank(),
-            "fingerprint": fingerprint(model),
-            "flops_per_token": self.teacher.forward_flops(1, self.args.seq_length),
-        }
-
-    def _score(self, train_dataset: Any) -> None:
-        if train_dataset is None:  # only tensor-parallel rank 0 of a stage holds the data
-            return
-        samples = [train_dataset[i] for i in range(self.args.micro_batch_size)]
-        device = torch.device(torch.cuda.current_device())
-        tokens, labels, mask = (
-            torch.stack([torch.as_tensor(sample[key]) for sample in samples]).to(device)
-            for key in ("tokens", "labels", "loss_mask")
-        )
-        assert self.teacher is not None
-        self.facts["lm_loss"] = self.teacher.lm_loss(tokens, labels, mask)
-
     # --- during the run -----------------------------------------------------------------------
 
     def start_step(self) -> None:
-        """Fix the step's weight before Megatron moves its counters on."""
-        self.weight = self._weight_at(self.args.curr_iteration, self.args.consumed_train_samples)
+        """Fix the step's weight; forget what an interrupted step may have left."""
+        super().start_step()
         self.alignment.start_step()
 
-    def _weight_at(self, step: int, samples: int) -> float:
-        args = self.args
-        if args.let_stop_samples is not None:
-            factor = guidance_factor(samples, args.let_stop_samples, args.let_decay)
-        else:
-            factor = guidance_factor(step, args.let_stop_step, args.let_decay)
-        return args.let_weight * factor
-
-    def before_forward(self, batch: dict[str, torch.Tensor]) -> None:
-        """Queue the teacher's states of this micro-batch for layer K."""
+    def before_forward(self, batches: list[Batch]) -> None:
+        """Queue the teacher's states of these micro-batches for layer K."""
         if self.weight == 0.0:
             return
-        assert self.teacher is not None
-        states_SBD = self.teacher.states_SBD(batch["tokens"])
-        mask_SB = batch["loss_mask"].transpose(0, 1).float()
-        self.alignment.push(
-            Target(
-                states_SBT=self._local(states_SBD),
-                mask_SB=self._local(mask_SB),
-                scale=self.weight * self._loss_scale(mask_SB.sum()),
+        for batch, states_SBT in zip(batches, self.teacher_states(batches), strict=True):
+            mask_SB = batch["loss_mask"].transpose(0, 1).float()
+            self.alignment.push(
+                Target(
+                    states_SBT=states_SBT,
+                    mask_SB=self._local(mask_SB),
+                    scale=self.weight * self._loss_scale(mask_SB.sum()),
+                )
             )
-        )
 
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """The factor that Megatron puts on the language-model loss's sum over tokens.
@@ -234,26 +153,33 @@ class Let(Method):
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Sum the step's records over all ranks and release the teacher after the last use."""
+        super().end_step()
         if self.weight == 0.0:
-            self._release()
             return {}
         record = self.alignment.record
-        self._check_every_micro_batch(record.micro_batches)
+        self.check_every_micro_batch(record.micro_batches)
         names = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
-        device = torch.cuda.current_device()
+        zero = torch.zeros((), device=torch.cuda.current_device())
+        owner = float(bool(self._owner_chunks))
         sums = torch.stack(
-            [record.sums.get(n, torch.zeros((), device=device)).float() for n in names]
+            [record.sums.get(name, zero).float() for name in names]
+            + [zero + self.clock.read(), zero + owner]
         )
         torch.distributed.all_reduce(sums)
-        loss, tokens, lm_square, let_square = sums
-        cosine_loss = loss / tokens.clamp(min=1)
+        loss, tokens, lm_square, let_square, milliseconds, owners = sums.split(1)
         return {
-            "let loss": cosine_loss.view(1),
-            "let weight": torch.full((1,), self.weight, device=device),
-            "let gradient ratio": (let_square / lm_square.clamp(min=1e-30)).sqrt().view(1),
+            "let loss": loss / tokens.clamp(min=1),
+            "let weight": torch.full_like(loss, self.weight),
+            "let gradient ratio": (let_square / lm_square.clamp(min=1e-30)).sqrt(),
+            "teacher time (ms)": milliseconds / owners,
         }
 
-    def _check_every_micro_batch(self, recorded: int) -> None:
+    def check_every_micro_batch(self, recorded: int) -> None:
+        """Stop the run if the aligned layer was not run as it must be.
+
+        Raises:
+            RuntimeError: the layer's records are not one for each micro-batch of the step.
+        """
         expected = get_num_microbatches() if self._owner_chunks else 0
         if recorded != expected:
             raise RuntimeError(
@@ -262,59 +188,41 @@ class Let(Method):
                 "bypassed the layer; please report the flags of this run."
             )
 
-    def _release(self) -> None:
-        if self.teacher is not None:
-            self.teacher = None
-            torch.cuda.empty_cache()
-
-    # --- what it costs and what it does -------------------------------------------------------
-
-    def extra_flops(self, tokens: int) -> float:
-        """The teacher's forward pass in a guided step."""
-        return tokens * self.facts.get("flops_per_token", 0.0) if self.weight > 0 else 0.0
-
-    def describe(self) -> dict[str, Any]:
-        """Teacher and alignment, for the run's `metrics.jsonl`."""
-        return {"teacher": self.facts or None}
+    # --- what it does -------------------------------------------------------------------------
 
     def summary(self) -> list[str]:
-        """Teacher, layer and stage, weight, cost."""
+        """Layers and stage, weight and its course, the teacher."""
         args = self.args
+        layers = (
+            f"LET: layer {args.let_layer} of {args.num_layers} with the teacher's layer "
+            f"{args.let_teacher_layer} of {self.config.num_layers}"
+        )
+        if not self.facts:
+            return [layers, *super().summary()]
         if args.let_decay == "constant":
             course = "during the whole run"
         elif args.let_stop_samples is not None:
             course = f"{args.let_decay} until sample {args.let_stop_samples}"
         else:
             course = f"{args.let_decay} until step {args.let_stop_step}"
-        layer = f"layer {args.let_layer} of {args.num_layers}"
-        if not self.facts:
-            return [f"LET: {layer}; the guidance is over, no teacher is loaded"]
-        facts = self.facts
-        stage = f"pipeline stage {facts['stage']} of {args.pipeline_model_parallel_size}"
-        lines = [f"LET: {layer}, on {stage} (from 0), weight {args.let_weight} {course}"]
-        loss = facts["lm_loss"]
-        lines.append(
-            f"teacher {facts['name']}: {facts['parameters'] / 1e6:.2f} M parameters, weights "
-            f"{facts['fingerprint']}, loss {loss:.3f} on the first micro-batch"
-        )
-        if near_random(loss, self.config.vocab_size):
-            lines.append(
-                f"WARNING: a loss of {loss:.3f} is close to ln(vocabulary) = "
-                f"{math.log(self.config.vocab_size):.3f}: the teacher {facts['name']} guesses. "
-                "Was it trained, on such text, with this tokenizer?"
-            )
-        return lines
+        return [
+            f"{layers}, weight {args.let_weight} {course}",
+            f"the teacher runs on pipeline stage {self.facts['stage']} of "
+            f"{args.pipeline_model_parallel_size} (from 0)",
+            *super().summary(),
+        ]
 
 
-def _read_config(args: Namespace) -> TeacherConfig:
-    try:
-        return read_teacher_config(args.teacher_model, args.teacher_revision)
-    except UsageError as error:
-        if args.load is None:
-            raise
+def _resolve_teacher_layer(args: Namespace, num_layers: int) -> None:
+    """Turn the teacher's side of --let-pair, and the default, into a number of a layer."""
+    if args.let_teacher_layer is None:
+        middle = args.let_pair is not None and args.let_pair.startswith("M")
+        args.let_teacher_layer = max(1, num_layers // 2) if middle else num_layers
+    if not 1 <= args.let_teacher_layer <= num_layers:
         raise UsageError(
-            f"{error} A run whose guidance is over goes on without a teacher: --method baseline."
-        ) from error
+            f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "
+            f"{args.teacher_model}, which has layers 1 to {num_layers}. Leave it out for the last."
+        )
 
 
 def _refuse_unproven(args: Namespace) -> None:
@@ -324,24 +232,6 @@ def _refuse_unproven(args: Namespace) -> None:
             shown = "" if value is True else f" {value}"
             raise UsageError(
                 f"--{name.replace('_', '-')}{shown} is not supported with --method {args.method}: "
-                "the aligned layer could be bypassed, or the teacher see another text than the "
-                "student. Remove it, or use --method baseline."
+                "the aligned layer could be bypassed or copied, and nothing would tell. Remove "
+                "it, or use --method baseline."
             )
-
-
-def _check_context(config: TeacherConfig, args: Namespace) -> None:
-    if args.seq_length > config.context:
-        raise UsageError(
-            f"--seq-length {args.seq_length} is longer than the context of --teacher-model "
-            f"{config.name} ({config.context} tokens). Use shorter sequences or another teacher."
-        )
-
-
-def _share(facts: dict[str, Any]) -> dict[str, Any]:
-    """Merge the facts of all ranks: only the owner stage knows the teacher."""
-    gathered: list[dict[str, Any] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, facts)
-    merged: dict[str, Any] = {}
-    for part in gathered:
-        merged |= part or {}
-    return merged

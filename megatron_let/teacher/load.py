@@ -20,12 +20,19 @@ class TeacherConfig:
 
     name: str
     revision: str | None
+    num_layers: int
     hidden_size: int
-    """Width of the last-layer states."""
+    """Width of the states between the layers."""
+    last_width: int
+    """Width of the states after the last layer."""
     context: int
     """Longest sequence in tokens."""
     vocab_size: int
     """Rows of the embedding; padding rows above the tokenizer's ids are fine."""
+
+    def width(self, layer: int | None) -> int:
+        """Width of a layer's states; None for the last layer's."""
+        return self.last_width if layer is None else self.hidden_size
 
 
 def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig:
@@ -57,8 +64,16 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
             "language model. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
         )
     # OPT projects its states to the embedding's width after the last layer; the others have one.
-    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    return TeacherConfig(name, revision, width, config.max_position_embeddings, config.vocab_size)
+    last_width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return TeacherConfig(
+        name=name,
+        revision=revision,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        last_width=last_width,
+        context=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+    )
 
 
 def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""The teacher's forward pass on the pipeline stage that owns the aligned layer."""
+"""The teacher's forward pass on its pipeline stage. Shapes: B rows, S sequence, D width."""
 
 import math
 from typing import Any
@@ -6,50 +6,115 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_let.planning.flops import windowed_tokens
+from megatron_let.teacher.windows import join_windows, split_windows
+
+Rows = dict[str, torch.Tensor]
+"""What a teacher reads, rows first: `tokens` `[B, S]`; where documents are kept apart also
+`position_ids` `[B, S]` and `attention_mask` `[B, 1, S, S]`, True where attention is forbidden."""
+
 
 class Teacher:
-    """A frozen model and its last-layer states. Not a module, so nothing can adopt its weights.
+    """A frozen model and the states of one of its layers. No module: nothing adopts its weights.
 
-    Shapes: B batch, S sequence, D teacher width.
+    Args:
+        causal_lm: a Hugging Face causal language model.
+        context: its longest sequence in tokens; longer ones are read in windows.
+        layer: whose output is wanted, counted from 1; None for the last one's after the final
+            norm. Later layers are dropped.
     """
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, causal_lm: Any, context: int, layer: int | None = None) -> None:
+        self.context = context
+        self.parameters = sum(weight.numel() for weight in causal_lm.parameters())
         self._causal_lm = causal_lm
         self._base = causal_lm.base_model
-        self.parameters = sum(weight.numel() for weight in causal_lm.parameters())
-        self.matmul_parameters = _matmul_parameters(self._base)
-        config = causal_lm.config
-        self._attention_width = config.num_hidden_layers * config.hidden_size
+        self._layers = decoder_layers(self._base)
+        self._layer = layer
 
     @torch.no_grad()
-    def states_SBD(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Return the states after the last layer and the final norm, sequence first."""
-        output = self._base(input_ids=tokens_BS, use_cache=False)
-        return output.last_hidden_state.transpose(0, 1).contiguous()
+    def states_BSD(self, rows: Rows) -> torch.Tensor:
+        """Return the layer's states of every token.
+
+        Raises ValueError if documents are kept apart in rows longer than the context.
+        """
+        length = rows["tokens"].size(1)
+        if length <= self.context:
+            return self._run(rows)
+        if "attention_mask" in rows or "position_ids" in rows:
+            raise ValueError(f"documents kept apart in rows of {length} > {self.context} tokens")
+        windows = split_windows(rows["tokens"], self.context)
+        return join_windows(self._run({"tokens": windows}), length)
+
+    def _run(self, rows: Rows) -> torch.Tensor:
+        inputs: dict[str, Any] = {"input_ids": rows["tokens"], "use_cache": False}
+        if "position_ids" in rows:
+            inputs["position_ids"] = rows["position_ids"]
+        if "attention_mask" in rows:
+            dtype = next(self._base.parameters()).dtype
+            forbidden = torch.finfo(dtype).min
+            inputs["attention_mask"] = rows["attention_mask"].to(dtype) * forbidden
+        return self._base(**inputs).last_hidden_state
 
     @torch.no_grad()
-    def lm_loss(
-        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
-    ) -> float:
-        """Return the mean next-token loss in nats over the tokens of the mask."""
-        logits = self._causal_lm(input_ids=tokens_BS, use_cache=False).logits
-        logits = logits.flatten(0, 1).float()
-        losses = F.cross_entropy(logits, labels_BS.flatten(), reduction="none")
-        mask = mask_BS.flatten().float()
+    def lm_loss(self, rows: Rows, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> float:
+        """Return the mean next-token loss in nats over the tokens of the mask.
+
+        Rows longer than the context are scored as far as it reaches.
+        """
+        tokens = rows["tokens"][:, : self.context]
+        logits = self._causal_lm(input_ids=tokens, use_cache=False).logits
+        labels = labels_BS[:, : self.context].flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
+        mask = mask_BS[:, : self.context].flatten().float()
         return ((losses * mask).sum() / mask.sum().clamp(min=1)).item()
 
-    def drop_head(self) -> None:
-        """Free the language-model head; only the states are needed from here on."""
+    def keep_states_only(self) -> None:
+        """Free the language-model head and the layers behind the wanted one."""
         self._causal_lm = None
+        if self._layer is not None:
+            del self._layers[self._layer :]
+            # The model goes on to its final norm; the wanted states are those before it.
+            _return_states_of(self._layers[self._layer - 1], self._base)
 
     def forward_flops(self, tokens: int, sequence_length: int) -> float:
         """FLOPs of the states of `tokens` tokens, without the head, counted as Megatron does.
 
         Two per matrix weight and token, and causal attention's two products over half of the
-        sequence.
+        sequence. Windows read some tokens twice.
         """
-        attention = 2 * 2 * self._attention_width * sequence_length / 2
-        return tokens * (2.0 * self.matmul_parameters + attention)
+        length = min(sequence_length, self.context)
+        tokens = tokens * windowed_tokens(sequence_length, self.context) // sequence_length
+        kept = self._layers[: self._layer]
+        dropped = sum(map(_matrix_weights, self._layers)) - sum(map(_matrix_weights, kept))
+        attention = 2 * 2 * len(kept) * self._base.config.hidden_size * length / 2
+        return tokens * (2.0 * (_matrix_weights(self._base) - dropped) + attention)
+
+
+def decoder_layers(base_model: Any) -> torch.nn.ModuleList:
+    """The one list of all decoder layers, whatever the architecture calls it."""
+    number = base_model.config.num_hidden_layers
+    [layers] = [
+        module
+        for module in base_model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number
+    ]
+    return layers
+
+
+def _return_states_of(layer: torch.nn.Module, base_model: torch.nn.Module) -> None:
+    """Have the model return the layer's output instead of its own."""
+    states: list[torch.Tensor] = []
+
+    def remember(_module: Any, _inputs: Any, output: Any) -> None:
+        states.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    def replace(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = states.pop()
+        return output
+
+    layer.register_forward_hook(remember)
+    base_model.register_forward_hook(replace)
 
 
 def near_random(lm_loss: float, vocab_size: int) -> bool:
@@ -57,7 +122,7 @@ def near_random(lm_loss: float, vocab_size: int) -> bool:
     return lm_loss > 0.9 * math.log(vocab_size)
 
 
-def _matmul_parameters(model: torch.nn.Module) -> int:
+def _matrix_weights(model: torch.nn.Module) -> int:
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
     }

@@ -1,6 +1,7 @@
 """The contract check, and the data of whole runs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,9 +10,33 @@ from megatron_let.testing import run_distributed, save_tiny_teacher
 
 WEIGHT = 10.0
 """So large that a wrong factor cannot hide under the language-model gradient."""
-TOTAL_TOLERANCE = 1e-5
+REPLICA_TOLERANCE = 1e-5
+STUDENT = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"
+# What changes the function that one process computes; all else must not change the gradient.
+SHAPES = (
+    "--group-query-attention --num-query-groups --untie-embeddings-and-output-weights "
+    "--num-experts --moe- --calculate-per-token-loss --reset-"
+).split()
 
-Check = Callable[..., tuple[float, float]]
+Gradients = dict[tuple[str, str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The worst of all parameters: how far a layout's gradients are from the written-out loss's.
+
+    `part` is the alignment part, total minus language-model gradient. Behind layer K it must be
+    nothing, and is measured against the total.
+    """
+
+    part_error: float
+    total_error: float
+    part_cosine: float
+    """The smallest over the parameters that the alignment reaches."""
+    part_norm_error: float
+
+
+Check = Callable[..., Agreement]
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +52,43 @@ def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(value - expected) / (norm or 1.0))
 
 
-def layout_gradients(world_size: int, *args: object) -> dict[tuple[str, str], np.ndarray]:
+def layout_gradients(world_size: int, *args: object) -> Gradients:
     """Gradients of all ranks by name; replicas (TP of unsharded parameters, DP) must agree."""
-    merged: dict[tuple[str, str], np.ndarray] = {}
+    merged: Gradients = {}
     for part in run_distributed("tests.distributed.contract:layout_gradients", world_size, *args):
         for name, gradient in part.items():
             if name in merged:
-                assert relative_error(gradient, merged[name]) < TOTAL_TOLERANCE, name
+                assert relative_error(gradient, merged[name]) < REPLICA_TOLERANCE, name
             merged[name] = gradient
     return merged
+
+
+def agreement(actual: Gradients, expected: Gradients) -> Agreement:
+    """Hold a layout's gradients against the written-out loss's, parameter by parameter."""
+    names = {name for _, name in expected}
+    assert names == {name for _, name in actual}
+    parts, totals, cosines, norms = [], [], [], []
+    for name in names:
+        total = expected["lm", name] + expected["let", name]
+        wanted, part = expected["let", name], actual["total", name] - actual["lm", name]
+        totals.append(relative_error(actual["total", name], total))
+        if not wanted.any():
+            parts.append(relative_error(part + total, total))
+            continue
+        parts.append(relative_error(part, wanted))
+        lengths = np.linalg.norm(part), np.linalg.norm(wanted)
+        cosines.append(float((part * wanted).sum() / (np.prod(lengths) or 1.0)))
+        norms.append(abs(lengths[0] / lengths[1] - 1))
+    return Agreement(max(parts), max(totals), min(cosines), max(norms))
+
+
+def _shape(flags: list[str]) -> list[str]:
+    """The flags, with their values, that one process needs too."""
+    kept, keep = [], False
+    for word in flags:
+        keep = word.startswith(tuple(SHAPES)) if word.startswith("--") else keep
+        kept += [word] * keep
+    return kept
 
 
 @pytest.fixture(scope="session")
@@ -46,34 +99,33 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def contract(teacher: str) -> Check:
-    """Return the check of one layout: the largest relative error of alignment part and total."""
-    references: dict[tuple[object, ...], dict[tuple[str, str], np.ndarray]] = {}
+    """Return the check of one layout."""
+    references: dict[tuple[object, ...], Gradients] = {}
 
-    def reference(layer: int, batch: int, flags: list[str]) -> dict[tuple[str, str], np.ndarray]:
-        key = (layer, batch, *flags)
+    def reference(
+        layer: int, batch: int, shape: list[str], precision: list[str], resize: str
+    ) -> Gradients:
+        key = (layer, batch, *shape, *precision, resize)
         if key not in references:
-            function = "tests.distributed.contract:reference_gradients"
-            [references[key]] = run_distributed(function, 1, flags, batch, WEIGHT, layer, teacher)
+            [references[key]] = run_distributed(
+                "tests.distributed.contract:reference_gradients",
+                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize),
+            )
         return references[key]
 
     def check(
-        world_size: int, flags: str, layer: int, batch: int, fault: str | None = None
-    ) -> tuple[float, float]:
+        world_size: int,
+        flags: str,
+        layer: int,
+        batch: int,
+        fault: str | None = None,
+        student: str = STUDENT,
+    ) -> Agreement:
         let = f"--method let --teacher-model {teacher} --let-layer {layer} --let-decay constant"
-        actual = layout_gradients(world_size, f"{flags} {let}".split(), batch, WEIGHT, fault)
-        per_token = [flag for flag in flags.split() if flag == "--calculate-per-token-loss"]
-        expected = reference(layer, batch, per_token)
-        names = {name for _, name in expected}
-        assert names == {name for _, name in actual}
-        parts, totals = [], []
-        for name in names:
-            total = expected["lm", name] + expected["let", name]
-            part = actual["total", name] - actual["lm", name]
-            totals.append(relative_error(actual["total", name], total))
-            if expected["let", name].any():
-                parts.append(relative_error(part, expected["let", name]))
-            else:  # behind layer K nothing but rounding may remain
-                parts.append(relative_error(part + total, total))
-        return max(parts), max(totals)
+        words = f"{student} {flags} {let}".split()
+        actual = layout_gradients(world_size, words, batch, WEIGHT, fault)
+        precision = [word for word in words if word in ("--bf16", "--fp16")]
+        resize = "linear" if "--let-resize linear" in flags else "interpolate"
+        return agreement(actual, reference(layer, batch, _shape(words), precision, resize))
 
     return check

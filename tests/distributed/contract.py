@@ -3,12 +3,14 @@
 A case builds the student through the real command line (`entry`, `Method`, `Run`), gives every
 parameter values that depend on its global name alone, runs one step over fixed micro-batches with
 uneven loss masks, and returns whole gradients by global name. `reference_gradients` does the same
-with the loss written out on one process, without a line of `megatron_let.alignment.attach`.
+in float32 with the loss written out on one process: plain autograd, the teacher called directly,
+without a line of `megatron_let.alignment.attach` or `megatron_let.teacher.stage`.
 """
 
 import hashlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,10 @@ import torch.nn.functional as F
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import (
+    get_num_microbatches,
+    update_num_microbatches,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
@@ -33,11 +39,10 @@ from tests.distributed.faults import FAULTS
 
 SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
 MODEL_FLAGS = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --ffn-hidden-size 64 --swiglu --normalization RMSNorm "
-    "--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights "
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
     f"--seq-length {SEQ} --max-position-embeddings {SEQ} --micro-batch-size {MICRO_BATCH} "
-    "--attention-dropout 0 --hidden-dropout 0 --train-iters 10 --lr 1e-3 --clip-grad 0 "
+    "--attention-dropout 0 --hidden-dropout 0 --lr 1e-3 --clip-grad 0 "
     f"--mock-data --tokenizer-type NullTokenizer --vocab-size {VOCAB - 1} "
     "--make-vocab-size-divisible-by 8 --eval-iters 0 --eval-interval 100 "
     "--no-check-for-nan-in-loss-and-grad --cpu"
@@ -46,11 +51,26 @@ MODEL_FLAGS = (
 Gradients = dict[tuple[str, str], np.ndarray]
 
 
-def student(flags: list[str], global_batch: int) -> tuple[Any, Any, Any, Any]:
-    """Build a student through the command line: `(args, method, run, model chunks)`."""
+@dataclass
+class Student:
+    """A student as the command line builds it."""
+
+    args: Any
+    method: Any
+    run: Run
+    chunks: list[Any]
+    loss_scale: float
+    """What the gradients are multiplied by, in fp16."""
+
+
+def build_student(flags: list[str], global_batch: int, rounding: torch.dtype) -> Student:
+    """Build a student, its weights rounded to `rounding` whatever its own precision is."""
     forget_last_run()
     entry.use_prebuilt_helpers()
-    sys.argv = ["pretrain_let.py", *MODEL_FLAGS, "--global-batch-size", str(global_batch), *flags]
+    length = [] if "--train-samples" in flags else ["--train-iters", "10"]
+    grows = "--step-batch-size-schedule" in flags
+    batch = [] if grows else ["--global-batch-size", str(global_batch)]
+    sys.argv = ["pretrain_let.py", *MODEL_FLAGS, *length, *batch, *flags]
     args = entry.parse_arguments()
     method = build_method(args)
     config = entry.model_config(args, method)
@@ -63,12 +83,12 @@ def student(flags: list[str], global_batch: int) -> tuple[Any, Any, Any, Any]:
     )
     for chunk in chunks:
         chunk.train()
-        _fill(chunk)
+        _fill(chunk, rounding)
     config.transformer.grad_scale_func = optimizer.scale_loss
     config.transformer.finalize_model_grads_func = finalize_model_grads
     args.curr_iteration = 0  # the loop's counters
     args.consumed_train_samples = 0
-    return args, method, run, chunks
+    return Student(args, method, run, chunks, float(optimizer.get_loss_scale()))
 
 
 def layout_gradients(
@@ -78,58 +98,96 @@ def layout_gradients(
 
     Keys are `("lm" | "total", global name)`. `fault` is a key of `faults.FAULTS` to inject.
     """
-    args, method, run, chunks = student(flags, global_batch)
-    method._load()
+    student = build_student(flags, global_batch, _precision(flags))
+    args, method = student.args, student.method
+    method.load()
+    method.teacher.keep_states_only()
     if fault is not None:
-        FAULTS[fault](method, chunks)
+        FAULTS[fault](method, student.chunks)
     gradients: Gradients = {}
     for part, args.let_weight in (("lm", 0.0), ("total", weight)):
         args.curr_iteration += 1
-        step(args, run, chunks)
+        step(student)
         assert len(method.alignment) == 0, "a target was left in the queue"
-        gradients |= {(part, name): g for name, g in whole_gradients(chunks).items()}
-    method._check_every_micro_batch(method.alignment.record.micro_batches)
+        gradients |= {(part, name): g for name, g in whole_gradients(student).items()}
+    method.check_every_micro_batch(method.alignment.record.micro_batches)
     return gradients
 
 
-def step(args: Any, run: Run, chunks: list[Any]) -> list[dict[str, torch.Tensor]]:
+def recorded_in_a_repeated_step(flags: list[str], global_batch: int) -> tuple[int, int]:
+    """Alignment losses that a step holds which Megatron's rerun machine repeats, and micro-batches.
+
+    On the rank that owns the layer; (0, 0) on others.
+    """
+    student = build_student(flags, global_batch, torch.float32)
+    student.method.load()
+    for _ in range(2):
+        step(student)
+    if not student.method._owner_chunks:
+        return 0, 0
+    return student.method.alignment.record.micro_batches, get_num_microbatches()
+
+
+def _precision(flags: list[str]) -> torch.dtype:
+    if "--bf16" in flags:
+        return torch.bfloat16
+    return torch.float16 if "--fp16" in flags else torch.float32
+
+
+def step(student: Student) -> list[dict[str, torch.Tensor]]:
     """One forward and backward pass over the step's micro-batches, gradients synchronized."""
-    num_micro_batches = args.global_batch_size // (MICRO_BATCH * args.data_parallel_size)
-    iterators = [micro_batches(num_micro_batches) for _ in chunks]
+    update_num_microbatches(student.args.consumed_train_samples)  # as Megatron's loop does
+    chunks, number = student.chunks, get_num_microbatches()
+    iterators = [micro_batches(student.args, number) for _ in chunks]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     return get_forward_backward_func()(
-        forward_step_func=run.forward_step,
+        forward_step_func=student.run.forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
-        num_microbatches=num_micro_batches,
+        num_microbatches=number,
         seq_length=SEQ,
         micro_batch_size=MICRO_BATCH,
         forward_only=False,
     )
 
 
-def micro_batch(index: int) -> dict[str, torch.Tensor]:
-    """Micro-batch `index` of the step, with a loss mask of its own density."""
+def micro_batch(index: int, documents: bool) -> dict[str, torch.Tensor]:
+    """Micro-batch `index` of the step, with a loss mask of its own density.
+
+    Args:
+        index: counted over all data-parallel ranks.
+        documents: each row holds two documents, which attention and positions keep apart.
+    """
     generator = torch.Generator().manual_seed(1000 + index)
     words = torch.randint(0, VOCAB, (MICRO_BATCH, SEQ + 1), generator=generator)
     keep = 0.3 + 0.15 * (index % 4)
     mask = (torch.rand(MICRO_BATCH, SEQ, generator=generator) < keep).float()
     mask[0, 0] = 1.0
-    positions = torch.arange(SEQ).expand(MICRO_BATCH, SEQ).contiguous()
+    positions = torch.arange(SEQ).repeat(MICRO_BATCH, 1)
+    forbidden = torch.ones(SEQ, SEQ).tril().lt(0.5).repeat(MICRO_BATCH, 1, 1, 1)
+    for row in range(MICRO_BATCH * documents):
+        start = document_start(index, row)
+        positions[row, start:] -= start
+        forbidden[row, :, start:, :start] = True
     return {
         "tokens": words[:, :-1].contiguous(),
         "labels": words[:, 1:].contiguous(),
         "loss_mask": mask,
         "position_ids": positions,
-        "attention_mask": torch.ones(SEQ, SEQ).tril().lt(0.5).repeat(MICRO_BATCH, 1, 1, 1),
+        "attention_mask": forbidden,
     }
 
 
-def micro_batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+def document_start(index: int, row: int) -> int:
+    """Where the second document of a row begins."""
+    return 3 + (5 * index + 7 * row) % (SEQ - 5)
+
+
+def micro_batches(args: Any, count: int) -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's micro-batches; Megatron deals them out in turn."""
     size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    return (micro_batch(i * size + rank) for i in range(count))
+    return (micro_batch(i * size + rank, args.reset_position_ids) for i in range(count))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -145,20 +203,27 @@ def _named_parameters(chunk: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(numbers[parts[2]])
-        yield ".".join(parts), parameter
+        name = ".".join(parts)
+        if module.share_embeddings_and_output_weights and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of it
+        yield name, parameter
 
 
-def _fill(chunk: Any) -> None:
+def _values(name: str, shape: list[int], rounding: torch.dtype) -> torch.Tensor:
+    """A parameter's values, which depend on its name and shape alone."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+    return (1.0 + values if "norm" in name else values).to(rounding).float()
+
+
+def _fill(chunk: Any, rounding: torch.dtype) -> None:
     size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     for name, parameter in _named_parameters(chunk):
         axis = parameter.partition_dim if _is_sharded(parameter) else None
         shape = list(parameter.shape)
         if axis is not None:
             shape[axis] *= size
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
-        if "norm" in name:
-            whole = 1.0 + whole
+        whole = _values(name, shape, rounding)
         if axis is not None:
             whole = _join(name, list(whole.chunk(size, axis)), axis, inverse=True).chunk(
                 size, axis
@@ -185,13 +250,13 @@ def _join(name: str, parts: list[torch.Tensor], axis: int, inverse: bool = False
     return torch.cat([pieces[i] for i in order], axis)
 
 
-def whole_gradients(chunks: list[Any]) -> dict[str, np.ndarray]:
+def whole_gradients(student: Student) -> dict[str, np.ndarray]:
     """Gather every gradient over TP; each pipeline stage returns the parameters it owns."""
     gradients = {}
-    for chunk in chunks:
+    for chunk in student.chunks:
         _gather_distributed_shards(chunk)
         for name, parameter in _named_parameters(chunk):
-            gradient = parameter.main_grad.detach().float().clone()
+            gradient = parameter.main_grad.detach().float() / student.loss_scale
             if _is_sharded(parameter):
                 group = mpu.get_tensor_model_parallel_group()
                 parts = [torch.empty_like(gradient) for _ in range(group.size())]
@@ -219,45 +284,76 @@ def _gather_distributed_shards(chunk: Any) -> None:
 
 
 def reference_gradients(
-    flags: list[str], global_batch: int, weight: float, layer: int, teacher: str
+    flags: list[str],
+    global_batch: int,
+    weight: float,
+    layer: int,
+    teacher: str,
+    precision: list[str],
+    resize: str,
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
 
-    Keys are `("lm" | "let", global name)`. One process, a plain Megatron student, the teacher
-    called directly, ordinary autograd. With --calculate-per-token-loss: both sums over all
-    micro-batches, divided by all tokens.
+    Keys are `("lm" | "let", global name)`. With --calculate-per-token-loss: both sums over all
+    micro-batches, divided by all tokens. `flags` are the student's shape, `precision` the flag of
+    the layout's, to whose values the weights are rounded.
     """
-    _, _, _, [chunk] = student(flags, global_batch)
-    module = unwrap_model(chunk)
+    rounding = _precision(precision)
+    student = build_student(flags, global_batch, rounding)
+    module = unwrap_model(student.chunks[0])
     states: list[torch.Tensor] = []
     module.decoder.layers[layer - 1].register_forward_hook(lambda _, __, out: states.append(out[0]))
     base = load_causal_lm(
         read_teacher_config(teacher), torch.float32, torch.device("cpu")
     ).base_model
-    count = global_batch // MICRO_BATCH
+    parameters = dict(_named_parameters(student.chunks[0]))
+    if resize == "linear":
+        name = f"decoder.layers.{layer}.let_resize.weight"
+        shape = [module.config.hidden_size, base.config.hidden_size]
+        parameters[name] = torch.nn.Parameter(_values(name, shape, rounding))
+    documents = student.args.reset_position_ids
+    batches = [micro_batch(i, documents) for i in range(global_batch // MICRO_BATCH)]
+    all_tokens = sum(batch["loss_mask"].sum() for batch in batches)
     lm_total, let_total = torch.zeros(()), torch.zeros(())
-    all_tokens = sum(micro_batch(i)["loss_mask"].sum() for i in range(count))
-    for batch in map(micro_batch, range(count)):
+    for index, batch in enumerate(batches):
         losses = module(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
         )
         lm_sum = (losses * batch["loss_mask"]).sum()
-        target = base(input_ids=batch["tokens"]).last_hidden_state.transpose(0, 1)
-        hidden = states.pop()
-        aligned = 1 - F.cosine_similarity(hidden, interpolate(target, hidden.size(-1)), dim=-1)
+        target, hidden = _teacher_states(base, batch["tokens"], index, documents), states.pop()
+        if resize == "linear":
+            resized = target @ parameters[name].T
+        else:
+            resized = interpolate(target, hidden.size(-1))
+        aligned = 1 - F.cosine_similarity(hidden, resized, dim=-1)
         let_sum = (aligned * batch["loss_mask"].transpose(0, 1)).sum()
         per_token = "--calculate-per-token-loss" in flags
-        tokens = all_tokens if per_token else batch["loss_mask"].sum() * count
+        tokens = all_tokens if per_token else batch["loss_mask"].sum() * len(batches)
         lm_total = lm_total + lm_sum / tokens
         let_total = let_total + weight * let_sum / tokens
-    names, parameters = zip(*_named_parameters(chunk), strict=True)
     gradients: Gradients = {}
     for part, loss in (("lm", lm_total), ("let", let_total)):
-        values = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for name, parameter, value in zip(names, parameters, values, strict=True):
+        values = torch.autograd.grad(
+            loss, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for (name, parameter), value in zip(parameters.items(), values, strict=True):
             value = torch.zeros_like(parameter) if value is None else value
             gradients[part, name] = value.numpy()
     return gradients
+
+
+def _teacher_states(
+    base: Any, tokens_BS: torch.Tensor, index: int, documents: bool
+) -> torch.Tensor:
+    """The teacher's last states `[S, B, D]`, each document read alone."""
+    if not documents:
+        return base(input_ids=tokens_BS).last_hidden_state.transpose(0, 1)
+    rows = []
+    for row, tokens_S in enumerate(tokens_BS):
+        parts = tokens_S.tensor_split([document_start(index, row)])
+        states = [base(input_ids=part[None]).last_hidden_state[0] for part in parts]
+        rows.append(torch.cat(states))
+    return torch.stack(rows, dim=1)
 
 
 def fault_names() -> list[str]:

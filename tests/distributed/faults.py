@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import make_viewless_tensor, unwrap_model
+
+from megatron_let.alignment.attach import Alignment
 
 Fault = Callable[[Any, list[Any]], None]
 
@@ -52,7 +55,7 @@ def _counted_twice(method: Any, chunks: list[Any]) -> None:
         return attach(activation, resize)
 
     method.alignment.attach = attach_twice
-    method._check_every_micro_batch = lambda recorded: None
+    method.check_every_micro_batch = lambda recorded: None
 
 
 class _LastInFirstOut(deque):  # type: ignore[type-arg]
@@ -65,6 +68,66 @@ def _newest_micro_batch(method: Any, chunks: list[Any]) -> None:
     method.alignment._targets = _LastInFirstOut()
 
 
+def _per_micro_batch_mean(method: Any, chunks: list[Any]) -> None:
+    """Divide as for a mean over each micro-batch although the loss is per token."""
+    right = method._loss_scale
+    method._loss_scale = lambda num_tokens: (
+        right(num_tokens) / (num_tokens * get_num_microbatches())
+    )
+
+
+def _unmarked_map(method: Any, chunks: list[Any]) -> None:
+    """A learned map that does not say that its gradient is a partial sum."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if "let_resize" in name:
+                parameter.sequence_parallel = False
+
+
+def _index_without_virtual_stage(method: Any, chunks: list[Any]) -> None:
+    """Align the layer at K's index in the rank's first chunk, although K lies in another."""
+    if not method._owner_chunks:
+        return
+    wrong, right = (unwrap_model(chunk).decoder.layers[0] for chunk in chunks)
+    right.alignment = Alignment(method.alignment.loss)
+    method._owner_chunks = {0}
+
+    def attach(_layer: Any, _inputs: Any, output: Any) -> Any:
+        hidden = method.alignment.attach(output[0], right.let_resize)
+        return make_viewless_tensor(hidden, requires_grad=True, keep_graph=True), output[1]
+
+    wrong.register_forward_hook(attach)
+
+
+def _no_loss_mask(method: Any, chunks: list[Any]) -> None:
+    """The owner stage takes every token, as if it had not been sent the loss mask."""
+    right = method.before_forward
+
+    def all_tokens(batches: list[dict[str, torch.Tensor]]) -> None:
+        right([batch | {"loss_mask": torch.ones_like(batch["loss_mask"])} for batch in batches])
+
+    method.before_forward = all_tokens
+
+
+def _view_from_the_last_layer(method: Any, chunks: list[Any]) -> None:
+    """The aligned layer hands on a view, which Megatron cannot free after sending."""
+    for chunk in chunks:
+        for layer in unwrap_model(chunk).decoder.layers:
+            if "let_resize" in dict(layer.named_children()):
+                layer.register_forward_hook(lambda _, __, out: (out[0].view_as(out[0]), out[1]))
+
+
+def _rows_of_another_rank(method: Any, chunks: list[Any]) -> None:
+    """The rows of a split teacher put together in the wrong order."""
+    right = method.teacher_states
+    method.teacher_states = lambda batches: [states.roll(1, dims=1) for states in right(batches)]
+
+
+def _documents_ignored(method: Any, chunks: list[Any]) -> None:
+    """The teacher reads a row as one document where the student keeps two apart."""
+    method._rows = lambda batches: {"tokens": torch.cat([batch["tokens"] for batch in batches])}
+
+
 FAULTS: dict[str, Fault] = {
     "micro_batch_factor": _scaled(lambda: float(get_num_microbatches())),
     "tensor_parallel_factor": _scaled(lambda: 1 / mpu.get_tensor_model_parallel_world_size()),
@@ -72,4 +135,11 @@ FAULTS: dict[str, Fault] = {
     "unmarked_norm": _unmarked_norm,
     "counted_twice": _counted_twice,
     "newest_micro_batch": _newest_micro_batch,
+    "per_micro_batch_mean": _per_micro_batch_mean,
+    "unmarked_map": _unmarked_map,
+    "index_without_virtual_stage": _index_without_virtual_stage,
+    "no_loss_mask": _no_loss_mask,
+    "view_from_the_last_layer": _view_from_the_last_layer,
+    "rows_of_another_rank": _rows_of_another_rank,
+    "documents_ignored": _documents_ignored,
 }

@@ -46,6 +46,15 @@ def usage_error(flags: list[str]) -> str:
     return ""
 
 
+def aligned_layers(flags: list[str]) -> tuple[int, int]:
+    """Numbers of the student's and the teacher's layer that a command line aligns."""
+    forget_last_run()
+    sys.argv = ["pretrain_let.py", *MODEL, *flags]
+    args = entry.parse_arguments()
+    build_method(args)
+    return args.let_layer, args.let_teacher_layer
+
+
 def parser_facts() -> dict[str, Any]:
     """The whole help text, and what the parser knows of the flags that we refuse."""
     parser = argparse.ArgumentParser(prog="pretrain_let.py", allow_abbrev=False)

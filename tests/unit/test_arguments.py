@@ -13,6 +13,8 @@ from megatron_let.testing import run_distributed, save_tiny_teacher
 
 STEPS = "--eval-interval 5 --train-iters 10"
 LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
+PAIR = f"{LET.replace(' --let-layer 2', '')} --let-decay constant --let-pair"
+LONG = "--seq-length 256 --max-position-embeddings 256"
 CONSTANT = f"{LET} --let-decay constant"
 PLAIN = f"{STEPS} --mock-data"
 
@@ -36,10 +38,31 @@ MISTAKES = {
         f"{CONSTANT} --teacher-model TMP/small",
         "TMP/small knows 100 token ids, the student 25[56]: choose",
     ),
-    "sequences beyond the teacher's context": (
-        f"{CONSTANT} --seq-length 256 --max-position-embeddings 256",
-        r"--seq-length 256 is longer .*TMP/teacher \(128 tokens\)",
+    "documents kept apart beyond the teacher's context": (
+        f"{CONSTANT} {LONG} --reset-position-ids",
+        r"--seq-length 256 is longer .*TMP/teacher \(128 tokens\).*windows.*Use shorter sequences",
     ),
+    "documents kept apart without a mask": (
+        f"{CONSTANT} --reset-attention-mask --no-create-attention-mask-in-dataloader",
+        "--reset-attention-mask has no effect with --no-create-attention-mask-in-dataloader",
+    ),
+    "documents kept apart by a mask that the student ignores": (
+        f"{CONSTANT} --reset-attention-mask --transformer-impl transformer_engine",
+        "--reset-attention-mask has no effect.*add --transformer-impl local",
+    ),
+    "positions that the student ignores": (
+        f"{CONSTANT} --reset-position-ids --position-embedding-type rope",
+        "--reset-position-ids has no effect.*type rope.*Remove it, or add --reset-attention-mask",
+    ),
+    "pair and number": (
+        f"{CONSTANT} --let-pair L2M",
+        "--let-pair L2M names both layers. Leave it out, or leave out --let-layer and",
+    ),
+    "teacher's layer beyond the teacher": (
+        f"{CONSTANT} --let-teacher-layer 3",
+        "--let-teacher-layer 3 is outside --teacher-model TMP/teacher, .*1 to 2. Leave it out",
+    ),
+    "teacher's layer zero": (f"{CONSTANT} --let-teacher-layer 0", "--let-teacher-layer 0 is out"),
     "layer zero": (f"{CONSTANT} --let-layer 0", "--let-layer 0 .*--num-layers 4 allows 1 to 4"),
     "negative layer": (f"{CONSTANT} --let-layer -1", "--let-layer -1 .*allows 1 to 4"),
     "layer beyond the model": (f"{CONSTANT} --let-layer 5", "--let-layer 5 .*allows 1 to 4"),
@@ -100,13 +123,17 @@ MISTAKES = {
         f"{PLAIN} --hidden-size 30",
         "Megatron-LM refuses these flags: assert args.hidden_size % args.num_attention_heads == 0",
     ),
+    "batch size that would not grow": (
+        f"{PLAIN} --rampup-batch-size 4 2 100",
+        "--rampup-batch-size 4 2 100 has no effect.*Use --step-batch-size-schedule",
+    ),
     "another kind of batches": (f"{PLAIN} --sft", "--sft is not supported: .*pretrain_gpt.py"),
     "configuration file": (f"{PLAIN} --yaml-cfg TMP/x.yaml", "--yaml-cfg is not supported"),
     "configuration file with equals sign": (f"{PLAIN} --yaml-cfg=x", "--yaml-cfg is not supported"),
     "own layer specification": (f"{CONSTANT} --spec local", "--spec .*--method let: .*Remove it"),
-    "document boundaries in the mask": (
-        f"{CONSTANT} --reset-attention-mask",
-        "--reset-attention-mask is not supported with --method let: .*--method baseline",
+    "multi-token prediction": (
+        f"{CONSTANT} --mtp-num-layers 1 --position-embedding-type rope",
+        "--mtp-num-layers 1 is not supported with --method let: .*--method baseline",
     ),
     "CUDA graphs": (f"{CONSTANT} --cuda-graph-impl local", "--cuda-graph-impl local is not supp"),
 }
@@ -119,7 +146,10 @@ FINE = {
     "larger vocabulary of the teacher": f"{CONSTANT} --vocab-size 100",
     "teacher's tokenizer knows more": f"{CONSTANT} --teacher-model TMP/superset "
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/tokenizer",
-    "document boundaries without a teacher": f"{PLAIN} --reset-attention-mask",
+    "documents kept apart": f"{CONSTANT} --reset-attention-mask --reset-position-ids",
+    "sequences beyond the teacher's context": f"{CONSTANT} {LONG}",
+    "a pair by name": f"{PAIR} M2L",
+    "a pair by numbers": f"{CONSTANT} --let-teacher-layer 1",
     "blend with weights": f"{STEPS} --train-data-path 0.5 TMP/one 0.5 TMP/one "
     "--valid-data-path TMP/one",
 }
@@ -173,6 +203,23 @@ def test_mistake_is_told_with_its_value_and_the_way_out(name, messages):
 @pytest.mark.parametrize("name", FINE)
 def test_what_can_be_right_is_not_refused(name, messages):
     assert messages[name] == ""
+
+
+@pytest.mark.parametrize(
+    ("pair", "layers"),
+    {
+        "L2E": (3, 2),
+        "L2M": (2, 2),
+        "L2L": (4, 2),
+        "M2E": (3, 1),
+        "M2M": (2, 1),
+        "M2L": (4, 1),
+    }.items(),
+)
+def test_pairs_are_layers_of_student_and_teacher(pair, layers, tmp):
+    """Of four layers and of two."""
+    line = f"{PAIR} {pair}".replace("TMP", tmp).split()
+    assert run_distributed("tests.unit.command_line:aligned_layers", 1, line) == [layers]
 
 
 # --- names, and help ----------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_flops_charge_the_teacher_in_guided_steps_only(run):
 def test_our_keys_are_logged_until_the_stop_step_and_never_after_it(run):
     folder, printed = run
     record = read_run(folder)
-    for key in ("let loss", "let weight", "let gradient ratio"):
+    for key in ("let loss", "let weight", "let gradient ratio", "teacher time (ms)"):
         assert [step for step, _ in record.series(key)] == [1, 2, 3]
     assert [weight for _, weight in record.series("let weight")] == pytest.approx(
         [0.5, 0.5 * 2 / 3, 0.5 / 3]
@@ -163,7 +163,8 @@ def test_summary_names_student_teacher_layer_and_cost(run):
     for words in (
         "> --method let",
         "> student: 0.06 M parameters, 4 layers of width 32, TP 1 x PP 1 x DP 1",
-        "> LET: layer 2 of 4, on pipeline stage 0 of 1 (from 0), weight 0.5 linear until step 3",
+        "> LET: layer 2 of 4 with the teacher's layer 2 of 2, weight 0.5 linear until step 3",
+        "> the teacher runs on pipeline stage 0 of 1 (from 0)",
         "/teacher: 0.07 M parameters, weights ",
         "> expected extra FLOPs in a guided step: ",
     ):

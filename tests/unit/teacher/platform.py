@@ -14,7 +14,8 @@ def states_and_fingerprint(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray
     """The teacher's states of `tokens`, and the fingerprint of its weights."""
     config = read_teacher_config(str(folder))
     model = load_causal_lm(config, torch.float32, torch.device("cpu"))
-    return Teacher(model).states_SBD(torch.from_numpy(tokens)).numpy(), fingerprint(model)
+    states = Teacher(model, config.context).states_BSD({"tokens": torch.from_numpy(tokens)})
+    return states.numpy(), fingerprint(model)
 
 
 def device_of_factories() -> dict[str, Any]:

@@ -55,6 +55,7 @@ def test_width_context_and_vocabulary_of_every_architecture(architecture, tmp_pa
     save_tiny_teacher(tmp_path, architecture, vocab_size=72, width=24)
     config = read_teacher_config(str(tmp_path))
     assert (config.hidden_size, config.context, config.vocab_size) == (24, 128, 72)
+    assert (config.num_layers, config.width(1), config.width(None)) == (2, 24, 24)
     assert not read_token_ids(str(tmp_path))  # no tokenizer in the folder, none made up
 
 

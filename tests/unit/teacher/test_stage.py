@@ -1,5 +1,6 @@
 """The teacher's states and loss are Hugging Face's own; tolerance 1e-6 absolute, float32."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,12 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_let.planning.flops import windowed_tokens
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher, near_random
 from megatron_let.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 
 VOCAB = 256
 TOKENS_BS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
+ROWS = {"tokens": TOKENS_BS}
+CONTEXT = 128
 CLOSE = {"atol": 1e-6, "rtol": 0}
 
 
@@ -38,38 +42,107 @@ def reference(folder):
         return model, model(TOKENS_BS, labels=TOKENS_BS, output_hidden_states=True)
 
 
+def load(folder, context=CONTEXT, layer=None):
+    config = read_teacher_config(str(folder))
+    return Teacher(load_causal_lm(config, torch.float32, torch.device("cpu")), context, layer)
+
+
 @pytest.fixture
 def teacher(folder):
-    config = read_teacher_config(str(folder))
-    return Teacher(load_causal_lm(config, torch.float32, torch.device("cpu")))
+    return load(folder)
 
 
 def test_states_are_the_last_hidden_ones_after_the_final_norm(teacher, reference):
-    states_SBD = teacher.states_SBD(TOKENS_BS)
-    assert states_SBD.is_contiguous() and not states_SBD.requires_grad
-    expected_BSD = reference[1].hidden_states[-1]
-    torch.testing.assert_close(states_SBD, expected_BSD.transpose(0, 1), **CLOSE)
+    states_BSD = teacher.states_BSD(ROWS)
+    assert not states_BSD.requires_grad
+    torch.testing.assert_close(states_BSD, reference[1].hidden_states[-1], **CLOSE)
+
+
+def test_states_of_an_earlier_layer_need_no_later_one(folder, reference):
+    teacher = load(folder, layer=1)
+    flops = teacher.forward_flops(100, 10)
+    teacher.keep_states_only()
+    torch.testing.assert_close(teacher.states_BSD(ROWS), reference[1].hidden_states[1], **CLOSE)
+    assert teacher.forward_flops(100, 10) == flops < load(folder).forward_flops(100, 10)
+
+
+# --- windows and documents ---------------------------------------------------------------------
+
+
+def test_windows_give_what_hugging_face_gives_for_each(folder, reference):
+    """Contexts of 6: tokens 0 to 5, then 6 to 8 behind 3 to 5, and so on; the last ends the row."""
+    states_BSD = load(folder, context=6).states_BSD(ROWS)
+    model = reference[0].base_model
+    with torch.no_grad():
+        for end, new in ((6, 6), (9, 3), (12, 3), (15, 3), (17, 2)):
+            window = model(TOKENS_BS[:, end - 6 : end]).last_hidden_state
+            expected = window[:, 6 - new :]
+            torch.testing.assert_close(states_BSD[:, end - new : end], expected, **CLOSE)
+
+
+def test_windows_are_counted(folder):
+    teacher = load(folder, context=6)
+    assert windowed_tokens(17, 6) == 30 and windowed_tokens(6, 6) == 6
+    assert teacher.forward_flops(17, 17) == pytest.approx(teacher.forward_flops(30, 6))
+
+
+def documents(length, starts):
+    """Positions and forbidden attention, as Megatron makes them for one packed row."""
+    number = torch.zeros(length, dtype=torch.long)
+    positions = torch.arange(length)
+    for start in starts:
+        number[start:] += 1
+        positions[start:] = torch.arange(length - start)
+    allowed = torch.ones(length, length).tril().bool() & (number[:, None] == number[None, :])
+    return positions, ~allowed
+
+
+def test_documents_kept_apart_are_read_as_if_alone(folder, reference):
+    positions, forbidden = zip(
+        documents(17, [5, 11]), documents(17, [3]), documents(17, []), strict=True
+    )
+    rows = ROWS | {
+        "position_ids": torch.stack(positions),
+        "attention_mask": torch.stack(forbidden)[:, None],
+    }
+    states_BSD = load(folder).states_BSD(rows)
+    with torch.no_grad():
+        for row, bounds in ((0, (0, 5, 11, 17)), (1, (0, 3, 17)), (2, (0, 17))):
+            for start, end in itertools.pairwise(bounds):
+                alone = reference[0].base_model(TOKENS_BS[row : row + 1, start:end])
+                torch.testing.assert_close(
+                    states_BSD[row : row + 1, start:end], alone.last_hidden_state, atol=1e-5, rtol=0
+                )
+
+
+def test_windows_and_documents_do_not_go_together(folder):
+    rows = ROWS | {"position_ids": torch.arange(17).expand(3, 17)}
+    with pytest.raises(ValueError, match="17 > 6 tokens"):
+        load(folder, context=6).states_BSD(rows)
+
+
+# --- loss, cost, platform ----------------------------------------------------------------------
 
 
 def test_head_maps_the_states_to_the_logits(teacher, reference):
     """The states are what the head reads, so nothing lies between them and the prediction."""
     model, output = reference
     with torch.no_grad():
-        logits_BSV = model.get_output_embeddings()(teacher.states_SBD(TOKENS_BS).transpose(0, 1))
+        logits_BSV = model.get_output_embeddings()(teacher.states_BSD(ROWS))
     torch.testing.assert_close(logits_BSV, output.logits, **CLOSE)
 
 
 def test_a_state_does_not_see_the_tokens_after_it(teacher):
     changed_BS = TOKENS_BS.clone()
     changed_BS[:, 9:] = 0
-    before, after = teacher.states_SBD(TOKENS_BS), teacher.states_SBD(changed_BS)
-    torch.testing.assert_close(before[:9], after[:9], **CLOSE)
-    assert (before[9:] - after[9:]).abs().max() > 1e-3
+    before, after = teacher.states_BSD(ROWS), teacher.states_BSD({"tokens": changed_BS})
+    torch.testing.assert_close(before[:, :9], after[:, :9], **CLOSE)
+    assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-3
 
 
 def test_loss_is_that_of_hugging_face(teacher, reference):
     tokens_BS, labels_BS = TOKENS_BS[:, :-1], TOKENS_BS[:, 1:]
-    loss = teacher.lm_loss(tokens_BS, labels_BS, torch.ones(labels_BS.shape))
+    loss = teacher.lm_loss({"tokens": tokens_BS}, labels_BS, torch.ones(labels_BS.shape))
     assert loss == pytest.approx(reference[1].loss.item(), abs=1e-5)
 
 
@@ -77,16 +150,16 @@ def test_loss_leaves_masked_tokens_out(teacher):
     tokens_BS, labels_BS = TOKENS_BS[:, :-1], TOKENS_BS[:, 1:].clone()
     mask_BS = torch.ones(labels_BS.shape)
     mask_BS[:, 4:] = 0
-    loss = teacher.lm_loss(tokens_BS, labels_BS, mask_BS)
+    loss = teacher.lm_loss({"tokens": tokens_BS}, labels_BS, mask_BS)
     assert loss == pytest.approx(
-        teacher.lm_loss(tokens_BS[:, :4], labels_BS[:, :4], mask_BS[:, :4]), abs=1e-5
+        teacher.lm_loss({"tokens": tokens_BS[:, :4]}, labels_BS[:, :4], mask_BS[:, :4]), abs=1e-5
     )
 
 
 def test_states_need_no_head(teacher):
-    before = teacher.states_SBD(TOKENS_BS)
-    teacher.drop_head()
-    assert torch.equal(teacher.states_SBD(TOKENS_BS), before)
+    before = teacher.states_BSD(ROWS)
+    teacher.keep_states_only()
+    assert torch.equal(teacher.states_BSD(ROWS), before)
 
 
 def test_parameters_and_flops_are_those_of_the_weights(teacher, reference):
@@ -104,10 +177,10 @@ def test_parameters_and_flops_are_those_of_the_weights(teacher, reference):
 def test_cpu_platform_does_not_change_what_a_teacher_computes(folder, teacher):
     """Its patched factories once kept Hugging Face from building a model on the meta device."""
     function = "tests.unit.teacher.platform:states_and_fingerprint"
-    [(states_SBD, digest)] = run_distributed(function, 1, folder, TOKENS_BS.numpy())
+    [(states_BSD, digest)] = run_distributed(function, 1, folder, TOKENS_BS.numpy())
     config = read_teacher_config(str(folder))
     assert digest == fingerprint(load_causal_lm(config, torch.float32, torch.device("cpu")))
-    np.testing.assert_allclose(states_SBD, teacher.states_SBD(TOKENS_BS).numpy(), atol=1e-6)
+    np.testing.assert_allclose(states_BSD, teacher.states_BSD(ROWS).numpy(), atol=1e-6)
 
 
 def test_cpu_platform_leaves_the_meta_device_working():

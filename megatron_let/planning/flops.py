@@ -1,0 +1,51 @@
+"""Floating-point operations per token, counted as Megatron's `num_floating_point_operations` does.
+
+Two per weight of a matrix and token; causal attention's two products over half of the sequence;
+the LM head with its padded vocabulary; no embedding lookup, norm or activation function. Backward
+costs twice forward.
+"""
+
+from megatron_let.planning.shapes import ModelShape
+
+FORWARD_AND_BACKWARD = 3
+"""In forward passes: the gradients of activations and of weights cost one more each."""
+
+
+def layer_forward_flops_per_token(shape: ModelShape, seq_length: int) -> float:
+    """FLOPs of one layer's forward pass."""
+    scores_and_values = 2 * 2 * shape.query_size * seq_length / 2  # half: the causal mask
+    return 2 * shape.layer_matrix_parameters + scores_and_values
+
+
+def head_forward_flops_per_token(shape: ModelShape) -> float:
+    """FLOPs of the logits."""
+    return 2 * shape.embedding_parameters
+
+
+def training_flops_per_token(shape: ModelShape, seq_length: int) -> float:
+    """FLOPs of a forward and backward pass through the whole model."""
+    layers = shape.num_layers * layer_forward_flops_per_token(shape, seq_length)
+    return FORWARD_AND_BACKWARD * (layers + head_forward_flops_per_token(shape))
+
+
+def teacher_flops_per_token(teacher: ModelShape, seq_length: int) -> float:
+    """FLOPs of a teacher's last states, without its LM head, per token of the student.
+
+    A sequence longer than the teacher's context is read in windows, some tokens twice.
+    """
+    context = seq_length if teacher.context is None else teacher.context
+    tokens_read = windowed_tokens(seq_length, context) / seq_length
+    length = min(seq_length, context)
+    return tokens_read * teacher.num_layers * layer_forward_flops_per_token(teacher, length)
+
+
+def windowed_tokens(seq_length: int, context: int) -> int:
+    """Tokens that a teacher reads for one sequence.
+
+    As `megatron_let.teacher.windows` cuts them: each window is full, and moved on by half a
+    context, the last one up to the sequence's end.
+    """
+    if seq_length <= context:
+        return seq_length
+    stride = max(1, context // 2)
+    return context * (1 + len(range(context, seq_length, stride)))

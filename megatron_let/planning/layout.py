@@ -1,0 +1,148 @@
+"""How a run lies on its GPUs: ranks, and the layers of each pipeline stage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from megatron_let.errors import UsageError
+
+
+class Place(NamedTuple):
+    """Where a layer lives."""
+
+    stage: int
+    chunk: int
+    """Virtual chunk on the stage, 0 without virtual stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Megatron's parallel layout, and what it keeps of the activations."""
+
+    gpus: int
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Virtual chunks on each stage; 1 is the plain 1F1B schedule."""
+    sequence_parallel: bool | None = None
+    """None: with tensor parallelism."""
+    distributed_optimizer: bool = True
+    recompute: Literal["none", "selective", "full"] = "none"
+    """selective drops the attention scores, full all but the inputs of layers."""
+    flash_attention: bool = True
+    """Attention scores are never stored; otherwise those of every layer, unless recomputed."""
+    first_stage_layers: int | None = None
+    """`--decoder-first-pipeline-num-layers`."""
+    last_stage_layers: int | None = None
+    """`--decoder-last-pipeline-num-layers`."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tp", "pp", "vpp"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.gpus % (self.tp * self.pp):
+            raise UsageError(
+                f"--gpus {self.gpus} is not a multiple of --tp {self.tp} x --pp {self.pp} = "
+                f"{self.tp * self.pp}. Change one of them."
+            )
+        if self.pp == 1:
+            self._refuse_pipeline_flags()
+        if self.sequence_parallel and self.tp == 1:
+            raise UsageError("--sequence-parallel has no effect with --tp 1. Remove it.")
+
+    def _refuse_pipeline_flags(self) -> None:
+        uneven = self.first_stage_layers is not None or self.last_stage_layers is not None
+        if self.vpp > 1 or uneven:
+            raise UsageError(
+                "--vpp and --decoder-first/last-pipeline-num-layers have no effect with --pp 1. "
+                "Remove them, or set --pp."
+            )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.gpus // (self.tp * self.pp)
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts of the sequence that tensor-parallel ranks hold between the matrix products."""
+        return self.tp if self.sequence_parallel in (None, True) else 1
+
+    @property
+    def split_flags(self) -> str:
+        """The flags that say an uneven split, empty for an even one."""
+        flags = {"first": self.first_stage_layers, "last": self.last_stage_layers}
+        return " ".join(
+            f"--decoder-{end}-pipeline-num-layers {layers}"
+            for end, layers in flags.items()
+            if layers is not None
+        )
+
+    def split(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each stage.
+
+        Raises:
+            UsageError: Megatron would refuse this split.
+        """
+        layers = self._split_or_none(num_layers)
+        if layers is None:
+            raise UsageError(
+                f"{num_layers} layers do not divide over {self._stages}"
+                + (f" with {self.split_flags}" if self.split_flags else "")
+                + f". {self._way_out(num_layers)}"
+            )
+        return layers
+
+    @property
+    def _stages(self) -> str:
+        chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""
+        return f"{self.pp} pipeline stages{chunks}"
+
+    def _split_or_none(self, num_layers: int) -> tuple[int, ...] | None:
+        ends = (self.first_stage_layers, self.last_stage_layers)
+        given = [end for end in ends if end is not None]
+        middle_layers, middle_stages = num_layers - sum(given), self.pp - len(given)
+        if any(end < 1 for end in given) or bool(middle_layers > 0) != bool(middle_stages > 0):
+            return None
+        if middle_layers < 0 or (middle_stages and middle_layers % middle_stages):
+            return None
+        middle = middle_layers // middle_stages if middle_stages else 0
+        stages = [middle] * middle_stages
+        if ends[0] is not None:
+            stages.insert(0, ends[0])
+        if ends[1] is not None:
+            stages.append(ends[1])
+        return None if any(layers % self.vpp for layers in stages) else tuple(stages)
+
+    def _way_out(self, num_layers: int) -> str:
+        possible = [(max(layout.split(num_layers)), layout) for layout in self.splits(num_layers)]
+        if not possible:
+            return "Use fewer stages or chunks, or another number of layers."
+        _, evenest = min(possible, key=lambda pair: (pair[0], len(pair[1].split_flags)))
+        return f"Change --pp, or {f'use {f}' if (f := evenest.split_flags) else 'split evenly'}."
+
+    def splits(self, num_layers: int) -> Iterator["Layout"]:
+        """Every split that Megatron takes, those with fewer flags first."""
+        sizes = range(self.vpp, num_layers, self.vpp)
+        ends: list[tuple[int | None, int | None]] = [(None, None)]
+        if self.pp > 1:
+            ends += [(size, None) for size in sizes] + [(None, size) for size in sizes]
+            ends += [(first, last) for first in sizes for last in sizes]
+        for first, last in ends:
+            layout = replace(self, first_stage_layers=first, last_stage_layers=last)
+            if layout._split_or_none(num_layers) is not None:
+                yield layout
+
+    def place(self, num_layers: int, layer: int) -> Place:
+        """Where the layer with the global number `layer`, counted from 1, lives."""
+        assert 1 <= layer <= num_layers
+        chunk_layers = [layers // self.vpp for layers in self.split(num_layers)]
+        # The chunks of a round lie stage after stage, round after round.
+        chunk, index = divmod(layer - 1, sum(chunk_layers))
+        for stage, layers in enumerate(chunk_layers):
+            if index < layers:
+                return Place(stage, chunk)
+            index -= layers
+        raise AssertionError("a layer beyond its round")

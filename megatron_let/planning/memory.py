@@ -1,0 +1,202 @@
+"""Bytes that each rank of a pipeline stage holds at its fullest moment, during the guidance.
+
+bf16 training with fp32 main gradients and Adam. Weights, gradients and optimizer are Megatron's
+bytes per parameter (`theoretical_memory_usage.py`; `megatron_report` has its own numbers). The
+activations are counted tensor by tensor after Korthikanti et al. (arXiv 2205.05198) for the
+stage's own layers, with SwiGLU and grouped queries, with and without sequence parallelism,
+recomputation and flash attention; Megatron's report covers a part of these.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_let.planning.layout import Layout
+from megatron_let.planning.run import RunShape
+from megatron_let.planning.schedule import most_waiting
+from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.teacher_work import micro_batches_at_once
+
+BF16_BYTES = 2
+FP32_BYTES = 4
+TOKEN_ID_BYTES = 8
+MAIN_GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = 12
+"""Main parameter and two Adam moments, each fp32."""
+LOGIT_BYTES = BF16_BYTES + FP32_BYTES
+"""The logit and its fp32 softmax, which live together in the loss."""
+RUNTIME_BYTES = 2 * 1024**3
+"""CUDA context, NCCL buffers, fragmentation: an allowance, not a formula."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on each rank of one stage."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    teacher: float = 0.0
+    """The teacher's weights."""
+    states: float = 0.0
+    """What the teacher computes, and the alignment gradients that wait for the backward pass."""
+    runtime: float = RUNTIME_BYTES
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def stages_memory(
+    student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
+) -> tuple[StageMemory, ...]:
+    """What a rank of each stage holds, first stage first."""
+    return tuple(_stage_memory(stage, student, teacher, layout, run) for stage in range(layout.pp))
+
+
+def _stage_memory(
+    stage: int, student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
+) -> StageMemory:
+    parameters = parameters_per_rank(student, layout, stage)
+    optimizer_shards = layout.dp if layout.distributed_optimizer else 1
+    teacher_bytes, states_bytes = 0.0, 0.0
+    if teacher is not None:
+        teacher_bytes, states_bytes = _teacher_bytes(stage, student, teacher, layout, run)
+    return StageMemory(
+        weights=BF16_BYTES * parameters,
+        gradients=MAIN_GRADIENT_BYTES * parameters,
+        optimizer=OPTIMIZER_BYTES * parameters / optimizer_shards,
+        activations=_activation_bytes(stage, student, layout, run),
+        teacher=teacher_bytes,
+        states=states_bytes,
+    )
+
+
+def parameters_per_rank(student: ModelShape, layout: Layout, stage: int) -> float:
+    """Parameters of the student on one rank of a stage."""
+    first, last = stage == 0, stage == layout.pp - 1
+    layers = layout.split(student.num_layers)[stage]
+    # A tied head on another stage than the embedding is a copy of its own.
+    tables = first + last if layout.pp > 1 or not student.tied else 1
+    split = layers * student.layer_split_parameters + tables * student.embedding_parameters
+    replicated = layers * student.layer_replicated_parameters
+    replicated += student.position_parameters * first + student.norm_parameters * last
+    return split / layout.tp + replicated
+
+
+# --- the student's activations ---------------------------------------------------------------
+
+
+def layer_activation_bytes(student: ModelShape, layout: Layout, run: RunShape) -> float:
+    """What one layer keeps of one micro-batch without recomputation, on one rank.
+
+    Whole on each tensor-parallel rank unless the sequence is sharded: input and output of both
+    norms, dropout masks. Split over the ranks: queries, keys, values, what attention makes of
+    them, what the MLP's matrices make. With a GELU MLP of four times the width this is the
+    paper's `sbh (10 + 24 / t)`.
+    """
+    tokens, hidden = run.tokens_per_micro_batch, student.hidden_size
+    norms = tokens * hidden * (4 * BF16_BYTES + 2 * run.dropout)
+    attention = 2 * student.query_size + student.key_value_size
+    mlp = student.mlp_matrices * student.ffn_hidden_size
+    products = tokens * BF16_BYTES * (attention + mlp)
+    return norms / layout.sequence_shards + products / layout.tp
+
+
+def attention_score_bytes(student: ModelShape, layout: Layout, run: RunShape) -> float:
+    """What one layer keeps of one micro-batch's attention scores; nothing with flash attention.
+
+    The softmax's output, and with dropout its mask and its output.
+    """
+    if layout.flash_attention:
+        return 0.0
+    per_score = BF16_BYTES + (1 + BF16_BYTES) * run.dropout
+    scores = student.num_attention_heads * run.seq_length * run.tokens_per_micro_batch
+    return per_score * scores / layout.tp
+
+
+def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunShape) -> float:
+    chunk_layers = layout.split(student.num_layers)[stage] / layout.vpp
+    waiting, working = _kept_and_recomputed(student, layout, run)
+    total = _in_flight(stage, layout, run) * chunk_layers * waiting + working
+    if stage == 0:
+        embedding = TOKEN_ID_BYTES + student.hidden_size * run.dropout / layout.sequence_shards
+        in_flight = _in_flight(stage, layout, run, chunk=0)
+        total += in_flight * run.tokens_per_micro_batch * embedding
+    if stage == layout.pp - 1:
+        norm = 2 * BF16_BYTES * student.hidden_size / layout.sequence_shards
+        logits = LOGIT_BYTES * student.vocab_size / layout.tp
+        total += run.tokens_per_micro_batch * (norm + logits)
+    return total
+
+
+def _kept_and_recomputed(student: ModelShape, layout: Layout, run: RunShape) -> tuple[float, float]:
+    """(bytes a layer keeps of each micro-batch in flight, bytes of the one being recomputed)."""
+    layer = layer_activation_bytes(student, layout, run)
+    scores = attention_score_bytes(student, layout, run)
+    layer_input = BF16_BYTES * run.tokens_per_micro_batch * student.hidden_size
+    return {
+        "none": (layer + scores, 0.0),
+        "selective": (layer, scores),
+        "full": (layer_input / layout.sequence_shards, layer + scores),
+    }[layout.recompute]
+
+
+def _in_flight(stage: int, layout: Layout, run: RunShape, chunk: int | None = None) -> int:
+    """Passes through one virtual chunk, or through all, whose backward is still to come."""
+    return most_waiting(stage, layout.pp, layout.vpp, run.micro_batches(layout), chunk)
+
+
+# --- the teacher -----------------------------------------------------------------------------
+
+
+def _teacher_bytes(
+    stage: int, student: ModelShape, teacher: ModelShape, layout: Layout, run: RunShape
+) -> tuple[float, float]:
+    """(weights, what it computes) of the teacher on one rank of a stage."""
+    owner = layout.place(student.num_layers, run.let_layer) if run.guidance.aligns else None
+    aligns = owner is not None and owner.stage == stage
+    distils = run.guidance.distils and stage == layout.pp - 1
+    if not (aligns or distils):
+        return 0.0, 0.0
+    states = _teacher_working_bytes(teacher, layout, run)
+    if owner is not None and aligns:
+        in_flight = _in_flight(stage, layout, run, owner.chunk)
+        states += _alignment_bytes(student, teacher, layout, run, in_flight)
+    if distils:
+        states += _distillation_bytes(teacher, layout, run)
+    weights = teacher.parameters if distils else teacher.parameters_without_head
+    return BF16_BYTES * weights, states
+
+
+def _teacher_working_bytes(teacher: ModelShape, layout: Layout, run: RunShape) -> float:
+    """The widest layer of the forward pass over the rows of one rank; nothing is kept."""
+    at_once = micro_batches_at_once(run.micro_batch_size, layout.tp)
+    tokens = at_once * run.tokens_per_micro_batch / layout.tp
+    attention = 2 * teacher.query_size + teacher.key_value_size
+    mlp = teacher.mlp_matrices * teacher.ffn_hidden_size
+    return tokens * BF16_BYTES * (2 * teacher.hidden_size + max(attention, mlp))
+
+
+def _alignment_bytes(
+    student: ModelShape, teacher: ModelShape, layout: Layout, run: RunShape, in_flight: int
+) -> float:
+    """Teacher states that wait for layer K, and alignment gradients that wait for backward.
+
+    The alignment gradient is computed in the forward pass, so only it waits; with full
+    recomputation it is the states that wait, for the forward pass inside backward.
+    """
+    queued = micro_batches_at_once(run.micro_batch_size, layout.tp)
+    if layout.recompute == "full":
+        states, gradients = in_flight + queued - 1, 1
+    else:
+        states, gradients = queued, in_flight
+    local_tokens = run.tokens_per_micro_batch / layout.sequence_shards
+    width = states * teacher.hidden_size + gradients * student.hidden_size
+    return BF16_BYTES * local_tokens * width
+
+
+def _distillation_bytes(teacher: ModelShape, layout: Layout, run: RunShape) -> float:
+    """States of one micro-batch, and this rank's part of the vocabulary's logits."""
+    logits = LOGIT_BYTES * teacher.vocab_size / layout.tp
+    return run.tokens_per_micro_batch * (BF16_BYTES * teacher.hidden_size + logits)

@@ -1,0 +1,175 @@
+"""A plan: does it fit, what does the teacher cost, which split of the layers is best."""
+
+from dataclasses import dataclass
+
+from megatron_let.errors import UsageError
+from megatron_let.planning import flops
+from megatron_let.planning.layout import Layout
+from megatron_let.planning.memory import StageMemory, stages_memory
+from megatron_let.planning.run import Gpu, RunShape
+from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.time import SplitTime, bubble_share, split_time, work_per_second
+
+GIB = 1024**3
+WORTH_A_FLAG = 0.005
+"""A split that saves less than this share of the run is not worth another flag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on paper."""
+
+    student: ModelShape
+    teacher: ModelShape | None
+    """None also where the method uses none."""
+    layout: Layout
+    run: RunShape
+    gpu: Gpu
+    memory: tuple[StageMemory, ...]
+    """Of a rank of each stage of the layout as given."""
+    given: SplitTime
+    """The layout as given."""
+    suggested: SplitTime
+    """The split with the shortest run that fits; the given one if nothing is gained."""
+    best_guided: SplitTime
+    """The one with the shortest guided step that fits."""
+    suggested_fits: bool
+
+    @property
+    def fullest_stage(self) -> int:
+        """The stage whose ranks hold most."""
+        return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
+
+    @property
+    def owner_stage(self) -> int:
+        """The stage of the layer that LET aligns."""
+        return self.layout.place(self.student.num_layers, self.run.let_layer).stage
+
+    @property
+    def fits(self) -> bool:
+        """Whether the layout as given fits the GPUs' memory."""
+        return _fits(self.memory, self.gpu)
+
+    @property
+    def bubble_share(self) -> float:
+        """See `time.bubble_share`."""
+        return bubble_share(self.layout, self.run)
+
+    @property
+    def student_flops_per_token(self) -> float:
+        """Forward and backward."""
+        return flops.training_flops_per_token(self.student, self.run.seq_length)
+
+    @property
+    def teacher_flops_per_token(self) -> float:
+        """In the first phase: states on each stage that wants them, logits if it distils."""
+        if self.teacher is None:
+            return 0.0
+        states = flops.teacher_flops_per_token(self.teacher, self.run.seq_length)
+        logits = flops.head_forward_flops_per_token(self.teacher) * self.run.guidance.distils
+        return states * len(self.given.teacher_stages) + logits
+
+    @property
+    def overhead_floor(self) -> float:
+        """Of a guided step if the teacher's work were spread over all GPUs."""
+        return self.teacher_flops_per_token / self.student_flops_per_token
+
+
+def plan(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    layout: Layout,
+    run: RunShape,
+    gpu: Gpu | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        student: with the padded vocabulary.
+        teacher: None only for the baseline, which ignores it.
+        layout: GPUs and how the student lies on them.
+        run: batch, steps and method.
+        gpu: the default is an A100 with 80 GiB at an MFU of 0.4.
+
+    Raises:
+        UsageError: Megatron would refuse the layout, or the method lacks something.
+    """
+    gpu = gpu or Gpu()
+    teacher = _check(student, teacher, layout, run)
+    rate = work_per_second(student, layout, run, gpu)
+
+    def time_of(split: Layout) -> SplitTime:
+        efficiency = gpu.teacher_efficiency
+        return split_time(student, teacher, split, run, rate=rate, teacher_efficiency=efficiency)
+
+    given = time_of(layout)
+    splits = [layout, *layout.splits(student.num_layers)]
+    memory = {split: stages_memory(student, teacher, split, run) for split in splits}
+    fitting = [split for split in splits if _fits(memory[split], gpu)] or splits
+    times = [time_of(split) for split in fitting]
+    suggested = min(times, key=lambda t: t.run_seconds * (1 + WORTH_A_FLAG * _changes(t, given)))
+    return Plan(
+        student=student,
+        teacher=teacher,
+        layout=layout,
+        run=run,
+        gpu=gpu,
+        memory=memory[layout],
+        given=given,
+        suggested=suggested,
+        best_guided=min(times, key=lambda time: (time.guided_seconds, time.run_seconds)),
+        suggested_fits=_fits(memory[suggested.layout], gpu),
+    )
+
+
+def _changes(time: SplitTime, given: SplitTime) -> int:
+    """How many flags set a split apart from the given one; none if the layers lie alike."""
+    if time.layers == given.layers:
+        return 0
+    return max(1, time.layout.split_flags.count("--"))
+
+
+def _fits(memory: tuple[StageMemory, ...], gpu: Gpu) -> bool:
+    return max(stage.total for stage in memory) <= gpu.memory_gib * GIB
+
+
+def _check(
+    student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
+) -> ModelShape | None:
+    """Refuse what Megatron or the method would; return the teacher if the method uses one."""
+    _check_tensor_parallel(student, layout, run)
+    layout.split(student.num_layers)
+    run.micro_batches(layout)
+    guidance = run.guidance
+    if not (guidance.aligns or guidance.distils):
+        return None
+    if teacher is None:
+        raise UsageError(
+            f"--method {run.method} needs a teacher. Add --teacher, or plan --method baseline."
+        )
+    if guidance.aligns and not 1 <= run.let_layer <= student.num_layers:
+        raise UsageError(
+            f"--let-layer {run.let_layer} is outside the student: choose 1 to "
+            f"{student.num_layers} (an early layer is meant, such as 2 or 3)."
+        )
+    return teacher
+
+
+def _check_tensor_parallel(student: ModelShape, layout: Layout, run: RunShape) -> None:
+    sizes = {
+        "--num-attention-heads": student.num_attention_heads,
+        "--ffn-hidden-size": student.ffn_hidden_size,
+        "the padded vocabulary": student.vocab_size,
+    }
+    if layout.sequence_shards > 1:
+        sizes["--seq-length"] = run.seq_length
+    for name, size in sizes.items():
+        if size % layout.tp:
+            raise UsageError(
+                f"{name} {size} does not divide over --tp {layout.tp} ranks. Change one of them."
+            )
+    groups = student.num_query_groups
+    if groups % layout.tp and layout.tp % groups:
+        raise UsageError(
+            f"--num-query-groups {groups} must be a multiple or a divisor of --tp {layout.tp}."
+        )

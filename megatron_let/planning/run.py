@@ -1,0 +1,157 @@
+"""What is run, how the teacher takes part in it, and on which GPUs."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_let.errors import UsageError
+from megatron_let.planning.layout import Layout
+
+LET_LAYER = 3
+LET_STOP_STEP = 1500
+KD_STOP_SHARE = 0.173
+"""SALT distils for this share of the steps (36K of 208K, arXiv 2410.18779)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Where and how long a method's teacher works."""
+
+    aligns: bool = False
+    """Its states are wanted on the stage that owns layer K, until LET's stop step."""
+    distils: bool = False
+    """Its logits are wanted on the last stage."""
+    distils_to_the_end: bool = False
+    """Not only until SALT's stop step."""
+
+
+METHODS = {
+    "baseline": Guidance(),
+    "let": Guidance(aligns=True),
+    "salt": Guidance(distils=True),
+    "reverse-kd": Guidance(distils=True, distils_to_the_end=True),
+    "let+salt": Guidance(aligns=True, distils=True),
+}
+
+
+class Phase(NamedTuple):
+    """Steps in which the teacher does the same."""
+
+    steps: int
+    aligns: bool
+    distils: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunShape:
+    """A run, in Megatron's terms."""
+
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    train_iters: int
+    method: str = "let"
+    let_layer: int = LET_LAYER
+    let_stop_step: int = LET_STOP_STEP
+    kd_stop_step: int | None = None
+    """None: `KD_STOP_SHARE` of the steps."""
+    dropout: bool = False
+    """Its masks are kept until the backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} {getattr(self, name)} must be at least 1.")
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method} is unknown. Choose {', '.join(METHODS)}.")
+        if self.guidance.aligns:
+            self._check_stop("--let-stop-step", self.let_stop_step)
+        if self.guidance.distils and self.kd_stop_step is not None:
+            self._check_stop("--kd-stop-step", self.kd_stop_step)
+
+    def _check_stop(self, flag: str, step: int) -> None:
+        if not 1 <= step <= self.train_iters:
+            raise UsageError(
+                f"{flag} {step} is outside the run of {self.train_iters} steps. Choose 1 to "
+                f"{self.train_iters}."
+            )
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the method uses its teacher."""
+        return METHODS[self.method]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """On one data-parallel rank."""
+        return self.micro_batch_size * self.seq_length
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Micro-batches of one step on each data-parallel rank.
+
+        Raises:
+            UsageError: the global batch does not divide, or not as the schedule needs it.
+        """
+        rows = self.micro_batch_size * layout.dp
+        if self.global_batch_size % rows:
+            nearest = max(1, round(self.global_batch_size / rows)) * rows
+            raise UsageError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {self.micro_batch_size} x {layout.dp} data-parallel ranks = "
+                f"{rows}. Choose {nearest}, or another micro-batch size."
+            )
+        number = self.global_batch_size // rows
+        if layout.vpp > 1 and number % layout.pp:
+            raise UsageError(
+                f"--vpp {layout.vpp} needs a multiple of --pp {layout.pp} micro-batches a step; "
+                f"--global-batch-size {self.global_batch_size} gives {number}. Choose a multiple "
+                f"of {rows * layout.pp}, or --vpp 1."
+            )
+        return number
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The run cut where the teacher's part changes; the first phase is the most guided."""
+        let_end = self.let_stop_step if self.guidance.aligns else 0
+        kd_end = self._kd_end if self.guidance.distils else 0
+        bounds = sorted({0, let_end, kd_end, self.train_iters})
+        return tuple(
+            Phase(end - start, aligns=start < let_end, distils=start < kd_end)
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        )
+
+    @property
+    def _kd_end(self) -> int:
+        if self.guidance.distils_to_the_end:
+            return self.train_iters
+        if self.kd_stop_step is not None:
+            return self.kd_stop_step
+        return max(1, round(KD_STOP_SHARE * self.train_iters))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The hardware, and how much of it the run is expected to use."""
+
+    peak_tflops: float = 312.0
+    """Of matrix products in the training precision; the default is the A100's in bf16."""
+    memory_gib: float = 80.0
+    mfu: float = 0.4
+    """Counted FLOPs of plain steps over the peak, pipeline bubble included."""
+    teacher_efficiency: float = 1.0
+    """FLOP/s of the teacher's forward pass over those of the student's kernels."""
+
+    def __post_init__(self) -> None:
+        for name in ("peak_tflops", "memory_gib", "mfu", "teacher_efficiency"):
+            value = getattr(self, name)
+            flag = {"peak_tflops": "gpu-peak-tflops", "memory_gib": "gpu-memory-gib"}.get(
+                name, name.replace("_", "-")
+            )
+            if not 0 < value < float("inf"):
+                raise UsageError(f"--{flag} {value} must be positive.")
+        if self.mfu > 1:
+            raise UsageError(f"--mfu {self.mfu} is a share of the peak: at most 1, such as 0.4.")

@@ -1,0 +1,111 @@
+"""Megatron's pipeline schedules, played through without communication.
+
+1F1B, and interleaved 1F1B if a stage has several virtual chunks: which pass a stage runs when, how
+many micro-batches wait for their backward pass, and how long a step takes for stages of different
+speed. With equal stages that is the textbook's bubble; with a teacher on one stage no simple
+formula holds.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+ROUNDS = 5
+"""Rounds of `pp` micro-batches after which each further round takes as long as the last one."""
+
+
+class Pass(NamedTuple):
+    """A forward or a backward pass of one micro-batch through one chunk."""
+
+    is_forward: bool
+    chunk: int
+    micro_batch: int
+
+
+class Durations(NamedTuple):
+    """Of one micro-batch's passes, in any unit: `[stage][chunk]`."""
+
+    forward: Sequence[Sequence[float]]
+    backward: Sequence[Sequence[float]]
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """Of each stage, all chunks, forward and backward."""
+        both = zip(self.forward, self.backward, strict=True)
+        return tuple(sum(forward) + sum(backward) for forward, backward in both)
+
+
+@cache
+def passes(stage: int, pp: int, vpp: int, micro_batches: int) -> tuple[Pass, ...]:
+    """What a stage runs in a step, in order.
+
+    As `forward_backward_pipelining_with(out)_interleaving`: `pp` micro-batches go through each
+    chunk in turn; after the warm-up a forward and a backward pass alternate.
+    """
+    behind = pp - 1 - stage
+    warm_up = behind if vpp == 1 else 2 * behind + (vpp - 1) * pp
+    forward, backward = [], []
+    for first in range(0, micro_batches, pp):
+        group = range(first, min(first + pp, micro_batches))
+        for chunk in range(vpp):
+            forward += [Pass(True, chunk, index) for index in group]
+            backward += [Pass(False, vpp - 1 - chunk, index) for index in group]
+    warm_up = min(warm_up, len(forward))
+    steady = [one for pair in zip(forward[warm_up:], backward, strict=False) for one in pair]
+    return (*forward[:warm_up], *steady, *backward[len(forward) - warm_up :])
+
+
+@cache
+def most_waiting(
+    stage: int, pp: int, vpp: int, micro_batches: int, chunk: int | None = None
+) -> int:
+    """Forward passes whose backward pass is still to come, at most; of one chunk, or of all."""
+    waiting = most = 0
+    for one in passes(stage, pp, vpp, min(micro_batches, ROUNDS * pp)):
+        if chunk in (None, one.chunk):
+            waiting += 1 if one.is_forward else -1
+            most = max(most, waiting)
+    return most
+
+
+def step_duration(durations: Durations, micro_batches: int) -> float:
+    """How long a step takes; many rounds are not played but follow from the last two."""
+    pp = len(durations.forward)
+    rounds, rest = divmod(micro_batches, pp)
+    if rounds <= ROUNDS:
+        return _played(durations, micro_batches)
+    before, last = (_played(durations, n * pp + rest) for n in (ROUNDS - 1, ROUNDS))
+    return last + (rounds - ROUNDS) * (last - before)
+
+
+def _played(durations: Durations, micro_batches: int) -> float:
+    """Each stage runs its passes in order, as soon as what they need is there."""
+    pp, vpp = len(durations.forward), len(durations.forward[0])
+    orders = [passes(stage, pp, vpp, micro_batches) for stage in range(pp)]
+    position, clock = [0] * pp, [0.0] * pp
+    done: dict[tuple[int, Pass], float] = {}
+    while any(position[stage] < len(orders[stage]) for stage in range(pp)):
+        for stage, order in enumerate(orders):
+            while position[stage] < len(order):
+                one = order[position[stage]]
+                needed = _needed(stage, one, pp, vpp)
+                if needed is not None and needed not in done:
+                    break
+                start = max(clock[stage], done[needed] if needed else 0.0)
+                takes = durations.forward if one.is_forward else durations.backward
+                clock[stage] = done[stage, one] = start + takes[stage][one.chunk]
+                position[stage] += 1
+    return max(clock)
+
+
+def _needed(stage: int, one: Pass, pp: int, vpp: int) -> tuple[int, Pass] | None:
+    """The pass, and its stage, that must have ended; None for the first of a micro-batch."""
+    if one.is_forward:
+        if stage > 0:
+            return stage - 1, one
+        return (pp - 1, one._replace(chunk=one.chunk - 1)) if one.chunk > 0 else None
+    if stage < pp - 1:
+        return stage + 1, one
+    if one.chunk < vpp - 1:
+        return 0, one._replace(chunk=one.chunk + 1)
+    return stage, one._replace(is_forward=True)

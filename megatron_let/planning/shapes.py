@@ -1,0 +1,219 @@
+"""What a decoder-only model is made of, as far as arithmetic needs it, and how many parameters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import ceil
+from typing import Any
+
+from megatron_let.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A dense decoder-only model; the parameter counts are exact."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Heads of the keys and of the values; as many as attention heads without GQA."""
+    kv_channels: int
+    """Width of one head."""
+    vocab_size: int
+    """Rows of the embedding, padding included."""
+    gated: bool
+    """SwiGLU: a third matrix in the MLP."""
+    tied: bool
+    """The LM head is the embedding."""
+    rms_norm: bool
+    """RMSNorm has a weight only, LayerNorm a bias too."""
+    qkv_bias: bool
+    output_bias: bool
+    """Bias of the attention's output projection."""
+    mlp_bias: bool
+    qk_norm: bool = False
+    position_rows: int = 0
+    """Rows of a learned position embedding; 0 for rotary positions."""
+    context: int | None = None
+    """Longest sequence in tokens that it was trained for; None for a model yet to be trained."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name != "position_rows" and value < 1:
+                raise UsageError(f"{self.name}: {field.name} {value} must be at least 1.")
+        if self.num_attention_heads % self.num_query_groups:
+            raise UsageError(
+                f"{self.name}: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_query_groups} query groups evenly. Choose a divisor of "
+                f"{self.num_attention_heads}."
+            )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all keys and values together."""
+        return 2 * self.num_query_groups * self.kv_channels
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of `hidden_size x ffn_hidden_size` in one MLP."""
+        return 3 if self.gated else 2
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of one norm of the hidden width."""
+        return self.hidden_size * self._per_norm_channel
+
+    @property
+    def _per_norm_channel(self) -> int:
+        return 1 if self.rms_norm else 2
+
+    @property
+    def layer_matrix_parameters(self) -> int:
+        """Weights of one layer that take part in matrix products."""
+        attention = self.hidden_size * (2 * self.query_size + self.key_value_size)
+        return attention + self.mlp_matrices * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def layer_split_parameters(self) -> int:
+        """Parameters of one layer that tensor parallelism divides: matrices, outer biases."""
+        qkv = (self.query_size + self.key_value_size) * self.qkv_bias
+        mlp = (self.mlp_matrices - 1) * self.ffn_hidden_size * self.mlp_bias
+        return self.layer_matrix_parameters + qkv + mlp
+
+    @property
+    def layer_replicated_parameters(self) -> int:
+        """Parameters of one layer that every tensor-parallel rank holds: norms, inner biases."""
+        norms = 2 * self.norm_parameters
+        if self.qk_norm:
+            norms += 2 * self.kv_channels * self._per_norm_channel
+        return norms + self.hidden_size * (self.output_bias + self.mlp_bias)
+
+    @property
+    def layer_parameters(self) -> int:
+        """All parameters of one layer."""
+        return self.layer_split_parameters + self.layer_replicated_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the token embedding; the LM head has as many."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def position_parameters(self) -> int:
+        """Of the learned position embedding."""
+        return self.position_rows * self.hidden_size
+
+    @property
+    def parameters_without_head(self) -> int:
+        """Of what computes the states of the last layer."""
+        return (
+            self.embedding_parameters
+            + self.position_parameters
+            + self.num_layers * self.layer_parameters
+            + self.norm_parameters
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, a tied head counted once."""
+        return self.parameters_without_head + self.embedding_parameters * (not self.tied)
+
+
+# Late-to-Early Training (arXiv 2602.05393) names its students by size only; these shapes give it.
+STUDENTS: dict[str, dict[str, int]] = {
+    "1.4b": {
+        "num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 5504, "num_attention_heads": 16,
+    },
+    "3b": {
+        "num_layers": 32, "hidden_size": 2560, "ffn_hidden_size": 6912, "num_attention_heads": 20,
+    },
+    "7b": {
+        "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32,
+    },
+}  # fmt: skip
+LLAMA_STYLE = {
+    "gated": True,
+    "tied": False,
+    "rms_norm": True,
+    "qkv_bias": False,
+    "output_bias": False,
+    "mlp_bias": False,
+}
+MEGATRON_DEFAULT_STYLE = {
+    "gated": False,
+    "tied": True,
+    "rms_norm": False,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+}
+
+
+def student_shape(
+    preset: str | None, *, vocab_size: int, changes: Mapping[str, Any] | None = None
+) -> ModelShape:
+    """Return a student: a preset in Llama's style, or without one Megatron's default style.
+
+    Args:
+        preset: a name in `STUDENTS`, or None for a shape that `changes` spells out.
+        vocab_size: rows of the embedding, see `padded_vocab_size`.
+        changes: fields of `ModelShape` that replace the preset's or the default's; None is unset.
+
+    Raises:
+        UsageError: an unknown preset, or a shape that is not complete.
+    """
+    if preset is None:
+        values: dict[str, Any] = {"name": "custom", **MEGATRON_DEFAULT_STYLE}
+    elif preset.lower() in STUDENTS:
+        values = {"name": preset.lower(), **LLAMA_STYLE, **STUDENTS[preset.lower()]}
+    else:
+        raise UsageError(
+            f"--student {preset} is unknown. Choose {', '.join(STUDENTS)}, or leave it out and "
+            "give --num-layers --hidden-size --num-attention-heads."
+        )
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    if preset is not None and given:
+        values["name"] += " changed"
+    values |= given
+    return ModelShape(vocab_size=vocab_size, **_completed(values))
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what Megatron derives from other sizes."""
+    missing = {"num_layers", "hidden_size", "num_attention_heads"} - values.keys()
+    if missing:
+        flags = " ".join("--" + name.replace("_", "-") for name in sorted(missing))
+        raise UsageError(
+            f"The student has no {flags}. Add it, or choose --student {', '.join(STUDENTS)}."
+        )
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if "kv_channels" not in values and (heads < 1 or hidden % heads):
+        raise UsageError(
+            f"--hidden-size {hidden} does not divide into --num-attention-heads {heads}. Change "
+            "one of them, or give the width of a head with --kv-channels."
+        )
+    gated_ffn = int(4 * hidden * 2 / 3 / 64) * 64
+    return {
+        "kv_channels": hidden // heads if heads else 0,
+        "num_query_groups": heads,
+        "ffn_hidden_size": gated_ffn if values["gated"] else 4 * hidden,
+    } | values
+
+
+def padded_vocab_size(vocab_size: int, *, tp: int, divisible_by: int = 128) -> int:
+    """Rows of Megatron's embedding: every tensor-parallel rank has a multiple of `divisible_by`."""
+    if min(vocab_size, divisible_by, tp) < 1:
+        raise UsageError(
+            f"--vocab-size {vocab_size}, --make-vocab-size-divisible-by {divisible_by} and --tp "
+            f"{tp} must be at least 1."
+        )
+    multiple = divisible_by * tp
+    return ceil(vocab_size / multiple) * multiple

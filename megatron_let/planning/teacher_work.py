@@ -1,0 +1,20 @@
+"""How the teacher's forward pass is dealt over the tensor-parallel ranks of its stage."""
+
+from math import ceil, gcd
+
+
+def micro_batches_at_once(rows_per_micro_batch: int, ranks: int) -> int:
+    """The fewest micro-batches whose rows can be dealt evenly over the ranks."""
+    return ranks // gcd(ranks, rows_per_micro_batch)
+
+
+def share_per_rank(rows_per_micro_batch: int, micro_batches: int, ranks: int) -> float:
+    """The part of a step's rows that each rank runs the teacher on.
+
+    `1 / ranks`, but for the last micro-batches of a step where they are too few to deal evenly.
+    """
+    at_once = micro_batches_at_once(rows_per_micro_batch, ranks)
+    groups, rest = divmod(micro_batches, at_once)
+    rows = groups * (at_once * rows_per_micro_batch // ranks)
+    rows += ceil(rest * rows_per_micro_batch / ranks)
+    return rows / (micro_batches * rows_per_micro_batch)

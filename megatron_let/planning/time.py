@@ -1,0 +1,162 @@
+"""Time of a step from the work of its pipeline stages.
+
+Work is counted in FLOPs of one micro-batch and of a stage's whole tensor-parallel group; the
+schedule says how long a step of stages with unequal work takes. Communication is left out: what it
+costs is part of the MFU that the plan is given.
+"""
+
+from dataclasses import dataclass
+
+from megatron_let.planning import flops
+from megatron_let.planning.layout import Layout, Place
+from megatron_let.planning.run import Gpu, Phase, RunShape
+from megatron_let.planning.schedule import Durations, step_duration
+from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.teacher_work import share_per_rank
+
+SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True)
+class SplitTime:
+    """What one split of the layers over the stages costs."""
+
+    layout: Layout
+    layers: tuple[int, ...]
+    """Of each stage."""
+    teacher_stages: tuple[int, ...]
+    """In the run's first phase."""
+    plain_work: tuple[float, ...]
+    """FLOPs of each stage for one micro-batch without the teacher."""
+    guided_work: tuple[float, ...]
+    """The same in the run's first phase; the teacher's FLOPs over its efficiency."""
+    phase_steps: tuple[int, ...]
+    phase_seconds: tuple[float, ...]
+    """Of one step in each phase of the run, the most guided first."""
+    plain_seconds: float
+    """Of one step without the teacher."""
+
+    @property
+    def guided_seconds(self) -> float:
+        """Of one step of the run's first phase."""
+        return self.phase_seconds[0]
+
+    @property
+    def run_seconds(self) -> float:
+        """Of the whole run."""
+        return sum(n * s for n, s in zip(self.phase_steps, self.phase_seconds, strict=True))
+
+    @property
+    def run_days(self) -> float:
+        """Of the whole run."""
+        return self.run_seconds / SECONDS_PER_DAY
+
+    @property
+    def guided_overhead(self) -> float:
+        """Of a guided step over a plain one of the same split; 0.1 is a tenth longer."""
+        return self.guided_seconds / self.plain_seconds - 1
+
+    @property
+    def run_overhead(self) -> float:
+        """Of the whole run over a plain one of the same split."""
+        return self.run_seconds / (sum(self.phase_steps) * self.plain_seconds) - 1
+
+
+def bubble_share(layout: Layout, run: RunShape) -> float:
+    """The part of a step in which each rank waits: (PP - 1) / (m v + PP - 1), equal stages.
+
+    m micro-batches, v virtual chunks on each stage.
+    """
+    waiting = layout.pp - 1
+    return waiting / (run.micro_batches(layout) * layout.vpp + waiting)
+
+
+def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Durations:
+    """FLOPs of one micro-batch's passes; recomputation runs a layer's forward in backward again."""
+    tokens = run.tokens_per_micro_batch
+    layer = tokens * flops.layer_forward_flops_per_token(student, run.seq_length)
+    head = tokens * flops.head_forward_flops_per_token(student)
+    backward = flops.FORWARD_AND_BACKWARD - 1
+
+    def passes(per_layer: float, in_head: float) -> list[list[float]]:
+        split = layout.split(student.num_layers)
+        chunks = [[layers / layout.vpp * per_layer] * layout.vpp for layers in split]
+        chunks[-1][-1] += in_head
+        return chunks
+
+    again = layout.recompute == "full"
+    return Durations(passes(layer, head), passes((backward + again) * layer, backward * head))
+
+
+def with_teacher(
+    work: Durations,
+    student: ModelShape,
+    teacher: ModelShape,
+    layout: Layout,
+    run: RunShape,
+    phase: Phase,
+    teacher_efficiency: float,
+) -> Durations:
+    """Add the teacher's forward passes of a phase to the student's."""
+    tokens = run.tokens_per_micro_batch / teacher_efficiency
+    share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
+    states = tokens * flops.teacher_flops_per_token(teacher, run.seq_length) * share * layout.tp
+    forward = [list(chunks) for chunks in work.forward]
+    for stage, chunk in teacher_places(student, layout, run, phase):
+        forward[stage][chunk] += states
+    if phase.distils:
+        forward[-1][-1] += tokens * flops.head_forward_flops_per_token(teacher)
+    return Durations(forward, work.backward)
+
+
+def teacher_places(
+    student: ModelShape, layout: Layout, run: RunShape, phase: Phase
+) -> tuple[Place, ...]:
+    """The chunks that run the teacher in a phase; a stage that needs it twice runs it once."""
+    places = {layout.pp - 1: Place(layout.pp - 1, layout.vpp - 1)} if phase.distils else {}
+    if phase.aligns:
+        owner = layout.place(student.num_layers, run.let_layer)
+        places[owner.stage] = owner
+    return tuple(places[stage] for stage in sorted(places))
+
+
+def work_per_second(student: ModelShape, layout: Layout, run: RunShape, gpu: Gpu) -> float:
+    """Rate at which plain steps of this layout pass, such that they have the given MFU."""
+    counted = flops.training_flops_per_token(student, run.seq_length) * run.tokens_per_step
+    seconds = counted / (layout.gpus * gpu.peak_tflops * 1e12 * gpu.mfu)
+    plain = student_work(student, layout, run)
+    return step_duration(plain, run.micro_batches(layout)) / seconds
+
+
+def split_time(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    layout: Layout,
+    run: RunShape,
+    *,
+    rate: float,
+    teacher_efficiency: float,
+) -> SplitTime:
+    """What this layout's split costs at `rate`, see `work_per_second`."""
+    plain = student_work(student, layout, run)
+
+    def work(phase: Phase) -> Durations:
+        if teacher is None or not (phase.aligns or phase.distils):
+            return plain
+        return with_teacher(plain, student, teacher, layout, run, phase, teacher_efficiency)
+
+    def seconds(durations: Durations) -> float:
+        return step_duration(durations, run.micro_batches(layout)) / rate
+
+    phases = run.phases()
+    places = teacher_places(student, layout, run, phases[0])
+    return SplitTime(
+        layout=layout,
+        layers=layout.split(student.num_layers),
+        teacher_stages=tuple(place.stage for place in places),
+        plain_work=plain.stages,
+        guided_work=work(phases[0]).stages,
+        phase_steps=tuple(phase.steps for phase in phases),
+        phase_seconds=tuple(seconds(work(phase)) for phase in phases),
+        plain_seconds=seconds(plain),
+    )

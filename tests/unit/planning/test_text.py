@@ -1,0 +1,109 @@
+"""The page, by way of the command line."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[3] / "tools" / "plan.py"
+ISSUE = "--student 1.4b --teacher smollm-135m --gpus 32 --pp 4"
+LARGE = "--student 7b --teacher meta-llama/Llama-3.2-1B --tp 4 --micro-batch-size 2"
+SMALL = "--teacher gpt2 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --gpus 1"
+
+
+@pytest.fixture(scope="module")
+def main():
+    return runpy.run_path(str(TOOL))["main"]
+
+
+@pytest.fixture
+def page(main, capsys):
+    def make(flags: str) -> str:
+        main(flags.split())
+        return capsys.readouterr().out
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ISSUE,
+        f"{ISSUE} --vpp 2 --recompute full",
+        f"{LARGE} --gpus 256 --pp 8 --method let+salt --gpu-memory-gib 1",
+        f"{LARGE} --gpus 1024 --pp 16 --global-batch-size 1024 --teacher-efficiency 0.4",
+        f"{SMALL} --method reverse-kd --seq-length 1024",
+        f"{SMALL} --method salt --kd-stop-step 5 --no-flash-attention --dropout",
+        "--student 3b --vocab-size 50277 --gpus 64 --method baseline",
+    ],
+)
+def test_fits_one_screen_and_is_ascii(page, flags):
+    text = page(flags)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 40
+
+
+def test_the_issues_example(page):
+    text = page(ISSUE)
+    assert "1,415,677,952 parameters; 8.49 GFLOP/token" in text
+    assert "134,515,008 parameters; 0.283 GFLOP/token" in text
+    assert "teacher for layer 3 on stage 0 until step 1500 (7.9 % of the run)" in text
+    assert "all GPUs: +3.3 %; after the stop: 0 %" in text
+    assert "15.8 % of a step" in text
+    assert "Fits: stage 0 needs 17.3 GiB of 80" in text
+    assert "--decoder-last-pipeline-num-layers 3" in text
+
+
+def test_a_page_says_what_does_not_fit(page):
+    assert "DOES NOT FIT: stage 0 needs 17.3 GiB of 17; the suggested split" in page(
+        f"{ISSUE} --gpu-memory-gib 17"
+    )
+    hopeless = page(f"{ISSUE} --gpu-memory-gib 4 --recompute full")
+    assert "DOES NOT FIT" in hopeless and "Try a smaller --micro-batch-size" in hopeless
+
+
+def test_megatrons_spelling(page):
+    text = page(
+        "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --swiglu --normalization RMSNorm "
+        "--untie-embeddings-and-output-weights --disable-bias-linear --padded-vocab-size 1024 "
+        "--position-embedding-type rope --num-query-groups 2 --ffn-hidden-size 512 --gpus 2 "
+        "--tensor-model-parallel-size 2 --method baseline --train-iters 7"
+    )
+    # 4 x (256 x (512 + 256) + 3 x 256 x 512 + 512) + 256 + 2 x 256 x 1024
+    parameters = 4 * (256 * 768 + 3 * 256 * 512 + 512) + 256 + 2 * 256 * 1024
+    assert f"vocab 1024; {parameters:,} parameters" in text
+    assert "7 steps x 512 x 2048" in text and "sequence parallel" in text
+
+
+def test_learned_positions_are_megatrons_default(page):
+    # Embedding, positions, 4 GELU layers with biases, final norm.
+    layer = 4 * 64 * 64 + 2 * 64 * 256 + 5 * 64 + 256 + 4 * 64
+    parameters = 50304 * 64 + 1024 * 64 + 4 * layer + 128
+    assert f"{parameters:,} parameters" in page(f"{SMALL} --seq-length 1024")
+    short = page(f"{SMALL} --position-embedding-type rope --seq-length 1024")
+    assert f"{parameters - 1024 * 64:,} parameters" in short
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--student 2b --teacher gpt2 --gpus 8", "--student 2b is unknown"),
+        ("--student 1.4b --gpus 8", "Give --teacher or --vocab-size"),
+        ("--student 1.4b --vocab-size 100 --gpus 8", "--method let needs a teacher"),
+        (f"{ISSUE} --method salt --let-layer 2", "--let-... has no effect with --method salt"),
+        (f"{ISSUE} --kd-stop-step 10", "--kd-stop-step has no effect with --method let"),
+        (f"{ISSUE} --max-position-embeddings 10", "--max-position-embeddings has no effect"),
+        (f"{ISSUE} --train-tokens nan", "--train-tokens nan is not a run"),
+        (f"{ISSUE} --train-tokens 1000", "--train-tokens 1000 is not a run"),
+        (f"{ISSUE} --vocab-size 0", "--vocab-size 0"),
+        (f"{ISSUE} --gpus 30", "--gpus 30 is not a multiple"),
+    ],
+)
+def test_a_mistake_ends_in_one_paragraph(main, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main(flags.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plan.py: error: ") and message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,241 @@
+"""Plan a pre-training run on paper: parameters, FLOPs, memory per rank, stage balance, days.
+
+Needs no GPU, no weights and no Megatron. For example:
+
+    python tools/plan.py --student 1.4b --teacher smollm-135m --gpus 32 --pp 4
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_let.errors import UsageError  # noqa: E402
+from megatron_let.planning.huggingface import TEACHERS, teacher_shape  # noqa: E402
+from megatron_let.planning.layout import Layout  # noqa: E402
+from megatron_let.planning.plan import Plan, plan  # noqa: E402
+from megatron_let.planning.run import LET_LAYER, LET_STOP_STEP, METHODS, Gpu, RunShape  # noqa: E402
+from megatron_let.planning.shapes import (  # noqa: E402
+    STUDENTS,
+    ModelShape,
+    padded_vocab_size,
+    student_shape,
+)
+from megatron_let.planning.text import page  # noqa: E402
+
+SIZE_FLAGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+)
+"""Flags that are fields of `ModelShape`."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line; flags that Megatron has too are spelled as there."""
+    parser = argparse.ArgumentParser(
+        prog="plan.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_student_flags(parser.add_argument_group("student"))
+    _add_method_flags(parser.add_argument_group("method"))
+    _add_layout_flags(parser.add_argument_group("layout"))
+    _add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def _add_student_flags(group: argparse._ArgumentGroup) -> None:
+    names = ", ".join(STUDENTS)
+    group.add_argument("--student", metavar="NAME", help=f"{names}; the flags below override it")
+    for name in (*SIZE_FLAGS, "max_position_embeddings"):
+        group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
+    vocabulary = group.add_mutually_exclusive_group()
+    vocabulary.add_argument("--vocab-size", type=int, metavar="N", help="default: the teacher's")
+    vocabulary.add_argument("--padded-vocab-size", type=int, metavar="N", help="rows, as they are")
+    group.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="default: 128"
+    )
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    group.add_argument("--swiglu", action="store_true")
+    group.add_argument("--qk-layernorm", action="store_true")
+    group.add_argument("--disable-bias-linear", action="store_true")
+    group.add_argument("--add-qkv-bias", action="store_true")
+    group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"])
+    group.add_argument("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
+
+
+def _add_method_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--method", choices=list(METHODS), default="let", help="default: let")
+    group.add_argument(
+        "--teacher", metavar="NAME_OR_FOLDER", help=f"{', '.join(TEACHERS)}, or a model's folder"
+    )
+    group.add_argument("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
+    group.add_argument("--let-stop-step", type=int, metavar="N", help=f"default: {LET_STOP_STEP}")
+    group.add_argument("--kd-stop-step", type=int, metavar="N", help="default: 17.3 %% of the run")
+
+
+def _add_layout_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--gpus", type=int, required=True, metavar="N")
+    for short, long in (
+        ("--tp", "--tensor-model-parallel-size"),
+        ("--pp", "--pipeline-model-parallel-size"),
+        ("--vpp", "--num-virtual-stages-per-pipeline-rank"),
+    ):
+        group.add_argument(short, long, type=int, default=1, metavar="N", dest=short[2:])
+    group.add_argument("--decoder-first-pipeline-num-layers", type=int, metavar="N")
+    group.add_argument("--decoder-last-pipeline-num-layers", type=int, metavar="N")
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--sequence-parallel", action=switch, help="default: if --tp is above 1")
+    group.add_argument("--distributed-optimizer", action=switch, default=True)
+    group.add_argument("--flash-attention", action=switch, default=True)
+    group.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    for name, type_, default, what in (
+        ("--seq-length", int, 2048, "tokens"),
+        ("--micro-batch-size", int, 4, "rows"),
+        ("--global-batch-size", int, 512, "rows of a step"),
+        ("--mfu", float, Gpu.mfu, "share of the peak that plain steps use, bubble included"),
+        ("--gpu-peak-tflops", float, Gpu.peak_tflops, "A100, bf16; H100: 989"),
+        ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
+        (
+            "--teacher-efficiency",
+            float,
+            Gpu.teacher_efficiency,
+            "FLOP/s of the teacher's kernels over the student's; a small one may reach less",
+        ),
+    ):
+        text = f"{what} (default: {default:g})"
+        group.add_argument(name, type=type_, default=default, metavar="N", help=text)
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--train-iters", type=int, metavar="N", help="steps")
+    length.add_argument(
+        "--train-tokens", type=float, default=20e9, metavar="N", help="default: 20e9, the paper's"
+    )
+    group.add_argument("--dropout", action="store_true", help="the run has dropout")
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    """Return the plan that the command line asks for."""
+    _refuse_without_effect(args)
+    teacher = None if args.teacher is None else teacher_shape(args.teacher)
+    layout = Layout(
+        gpus=args.gpus,
+        tp=args.tp,
+        pp=args.pp,
+        vpp=args.vpp,
+        sequence_parallel=args.sequence_parallel,
+        distributed_optimizer=args.distributed_optimizer,
+        recompute=args.recompute,
+        flash_attention=args.flash_attention,
+        first_stage_layers=args.decoder_first_pipeline_num_layers,
+        last_stage_layers=args.decoder_last_pipeline_num_layers,
+    )
+    gpu = Gpu(
+        peak_tflops=args.gpu_peak_tflops,
+        memory_gib=args.gpu_memory_gib,
+        mfu=args.mfu,
+        teacher_efficiency=args.teacher_efficiency,
+    )
+    return plan(_student(args, teacher), teacher, layout, _run(args), gpu)
+
+
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    guidance = METHODS[args.method]
+    let = args.let_layer is not None or args.let_stop_step is not None
+    if let and not guidance.aligns:
+        raise UsageError(f"--let-... has no effect with --method {args.method}. Remove it.")
+    if args.kd_stop_step is not None and (not guidance.distils or guidance.distils_to_the_end):
+        raise UsageError(f"--kd-stop-step has no effect with --method {args.method}. Remove it.")
+
+
+def _student(args: argparse.Namespace, teacher: ModelShape | None) -> ModelShape:
+    padded = args.padded_vocab_size
+    if padded is None:
+        vocab_size = args.vocab_size
+        if vocab_size is None and teacher is None:
+            raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
+        if vocab_size is None and teacher is not None:
+            vocab_size = teacher.vocab_size
+        padded = padded_vocab_size(
+            vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
+        )
+    return student_shape(args.student, vocab_size=padded, changes=_changes(args))
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as fields of `ModelShape`; None where a flag was not given."""
+    changes: dict[str, Any] = {name: getattr(args, name) for name in SIZE_FLAGS}
+    changes["gated"] = args.swiglu or None
+    changes["qk_norm"] = args.qk_layernorm or None
+    if args.untie_embeddings_and_output_weights:
+        changes["tied"] = False
+    if args.normalization is not None:
+        changes["rms_norm"] = args.normalization == "RMSNorm"
+    if args.disable_bias_linear:
+        changes |= {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+    if args.add_qkv_bias:
+        changes["qkv_bias"] = True
+    return changes | {"position_rows": _position_rows(args)}
+
+
+def _position_rows(args: argparse.Namespace) -> int | None:
+    """Megatron learns positions by default; the presets rotate."""
+    default = "learned_absolute" if args.student is None else "rope"
+    if (args.position_embedding_type or default) == "learned_absolute":
+        return args.max_position_embeddings or args.seq_length
+    if args.max_position_embeddings is not None:
+        raise UsageError(
+            "--max-position-embeddings has no effect without learned positions. Remove it, or add "
+            "--position-embedding-type learned_absolute."
+        )
+    return None
+
+
+def _run(args: argparse.Namespace) -> RunShape:
+    return RunShape(
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        train_iters=_train_iters(args),
+        method=args.method,
+        let_layer=LET_LAYER if args.let_layer is None else args.let_layer,
+        let_stop_step=LET_STOP_STEP if args.let_stop_step is None else args.let_stop_step,
+        kd_stop_step=args.kd_stop_step,
+        dropout=args.dropout,
+    )
+
+
+def _train_iters(args: argparse.Namespace) -> int:
+    if args.train_iters is not None:
+        return args.train_iters
+    tokens_per_step = max(1, args.global_batch_size * args.seq_length)
+    if not tokens_per_step <= args.train_tokens < float("inf"):
+        raise UsageError(
+            f"--train-tokens {args.train_tokens:g} is not a run: a step alone has "
+            f"{tokens_per_step} tokens. The default is 20e9."
+        )
+    return int(args.train_tokens // tokens_per_step)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        print(page(plan_from(args)))
+    except UsageError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
