@@ -22,6 +22,7 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.training import training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
@@ -57,7 +58,7 @@ class Trainee:
         """One training step, and what the method does after it."""
         training.train_step(
             self.run.forward_step,
-            batches(),
+            RerunDataIterator(batches()),
             self.chunks,
             self.optimizer,
             self.scheduler,
