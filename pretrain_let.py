@@ -29,6 +29,7 @@ def main() -> None:
     entry.use_prebuilt_helpers()
     torch_adam.install()
     args = entry.parse_arguments()
+    entry.keep_save_results_here(args)
     method = build_method(args)
     check_resume(args, method)
     model_config = entry.model_config(args, method)

@@ -9,13 +9,15 @@ the same training and validation losses and gradient norms, to the last bit of t
 the same sha256 of the final weights, and a step time of at most 1.01 times upstream's. Dropout is
 on, so one random number more or less would show.
 
-Step times are Megatron's own (`iteration-time`, from one step's log to the next one's) without the
-first steps. The two programs run in turns and the order alternates; a pair's ratio is that of the
-two medians over steps. Times on a busy machine mean little: the spread is printed.
+The two run at the same time and take turns, one step each (`turns.py`), so that the machine's moods
+hit both; a turn holds all that a program does from one step's beginning to the next one's. The
+ratio is the median over the steps of ours / upstream, with its 95 % interval (bootstrap), without
+the first steps.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import signal
 import statistics
@@ -31,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+from benchmarks.bootstrap import bounds  # noqa: E402
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 
@@ -43,6 +46,7 @@ CHECKOUT_SHA256 = {
 """The files that are used of a checkout, as they are at `TAG`."""
 
 MAX_RATIO = 1.01
+WARM_UP = 3
 LAYOUTS = {
     1: "",
     4: "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
@@ -70,8 +74,8 @@ class Outcome:
 
     values: dict[str, list[float]]
     """Losses and gradient norms as they were logged, in order."""
-    milliseconds: float
-    """Median time of a step after the warm-up."""
+    milliseconds: list[float]
+    """Time of each step after the warm-up."""
     weights: str
     """The sha256 of the final weights."""
 
@@ -87,18 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--nproc", type=int, default=1, choices=LAYOUTS, help="4 is TP 2 x PP 2 with SP (default 1)"
     )
-    parser.add_argument("--steps", type=int, default=20, help="of each run (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=5, help="of runs (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of each (default %(default)s)")
     parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="one pair of 6 tiny steps; the ratio is shown but not judged",
+        "--fast", action="store_true", help="6 tiny steps; the ratio is shown but not judged"
     )
     args = parser.parse_args()
     if args.fast:
-        args.steps, args.pairs = 6, 1
-    if args.steps < 4 or args.pairs < 1:
-        parser.error("--steps must be at least 4 and --pairs at least 1")
+        args.steps = 6
+    if args.steps < 6:
+        parser.error("--steps must be at least 6")
     check_checkout(args.megatron_lm)
     return args
 
@@ -143,49 +144,71 @@ def flags(args: argparse.Namespace, folder: Path) -> list[str]:
     return [*model.split(), *LAYOUTS[args.nproc].split(), *training]
 
 
-def train(program: str, args: argparse.Namespace, folder: Path) -> Outcome:
-    """Train with one of the two programs.
+def train_both(args: argparse.Namespace, folder: Path) -> tuple[Outcome, Outcome]:
+    """Train with both programs in turns; return ours and upstream's outcome.
 
     Raises:
-        UsageError: the run failed; with the end of its log.
+        UsageError: a run failed; with the end of its log.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(args.nproc)]
-    if program == "ours":
-        command += [str(ROOT / "pretrain_let.py"), "--cpu", "--method", "baseline"]
-    else:
-        command += [str(ROOT / "benchmarks" / "run_upstream.py"), str(args.megatron_lm.resolve())]
-    folder.mkdir(parents=True)
-    log = folder / "log.txt"
-    code = call(command + flags(args, folder), log)
-    if code != 0:
-        raise UsageError(f"{program}: exit status {code}; its log ends:\n{log.read_text()[-3000:]}")
-    return read_outcome(folder, args.steps)
-
-
-def call(command: list[str], log: Path) -> int:
-    """Run a command to its end, or, when this program is stopped, to a clean end of its workers."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    for side in ("0", "1"):
+        os.mkfifo(folder / side)
+    upstream = [str(ROOT / "benchmarks" / "run_upstream.py"), str(args.megatron_lm.resolve())]
+    ours = [str(ROOT / "benchmarks" / "run_ours.py"), "--cpu", "--method", "baseline"]
+    processes = {
+        name: start(program + flags(args, folder / name), folder, side, args.nproc)
+        for side, (name, program) in enumerate({"upstream": upstream, "ours": ours}.items())
+    }
     try:
-        return process.wait()
+        wait_for(processes, folder)
     finally:
-        process.terminate()  # torchrun ends its workers then; nothing happens if it has ended
-        process.wait()
+        for process in processes.values():
+            process.terminate()  # torchrun ends its workers then; nothing happens if it has ended
+            process.wait()
+    outcomes = [
+        read_outcome(folder / name, folder / f"{side}.json", args.steps)
+        for side, name in enumerate(processes)
+    ]
+    return outcomes[1], outcomes[0]
 
 
-def read_outcome(folder: Path, steps: int) -> Outcome:
+def start(program: list[str], folder: Path, side: int, nproc: int) -> subprocess.Popen[bytes]:
+    """Start one of the two programs, its output going to `{side}.log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(nproc), *program]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"TURNS_FOLDER": str(folder), "TURNS_SIDE": str(side)}
+    with (folder / f"{side}.log").open("w") as log:
+        return subprocess.Popen(
+            command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def wait_for(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait until both have ended.
+
+    Raises:
+        UsageError: one has failed; the other one would wait for it for ever.
+    """
+    while any(process.poll() is None for process in processes.values()):
+        for side, (name, process) in enumerate(processes.items()):
+            if process.returncode:
+                log = (folder / f"{side}.log").read_text()
+                raise UsageError(
+                    f"{name}: exit status {process.returncode}; its log ends:\n{log[-3000:]}"
+                )
+        time.sleep(0.2)
+
+
+def read_outcome(folder: Path, times: Path, steps: int) -> Outcome:
     """Read a run's losses and step times, and the hash of its final weights."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     values = {name: [event.value for event in events.Scalars(name)] for name in COMPARED}
     assert len(values["lm loss"]) == steps, folder
-    warm_up = max(2, steps // 4)
-    seconds = [event.value for event in events.Scalars("iteration-time") if event.step > warm_up]
-    assert len(seconds) == steps - warm_up, folder
+    seconds = json.loads(times.read_text())
+    assert len(seconds) == steps - 1, folder  # the last step has no next one
     weights = hash_weights(find_checkpoint(folder))
-    return Outcome(values, 1000 * statistics.median(seconds), weights)
+    return Outcome(values, [1000 * second for second in seconds[WARM_UP:]], weights)
 
 
 def hash_weights(folder: Path) -> str:
@@ -204,13 +227,6 @@ def hash_weights(folder: Path) -> str:
 # ----------------------------------------------------------------------------------------------
 
 
-def train_pair(index: int, args: argparse.Namespace, folder: Path) -> tuple[Outcome, Outcome]:
-    """Run both programs one after the other; returns ours and upstream's outcome."""
-    order = ("upstream", "ours") if index % 2 == 0 else ("ours", "upstream")
-    outcomes = {program: train(program, args, folder / f"{index}-{program}") for program in order}
-    return outcomes["ours"], outcomes["upstream"]
-
-
 def first_difference(ours: Outcome, upstream: Outcome) -> str:
     """Name the first logged value, or the weights, that differ; empty if all is equal."""
     for name in COMPARED:
@@ -222,35 +238,27 @@ def first_difference(ours: Outcome, upstream: Outcome) -> str:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> int:
-    """Run all pairs, print the table and the summary; returns the exit status."""
-    print(f"{'pair':>4} {'ours':>10} {'upstream':>10} {'ratio':>7}  losses and weights", flush=True)
-    ratios, differences = [], []
-    for index in range(args.pairs):
-        ours, upstream = train_pair(index, args, folder)
-        ratios.append(ours.milliseconds / upstream.milliseconds)
-        difference = first_difference(ours, upstream)
-        differences += [difference] if difference else []
-        print(
-            f"{index + 1:4} {ours.milliseconds:7.1f} ms {upstream.milliseconds:7.1f} ms "
-            f"{ratios[-1]:7.4f}  "
-            + (f"DIFFERENT: {difference}" if difference else f"equal, sha256 {ours.weights[:16]}"),
-            flush=True,
-        )
-    return summarize(args, ratios, differences)
+    """Run both, print the summary; returns the exit status."""
+    ours, upstream = train_both(args, folder)
+    ratios = [a / b for a, b in zip(ours.milliseconds, upstream.milliseconds, strict=True)]
+    medians = [statistics.median(outcome.milliseconds) for outcome in (ours, upstream)]
+    print(f"median step: ours {medians[0]:.1f} ms, upstream {medians[1]:.1f} ms")
+    print(f"final weights: ours {ours.weights[:16]}, upstream {upstream.weights[:16]}")
+    return summarize(args, ratios, first_difference(ours, upstream))
 
 
-def summarize(args: argparse.Namespace, ratios: list[float], differences: list[str]) -> int:
+def summarize(args: argparse.Namespace, ratios: list[float], difference: str) -> int:
     """Print the last line; returns the exit status."""
-    ratio = statistics.median(ratios)
+    ratio, (low, high) = statistics.median(ratios), bounds(ratios)
     slow = ratio > MAX_RATIO and not args.fast
     layout = "TP 2 x PP 2 + SP" if args.nproc == 4 else "1 process"
-    equal = "DIFFERENT losses or weights" if differences else "identical losses and weights"
+    equal = f"DIFFERENT {difference}" if difference else "identical losses and weights"
     print(
-        f"{'FAILED' if slow or differences else 'ok'}: {layout}, {args.steps} steps: {equal}; step "
-        f"time {ratio:.4f} x upstream's ({min(ratios):.4f} to {max(ratios):.4f}, "
-        f"{args.pairs} pairs; at most {MAX_RATIO}{', not judged' if args.fast else ''})"
+        f"{'FAILED' if slow or difference else 'ok'}: {layout}, {args.steps} steps: {equal}; step "
+        f"time {ratio:.4f} x upstream's ({low:.4f} to {high:.4f}, {len(ratios)} pairs of steps; "
+        f"at most {MAX_RATIO}{', not judged' if args.fast else ''})"
     )
-    return int(bool(slow or differences))
+    return int(bool(slow or difference))
 
 
 def main() -> int:

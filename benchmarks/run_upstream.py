@@ -22,6 +22,7 @@ cpu.activate()  # before Megatron is imported, which reads torch.compile at impo
 import megatron.core  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
+from benchmarks import turns  # noqa: E402
 from megatron_let import entry  # noqa: E402
 
 SCRIPT = "pretrain_gpt.py"
@@ -39,7 +40,8 @@ def main() -> None:
         _import(checkout / name)
     script = str(checkout / SCRIPT)
     sys.argv = [script, *as_flags(cpu.platform_defaults()), *sys.argv[2:]]
-    _run(script)
+    turns.install_if_wanted()
+    run_as_main(script)
 
 
 def _check_core(checkout: Path) -> None:
@@ -57,7 +59,7 @@ def _import(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _run(script: str) -> None:
+def run_as_main(script: str) -> None:
     """Execute a script as `__main__`.
 
     Not by `runpy`, which would make it the module that the processes Megatron spawns for a

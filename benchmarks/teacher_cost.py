@@ -33,6 +33,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.bootstrap import bounds  # noqa: E402
+
 MAX_GLUE, MAX_OVER_FLOOR, MAX_SPLIT = 0.01, 1.3, 0.6
 STUDENT = (
     "--num-layers 8 --hidden-size 512 --num-attention-heads 8 --ffn-hidden-size 1376 --swiglu "
@@ -64,16 +66,6 @@ def interval(values: Sequence[float], statistic: Callable[..., np.ndarray] = np.
     """The statistic in percent with its 95 % bootstrap interval."""
     low, high = bounds(values, statistic)
     return f"{100 * statistic(values):6.2f} % [{100 * low:6.2f}, {100 * high:6.2f}]"
-
-
-def bounds(
-    values: Sequence[float], statistic: Callable[..., np.ndarray] = np.median
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a statistic, 10,000 resamples."""
-    dice = np.random.default_rng(0)
-    sample = dice.choice(np.asarray(values), size=(10_000, len(values)))
-    low, high = np.percentile(statistic(sample, axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def save_teacher(folder: Path, layers: int, width: int, ffn: int) -> Path:

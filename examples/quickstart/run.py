@@ -27,6 +27,7 @@ from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.table import comparison_table  # noqa: E402
 from megatron_let.report.targets import compare_all, regime_sentence  # noqa: E402
+from tools import convert_checkpoint, preprocess_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "import os\n\n\ndef "
@@ -80,11 +81,11 @@ FAST = Recipe(
     },
     let_flags="--let-layer 2 --let-weight 3 --let-decay linear --let-stop-step 30",
     train_bytes=1_000_000,
-    valid_bytes=20_000,
+    valid_bytes=6_000,
     vocab_size=512,
     seq_length=64,
     batch=8,
-    evaluations=10,
+    evaluations=5,
 )
 
 
@@ -123,20 +124,22 @@ class Quickstart:
         )
         for split in ("train", "valid"):
             if not (self.folder / f"{split}_text_document.idx").exists():
-                self._tool(
-                    f"preprocess_data.py --input {corpus}/{split}.jsonl "
-                    f"--output-prefix {self.folder}/{split} --append-eod --workers 2 "
-                    f"--tokenizer-type HuggingFaceTokenizer "
-                    f"--tokenizer-model {self.folder}/tokenizer"
+                preprocess_data.main(
+                    f"--input {corpus}/{split}.jsonl --output-prefix {self.folder}/{split} "
+                    "--append-eod --workers 2 --tokenizer-type HuggingFaceTokenizer "
+                    f"--tokenizer-model {self.folder}/tokenizer".split()
                 )
 
     def train(self, model: Model, save: Path, seed: int, evaluations: int, extra: str = "") -> Run:
         """Train one model, or go on with it; returns its record."""
         if not _is_finished(save):
             save.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc_per_node", str(self.processes), str(ROOT / "pretrain_let.py")]
-            command += self._flags(model, save, seed, evaluations) + extra.split()
+            command = [sys.executable]
+            if self.processes > 1:
+                command += ["-m", "torch.distributed.run", "--standalone"]
+                command += ["--nproc_per_node", str(self.processes)]
+            command += [str(ROOT / "pretrain_let.py"), *extra.split()]
+            command += self._flags(model, save, seed, evaluations)
             _run_with_progress(command, save / "log.txt", model.steps)
         return read_run(save)
 
@@ -165,7 +168,7 @@ class Quickstart:
     def export(self, save: Path, folder: Path) -> Path:
         """Write a run's model as a Hugging Face folder."""
         if not (folder / "config.json").exists():
-            self._tool(f"convert_checkpoint.py to-hf --load {save} --output {folder}")
+            convert_checkpoint.main(f"to-hf --load {save} --output {folder}".split())
         return folder
 
     def report(self, runs: list[Run], teacher: Run) -> None:
@@ -188,13 +191,6 @@ class Quickstart:
 
         print(f"\nThe LET student, exported to {folder}, goes on from {PROMPT!r}:\n")
         print("  " + sample(folder, PROMPT).replace("\n", "\n  "))
-
-    def _tool(self, arguments: str) -> None:
-        words = arguments.split()
-        command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
-        result = subprocess.run(command, capture_output=True, text=True, env=_environment())
-        if result.returncode:
-            sys.exit(f"{words[0]} failed:\n{result.stdout}{result.stderr}")
 
 
 def _is_finished(save: Path) -> bool:

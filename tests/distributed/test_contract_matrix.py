@@ -1,8 +1,9 @@
 """The gradient contract over pairs of everything that Megatron's command line combines.
 
 Every pair of two dimensions' values meets in some case, so every value also appears with pipeline
-parallelism; the cases that are not marked slow are enough for the latter. Tolerances: float32: alignment part 1e-3, total 1e-5, relative; fp16 and bf16:
-alignment part: cosine at least 0.999, norm within 2 %.
+parallelism; the cases that are not marked slow are enough for the latter. Tolerances: float32:
+alignment part 1e-3, total 1e-5, relative; fp16 and bf16: alignment part: cosine at least 0.999,
+norm within 2 %.
 """
 
 import pytest

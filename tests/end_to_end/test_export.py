@@ -7,9 +7,6 @@ test puts them back, and the other has none.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.conversion.to_hf import ExportConfig, export, sample
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.testing import run_distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE, SEQ_LENGTH, BATCH, ITERATIONS = 300, 64, 8, 3
 TOLERANCE = 1e-4  # relative; fp32 on both sides, in another order
 MODEL = (
@@ -76,28 +73,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Train each layout for three steps, both at once; returns the runs' folders."""
+    """Train each layout for three steps; returns the runs' folders."""
     folders = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
-    processes = [start_training(layout, data, folder) for layout, folder in folders.items()]
-    for process, folder in zip(processes, folders.values(), strict=True):
-        assert process.wait() == 0, (folder / "log.txt").read_text()[-5000:]
+    for layout, save in folders.items():
+        argv = [*MODEL, *TRAINING, *LAYOUTS[layout].split(), "--save", str(save)]
+        for split in ("train", "valid"):
+            argv += [f"--{split}-data-path", str(data / f"{split}_text_document")]
+        argv += ["--data-cache-path", str(save / "cache"), "--cpu"]
+        argv += "--tokenizer-type HuggingFaceTokenizer --tokenizer-model".split()
+        argv += [str(data / "tokenizer")]
+        errors = run_distributed("tests.distributed.training:train", WORLD_SIZE[layout], argv)
+        assert set(errors) == {None}
     return folders
-
-
-def start_training(layout: str, data: Path, save: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(WORLD_SIZE[layout]), "pretrain_let.py"]
-    command += [*MODEL, *TRAINING, *LAYOUTS[layout].split(), "--save", str(save)]
-    for split in ("train", "valid"):
-        command += [f"--{split}-data-path", str(data / f"{split}_text_document")]
-    command += ["--data-cache-path", str(save / "cache")]
-    command += "--tokenizer-type HuggingFaceTokenizer --tokenizer-model".split()
-    command += [str(data / "tokenizer")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (save / "log.txt").open("w") as log:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
 
 
 def restore_padding(model: torch.nn.Module, save: Path) -> int:
