@@ -15,15 +15,18 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_let import cpu
 from megatron_let.errors import UsageError
+from megatron_let.planning.run import KD_STOP_SHARE, LET_LAYER, LET_STOP_STEP
 
 
 @dataclass
 class MethodArguments:
     """How to train: every method sees the same batches in the same order."""
 
-    method: Literal["baseline", "let"] = "baseline"
+    method: Literal["baseline", "let", "salt", "reverse-kd"] = "baseline"
     """baseline: plain next-token training, exactly Megatron. let: Late-to-Early Training, a small
-    frozen teacher's last layer guides an early student layer during the early steps."""
+    frozen teacher's last layer guides an early student layer during the early steps. salt: the
+    teacher's logits are distilled during the first steps, then plain training. reverse-kd: they
+    are distilled during the whole run."""
 
     cpu: bool = False
     """Run on CPU with gloo even though a GPU is there. Without a GPU this is the default."""
@@ -85,13 +88,35 @@ class LetArguments:
     """Whose states are resized to the other's width."""
 
 
+@dataclass
+class DistillArguments:
+    """SALT (arXiv 2410.18779) and reverse KD; neither weight nor temperature is known for sure."""
+
+    kd_weight: float = 0.667
+    """Part of the distillation in the loss, 0 to 1; the rest is the language-model loss. For a
+    teacher much smaller than the student try 0.2 to 0.5."""
+
+    kd_temperature: float = 1.0
+    """What the teacher's logits are divided by."""
+
+    kd_temperature_side: Literal["teacher", "both"] = "teacher"
+    """Whether the student's logits are divided by it too, in the distillation term."""
+
+    kd_stop_step: int | None = None
+    """SALT's step from which on training is plain and the teacher released; the default is 17.3
+    percent of the run's steps."""
+
+    kd_decay: Literal["step", "linear", "ratio-linear"] = "step"
+    """SALT's course of the weight until there: full weight, linear to zero, or the ratio of the
+    two losses linear to zero."""
+
+
 GROUPS = {
     "megatron_let: method": MethodArguments,
     "megatron_let: teacher": TeacherArguments,
     "megatron_let: LET": LetArguments,
+    "megatron_let: distillation": DistillArguments,
 }
-DEFAULT_STOP_STEP = 1500
-EARLY_LAYER = 3
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -124,9 +149,10 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
     every_prefix = tuple(prefix for rules in METHOD_FLAGS.values() for prefix in rules[0])
     for flag in (word.split("=")[0] for word in argv if word.startswith(every_prefix)):
         if not flag.startswith(prefixes):
+            able = [m for m, rules in METHOD_FLAGS.items() if flag.startswith(rules[0] or ("?",))]
             raise UsageError(
                 f"{flag} has no effect with --method {args.method}. "
-                "Remove it, or add --method let to train with a teacher."
+                f"Remove it, or add --method {' or '.join(able)} to train with a teacher."
             )
     check(args)
 
@@ -135,12 +161,16 @@ def _check_baseline(args: Namespace) -> None:
     """Megatron checks its own flags."""
 
 
-def _check_let(args: Namespace) -> None:
+def _check_teacher(args: Namespace) -> None:
     if args.teacher_model is None:
         raise UsageError(
-            "--method let needs a teacher. Add --teacher-model with the folder or hub id of a "
-            "small Hugging Face causal language model that has the student's tokenizer."
+            f"--method {args.method} needs a teacher. Add --teacher-model with the folder or hub "
+            "id of a small Hugging Face causal language model that has the student's tokenizer."
         )
+
+
+def _check_let(args: Namespace) -> None:
+    _check_teacher(args)
     _resolve_student_layer(args)
     if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
         raise UsageError(
@@ -167,7 +197,7 @@ def _resolve_student_layer(args: Namespace) -> None:
         return
     side = args.let_pair[-1] if args.let_pair is not None else "E"
     if side == "E":
-        args.let_layer = EARLY_LAYER
+        args.let_layer = LET_LAYER
     elif args.num_layers is not None:  # else a checkpoint tells later
         args.let_layer = max(1, args.num_layers // 2) if side == "M" else args.num_layers
 
@@ -184,7 +214,7 @@ def _resolve_stop(args: Namespace) -> None:
     if all(given):
         raise UsageError("Give --let-stop-step or --let-stop-samples, not both.")
     if not any(given):
-        args.let_stop_step = DEFAULT_STOP_STEP
+        args.let_stop_step = LET_STOP_STEP
     for name, stop, total in (
         ("step", args.let_stop_step, _run_length(args, "steps")),
         ("samples", args.let_stop_samples, _run_length(args, "samples")),
@@ -211,8 +241,52 @@ def _run_length(args: Namespace, unit: str) -> int | None:
     return args.train_iters and args.train_iters * args.global_batch_size
 
 
+def _check_reverse_kd(args: Namespace) -> None:
+    _check_distillation(args)
+    if args.kd_stop_step is not None or args.kd_decay != "step":
+        raise UsageError(
+            "--kd-stop-step and --kd-decay have no effect with --method reverse-kd, which distils "
+            "during the whole run. Remove them, or use --method salt."
+        )
+
+
+def _check_salt(args: Namespace) -> None:
+    _check_distillation(args)
+    steps = _run_length(args, "steps")
+    if args.kd_stop_step is None and steps is not None:
+        args.kd_stop_step = max(1, round(KD_STOP_SHARE * steps))
+    stop = args.kd_stop_step
+    if stop is None and args.step_batch_size_schedule is not None:
+        raise UsageError(
+            "--method salt needs --kd-stop-step where --step-batch-size-schedule is given."
+        )
+    if stop is not None and not 1 <= stop <= (steps or stop):
+        raise UsageError(
+            f"--kd-stop-step {stop} is outside the run: choose 1 to {steps}, or --method "
+            "reverse-kd to distil during the whole run."
+        )
+    if args.kd_decay == "ratio-linear" and args.kd_weight == 1:
+        raise UsageError(
+            "--kd-decay ratio-linear divides by the language-model loss's part, which --kd-weight "
+            "1 makes zero. Use a smaller weight, or --kd-decay linear."
+        )
+
+
+def _check_distillation(args: Namespace) -> None:
+    _check_teacher(args)
+    if not 0 < args.kd_weight <= 1:
+        raise UsageError(
+            f"--kd-weight {args.kd_weight} is no part of a loss: choose more than 0 and at most 1, "
+            "or --method baseline."
+        )
+    if not (args.kd_temperature > 0 and math.isfinite(args.kd_temperature)):
+        raise UsageError(f"--kd-temperature {args.kd_temperature} must be positive.")
+
+
 METHOD_FLAGS: dict[str, tuple[tuple[str, ...], Callable[[Namespace], None]]] = {
     "baseline": ((), _check_baseline),
     "let": (("--let-", "--teacher-"), _check_let),
+    "salt": (("--kd-", "--teacher-"), _check_salt),
+    "reverse-kd": (("--kd-", "--teacher-"), _check_reverse_kd),
 }
 """For each method the prefixes of the flags that it knows, and their check."""

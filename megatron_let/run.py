@@ -239,7 +239,9 @@ class Run:
         loss = torch.sum(losses.view(-1).float() * mask)
         num_tokens = mask.sum().clone().detach().to(torch.int)
         self._check_loss(loss)
-        report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+        shown = self.method.language_model_losses(losses.detach())
+        shown_sum = torch.sum(shown.reshape(-1).float() * mask)
+        report = torch.cat([shown_sum.view(1), num_tokens.view(1)])
         return loss, num_tokens, {"lm loss": report}
 
     def _check_loss(self, loss: torch.Tensor) -> None:

@@ -3,9 +3,15 @@
 from argparse import Namespace
 
 from megatron_let.methods.base import Method
+from megatron_let.methods.distill import Distill
 from megatron_let.methods.let import Let
 
-METHODS: dict[str, type[Method]] = {"baseline": Method, "let": Let}
+METHODS: dict[str, type[Method]] = {
+    "baseline": Method,
+    "let": Let,
+    "salt": Distill,
+    "reverse-kd": Distill,
+}
 
 
 def build_method(args: Namespace) -> Method:

@@ -49,6 +49,10 @@ class Method:
         what is left of the step.
         """
 
+    def language_model_losses(self, losses_BS: torch.Tensor) -> torch.Tensor:
+        """The labels' loss of each token, where the model's output is another loss."""
+        return losses_BS
+
     def end_step(self) -> dict[str, torch.Tensor]:
         """Called on every rank after each step; returns what to log, equal on all ranks."""
         return {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_tokenizer
 
@@ -54,6 +55,10 @@ class TeacherMethod(Method):
         """The teacher's layer whose states are wanted; None for its last."""
         return None
 
+    def slices_sequence(self) -> bool:
+        """Whether a tensor-parallel rank needs its slice of the sequence only."""
+        return self._transformer.sequence_parallel
+
     # --- before the run -----------------------------------------------------------------------
 
     def check_tokens(self, student_ids: dict[str, int]) -> None:
@@ -89,8 +94,7 @@ class TeacherMethod(Method):
         if guided and self._owner_chunks:
             self.load()
             self._score(train_dataset)
-            assert self.teacher is not None
-            self.teacher.keep_states_only()
+            self.prepare_teacher()
         self.facts = _share(self.facts)
         if self.facts:
             self._check_fingerprint()
@@ -119,6 +123,11 @@ class TeacherMethod(Method):
             "fingerprint": fingerprint(model),
             "flops_per_token": self.teacher.forward_flops(length, length) / length,
         }
+
+    def prepare_teacher(self) -> None:
+        """Drop what the run does not need of a teacher that has been loaded and scored."""
+        assert self.teacher is not None
+        self.teacher.keep_states_only()
 
     def _score(self, train_dataset: Any) -> None:
         if train_dataset is None:  # only tensor-parallel rank 0 of a stage holds the data
@@ -153,7 +162,7 @@ class TeacherMethod(Method):
                 self.teacher,
                 self._rows(batches),
                 mpu.get_tensor_model_parallel_group(),
-                self._transformer.sequence_parallel,
+                self.slices_sequence(),
             )
         return list(states.split(self.args.micro_batch_size, dim=1))
 
@@ -163,6 +172,20 @@ class TeacherMethod(Method):
         keys += ["position_ids"] * self.args.reset_position_ids
         keys += ["attention_mask"] * self.args.reset_attention_mask
         return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
+
+    def check_every_micro_batch(self, recorded: int) -> None:
+        """Stop the run if the teacher did not take part as it must.
+
+        Raises:
+            RuntimeError: its losses in this step are not one for each micro-batch.
+        """
+        expected = get_num_microbatches() if self._owner_chunks else 0
+        if recorded != expected:
+            raise RuntimeError(
+                f"Step {self.args.curr_iteration + 1}: --method {self.args.method} recorded "
+                f"{recorded} losses with the teacher for {expected} micro-batches. Some path of "
+                "Megatron bypassed it; please report the flags of this run."
+            )
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Release the teacher after its last use."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_let.errors import UsageError
 from megatron_let.planning.flops import windowed_tokens
 from megatron_let.teacher.windows import join_windows, split_windows
 
@@ -69,6 +70,39 @@ class Teacher:
         mask = mask_BS[:, : self.context].flatten().float()
         return ((losses * mask).sum() / mask.sum().clamp(min=1)).item()
 
+    @property
+    def width(self) -> int:
+        """Width of the states that the head reads."""
+        return self._causal_lm.get_output_embeddings().weight.size(1)
+
+    @torch.no_grad()
+    def head_rows(self, first: int, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return weight `[number, D]` and bias of the head's rows from `first` on, zero beyond it.
+
+        Raises ValueError if the model does more to its logits than the head's matrix does.
+        """
+        head = self._causal_lm.get_output_embeddings()
+        self._check_head_is_linear(head)
+        is_embedding = head.weight is self._base.get_input_embeddings().weight
+        weight = head.weight[first : first + number]
+        missing = number - len(weight)
+        # A slice of the embedding costs nothing; one of a head of its own would keep it alive.
+        if missing or not is_embedding:
+            weight = _padded(weight, missing)
+        bias = None if head.bias is None else _padded(head.bias[first : first + number], missing)
+        return weight, bias
+
+    def _check_head_is_linear(self, head: Any) -> None:
+        tokens = torch.arange(8, device=head.weight.device)[None]
+        logits = self._causal_lm(input_ids=tokens, use_cache=False).logits
+        expected = head(self._base(input_ids=tokens, use_cache=False).last_hidden_state)
+        if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            raise UsageError(
+                f"A {self._base.config.model_type} teacher scales or caps its logits behind the "
+                "head, which distillation does not know of. Choose a teacher such as Llama, Qwen, "
+                "OPT, GPT-NeoX or GPT-2, or --method let, which needs no logits."
+            )
+
     def keep_states_only(self) -> None:
         """Free the language-model head and the layers behind the wanted one."""
         self._causal_lm = None
@@ -115,6 +149,11 @@ def _return_states_of(layer: torch.nn.Module, base_model: torch.nn.Module) -> No
 
     layer.register_forward_hook(remember)
     base_model.register_forward_hook(replace)
+
+
+def _padded(rows: torch.Tensor, missing: int) -> torch.Tensor:
+    """A copy with rows of zeros at the end."""
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
 def near_random(lm_loss: float, vocab_size: int) -> bool:

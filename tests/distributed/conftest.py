@@ -15,7 +15,7 @@ STUDENT = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-o
 # What changes the function that one process computes; all else must not change the gradient.
 SHAPES = (
     "--group-query-attention --num-query-groups --untie-embeddings-and-output-weights "
-    "--num-experts --moe- --calculate-per-token-loss --reset-"
+    "--num-experts --moe- --calculate-per-token-loss --reset- --vocab-size --make-vocab-"
 ).split()
 
 Gradients = dict[tuple[str, str], np.ndarray]
@@ -69,8 +69,8 @@ def agreement(actual: Gradients, expected: Gradients) -> Agreement:
     assert names == {name for _, name in actual}
     parts, totals, cosines, norms = [], [], [], []
     for name in names:
-        total = expected["lm", name] + expected["let", name]
-        wanted, part = expected["let", name], actual["total", name] - actual["lm", name]
+        total = expected["lm", name] + expected["part", name]
+        wanted, part = expected["part", name], actual["total", name] - actual["lm", name]
         totals.append(relative_error(actual["total", name], total))
         if not wanted.any():
             parts.append(relative_error(part + total, total))

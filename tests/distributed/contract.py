@@ -35,7 +35,7 @@ from megatron_let.methods import build_method
 from megatron_let.run import Run
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
 from megatron_let.testing import forget_last_run
-from tests.distributed.faults import FAULTS
+from tests.distributed.faults import DISTILLATION_FAULTS, FAULTS
 
 SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
 MODEL_FLAGS = (
@@ -101,16 +101,18 @@ def layout_gradients(
     student = build_student(flags, global_batch, _precision(flags))
     args, method = student.args, student.method
     method.load()
-    method.teacher.keep_states_only()
+    method.prepare_teacher()
     if fault is not None:
-        FAULTS[fault](method, student.chunks)
+        (FAULTS | DISTILLATION_FAULTS)[fault](method, student.chunks)
     gradients: Gradients = {}
-    for part, args.let_weight in (("lm", 0.0), ("total", weight)):
+    name = "let_weight" if args.method == "let" else "kd_weight"
+    for part, value in (("lm", 0.0), ("total", weight)):
+        setattr(args, name, value)
         args.curr_iteration += 1
         step(student)
-        assert len(method.alignment) == 0, "a target was left in the queue"
+        assert method.num_waiting == 0, "a target was left in the queue"
         gradients |= {(part, name): g for name, g in whole_gradients(student).items()}
-    method.check_every_micro_batch(method.alignment.record.micro_batches)
+    method.end_step()  # checks that every micro-batch had its loss with the teacher
     return gradients
 
 
@@ -294,7 +296,7 @@ def reference_gradients(
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
 
-    Keys are `("lm" | "let", global name)`. With --calculate-per-token-loss: both sums over all
+    Keys are `("lm" | "part", global name)`. With --calculate-per-token-loss: both sums over all
     micro-batches, divided by all tokens. `flags` are the student's shape, `precision` the flag of
     the layout's, to whose values the weights are rounded.
     """
@@ -332,7 +334,7 @@ def reference_gradients(
         lm_total = lm_total + lm_sum / tokens
         let_total = let_total + weight * let_sum / tokens
     gradients: Gradients = {}
-    for part, loss in (("lm", lm_total), ("let", let_total)):
+    for part, loss in (("lm", lm_total), ("part", let_total)):
         values = torch.autograd.grad(
             loss, list(parameters.values()), retain_graph=True, allow_unused=True
         )

@@ -1,5 +1,6 @@
 """The classic wrong factors, injected into one built student; each changes instances only."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +129,22 @@ def _documents_ignored(method: Any, chunks: list[Any]) -> None:
     method._rows = lambda batches: {"tokens": torch.cat([batch["tokens"] for batch in batches])}
 
 
+def _padding_kept(method: Any, chunks: list[Any]) -> None:
+    """Rows of the teacher's head that stand for no token take part in its softmax."""
+    method._head = dataclasses.replace(method._head, num_tokens=len(method._head.weight_VD))
+
+
+def _head_rows_shifted(method: Any, chunks: list[Any]) -> None:
+    """A rank's slice of the teacher's head begins one token too early."""
+    rows = method._head.weight_VD.roll(1, dims=0)
+    method._head = dataclasses.replace(method._head, weight_VD=rows)
+
+
+DISTILLATION_FAULTS: dict[str, Fault] = {
+    "padding_kept": _padding_kept,
+    "head_rows_shifted": _head_rows_shifted,
+    "rows_of_another_rank": _rows_of_another_rank,
+}
 FAULTS: dict[str, Fault] = {
     "micro_batch_factor": _scaled(lambda: float(get_num_microbatches())),
     "tensor_parallel_factor": _scaled(lambda: 1 / mpu.get_tensor_model_parallel_world_size()),

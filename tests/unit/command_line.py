@@ -12,8 +12,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_let import arguments, entry
 from megatron_let.errors import UsageError
-from megatron_let.methods import build_method
-from megatron_let.methods.let import REFUSED_FLAGS
+from megatron_let.methods import build_method, distill, let
 from megatron_let.run_log import count_parameters
 from megatron_let.testing import forget_last_run
 
@@ -23,6 +22,9 @@ MODEL = (
     "--tokenizer-type NullTokenizer --vocab-size 255 --make-vocab-size-divisible-by 8 "
     "--eval-iters 0 --cpu"
 ).split()
+
+
+REFUSED_FLAGS = let.REFUSED_FLAGS | distill.REFUSED_FLAGS
 
 
 def usage_errors(command_lines: list[list[str]]) -> list[str]:

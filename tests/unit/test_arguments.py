@@ -13,6 +13,7 @@ from megatron_let.testing import run_distributed, save_tiny_teacher
 
 STEPS = "--eval-interval 5 --train-iters 10"
 LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
+SALT = f"{STEPS} --mock-data --method salt --teacher-model TMP/teacher"
 PAIR = f"{LET.replace(' --let-layer 2', '')} --let-decay constant --let-pair"
 LONG = "--seq-length 256 --max-position-embeddings 256"
 CONSTANT = f"{LET} --let-decay constant"
@@ -127,6 +128,31 @@ MISTAKES = {
         f"{PLAIN} --rampup-batch-size 4 2 100",
         "--rampup-batch-size 4 2 100 has no effect.*Use --step-batch-size-schedule",
     ),
+    "distillation flag without the method": (
+        f"{PLAIN} --kd-weight 0.5",
+        "--kd-weight has no effect with --method baseline. .*add --method salt or reverse-kd",
+    ),
+    "LET flag with another method": (f"{SALT} --let-layer 2", "--let-layer has no effect.*salt"),
+    "salt without a teacher": (f"{PLAIN} --method salt", "--method salt needs a teacher"),
+    "part above one": (f"{SALT} --kd-weight 1.5", "--kd-weight 1.5 .*more than 0 and at most 1"),
+    "no part": (f"{SALT} --kd-weight 0", "--kd-weight 0.0 .*--method baseline"),
+    "temperature zero": (f"{SALT} --kd-temperature 0", "--kd-temperature 0.0 must be positive"),
+    "distillation beyond the run": (
+        f"{SALT} --kd-stop-step 11",
+        "--kd-stop-step 11 is outside the run: choose 1 to 10, or --method reverse-kd",
+    ),
+    "stop of reverse KD": (
+        f"{SALT} --method reverse-kd --kd-stop-step 5",
+        "--kd-stop-step and --kd-decay have no effect with --method reverse-kd.*--method salt",
+    ),
+    "ratio to nothing": (
+        f"{SALT} --kd-weight 1 --kd-decay ratio-linear",
+        "--kd-decay ratio-linear divides.*smaller weight, or --kd-decay linear",
+    ),
+    "distillation and multi-token prediction": (
+        f"{SALT} --mtp-num-layers 1 --position-embedding-type rope",
+        "--mtp-num-layers 1 is not supported with --method salt: .*--method baseline",
+    ),
     "another kind of batches": (f"{PLAIN} --sft", "--sft is not supported: .*pretrain_gpt.py"),
     "configuration file": (f"{PLAIN} --yaml-cfg TMP/x.yaml", "--yaml-cfg is not supported"),
     "configuration file with equals sign": (f"{PLAIN} --yaml-cfg=x", "--yaml-cfg is not supported"),
@@ -139,6 +165,9 @@ MISTAKES = {
 }
 
 FINE = {
+    "salt": SALT,
+    "salt with a falling ratio": f"{SALT} --kd-decay ratio-linear --kd-stop-step 10",
+    "reverse KD": f"{SALT} --method reverse-kd --kd-temperature 2 --kd-temperature-side both",
     "baseline": PLAIN,
     "guided for the whole run": CONSTANT,
     "guided until the last step": f"{LET} --let-stop-step 10",
@@ -240,7 +269,10 @@ def test_every_unsupported_flag_exists_in_megatrons_parser(parser):
 
 def test_help_shows_our_groups_first_and_then_all_of_megatrons(parser):
     text = parser["help"]
-    ours = [text.index(f"\nmegatron_let: {name}:\n") for name in ("method", "teacher", "LET")]
+    ours = [
+        text.index(f"\nmegatron_let: {name}:\n")
+        for name in ("method", "teacher", "LET", "distillation")
+    ]
     upstream = [text.index("\noptions:"), text.index("\n  --num-layers ")]
     assert ours == sorted(ours) and max(ours) < min(upstream)
     assert text[: ours[0]].count("\n") < 10, "the synopsis of 900 flags hides the help"

@@ -1,0 +1,82 @@
+"""Run in a worker: a distilled cross-entropy, of this rank's shard and written out."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_let.distillation import cross_entropy
+from megatron_let.distillation.cross_entropy import Distillation, TeacherHead
+
+SEQ, BATCH, VOCAB, WIDTH = 5, 2, 40, 8
+Found = dict[str, Any]
+
+
+def _inputs(same: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, labels, teacher states, teacher head; with `same` the logits are the teacher's."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(SEQ, BATCH, WIDTH, generator=generator)
+    head = torch.randn(VOCAB, WIDTH, generator=generator)
+    logits = states @ head.T if same else torch.randn(SEQ, BATCH, VOCAB, generator=generator) * 3
+    labels = torch.randint(0, VOCAB, (SEQ, BATCH), generator=generator)
+    return logits, labels, states, head
+
+
+def _upstream() -> torch.Tensor:
+    """The gradient of each token's loss."""
+    return torch.arange(SEQ * BATCH, dtype=torch.float32).view(SEQ, BATCH) / 5
+
+
+def losses_and_gradient(
+    weight: float,
+    temperature: float,
+    both_sides: bool,
+    known: int = VOCAB,
+    chunk: int = 512,
+    same: bool = False,
+) -> Found:
+    """On this rank's slice of the vocabulary."""
+    group = torch.distributed.group.WORLD
+    size = VOCAB // group.size()
+    first = group.rank() * size
+    logits, labels, states, head = _inputs(same)
+    own = logits[..., first : first + size].clone().requires_grad_()
+    rows = TeacherHead(head[first : first + size], None, min(max(known - first, 0), size), first)
+    what = Distillation(weight, temperature, both_sides)
+    cross_entropy.CHUNK, whole = chunk, cross_entropy.CHUNK
+    kept = [0]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[0] += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = cross_entropy.distilled_cross_entropy(own, labels, states, rows, what, group)
+    cross_entropy.CHUNK = whole
+    before = own.detach().clone()
+    losses.total.backward(_upstream())
+    assert torch.equal(own, before), "the logits stay as they are"
+    assert own.grad is not None
+    values = {"total": losses.total, "lm": losses.lm, "kd": losses.kd, "gradient": own.grad}
+    found: Found = {key: value.detach().numpy() for key, value in values.items()}
+    return found | {"kept": kept[0]}
+
+
+def written_out(
+    weight: float, temperature: float, both_sides: bool, known: int = VOCAB, chunk: int = 0
+) -> dict[str, np.ndarray]:
+    """Whole logits, float64, plain autograd."""
+    logits, labels, states, head = (t.double() if t.is_floating_point() else t for t in _inputs(0))
+    logits.requires_grad_()
+    lm = -logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    target = torch.zeros_like(logits)
+    log_target = ((states @ head.T)[..., :known] / temperature).log_softmax(-1)
+    target[..., :known] = log_target.exp()
+    cold = temperature if both_sides else 1.0
+    log_student = (logits / cold).log_softmax(-1)
+    entropy = -(log_target.exp() * log_target).sum(-1)
+    kd = -(target * log_student).sum(-1) - entropy
+    total = (1 - weight) * lm + weight * kd
+    [gradient] = torch.autograd.grad(total, logits, _upstream().double())
+    values = {"total": total, "lm": lm, "kd": kd, "gradient": gradient}
+    return {key: value.detach().numpy() for key, value in values.items()}
