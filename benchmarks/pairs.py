@@ -152,7 +152,7 @@ def main() -> None:
     method.load()
     args.curr_iteration = args.consumed_train_samples = 0
     method.start_step()
-    method.teacher.keep_states_only()
+    method.prepare_teacher()
     guided = run_pairs(args, baseline, let, int(os.environ["PAIRS"]))
     args.curr_iteration = args.let_stop_step
     calls = count_calls()

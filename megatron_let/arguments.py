@@ -22,11 +22,11 @@ from megatron_let.planning.run import KD_STOP_SHARE, LET_LAYER, LET_STOP_STEP
 class MethodArguments:
     """How to train: every method sees the same batches in the same order."""
 
-    method: Literal["baseline", "let", "salt", "reverse-kd"] = "baseline"
+    method: Literal["baseline", "let", "salt", "reverse-kd", "let+salt"] = "baseline"
     """baseline: plain next-token training, exactly Megatron. let: Late-to-Early Training, a small
     frozen teacher's last layer guides an early student layer during the early steps. salt: the
     teacher's logits are distilled during the first steps, then plain training. reverse-kd: they
-    are distilled during the whole run."""
+    are distilled during the whole run. let+salt: both signals of one teacher."""
 
     cpu: bool = False
     """Run on CPU with gloo even though a GPU is there. Without a GPU this is the default."""
@@ -44,6 +44,10 @@ class TeacherArguments:
 
     teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the teacher's forward pass; the default is the student's."""
+
+    teacher_control: Literal["none", "random", "shuffled", "zero"] = "none"
+    """An experiment's control. random: an untrained teacher of the same shape; shuffled: its states
+    of other positions; zero: it works, and nothing of it reaches the student."""
 
 
 @dataclass
@@ -272,6 +276,11 @@ def _check_salt(args: Namespace) -> None:
         )
 
 
+def _check_let_salt(args: Namespace) -> None:
+    _check_let(args)
+    _check_salt(args)
+
+
 def _check_distillation(args: Namespace) -> None:
     _check_teacher(args)
     if not 0 < args.kd_weight <= 1:
@@ -287,6 +296,7 @@ METHOD_FLAGS: dict[str, tuple[tuple[str, ...], Callable[[Namespace], None]]] = {
     "baseline": ((), _check_baseline),
     "let": (("--let-", "--teacher-"), _check_let),
     "salt": (("--kd-", "--teacher-"), _check_salt),
+    "let+salt": (("--let-", "--kd-", "--teacher-"), _check_let_salt),
     "reverse-kd": (("--kd-", "--teacher-"), _check_reverse_kd),
 }
 """For each method the prefixes of the flags that it knows, and their check."""

@@ -77,7 +77,7 @@ class Run:
             self._method_dataset = datasets[0]
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
-            self.log.start()
+            self.log.start(_data_order(datasets[0]))
         return datasets
 
     def _needs_data(self, vp_stage: int | None) -> bool:
@@ -216,7 +216,7 @@ class Run:
             for _ in range(min(count, self._left[vp_stage])):
                 ahead.append(self.batch(data_iterator, vp_stage))
             if guided:
-                self.method.before_forward(list(ahead))
+                self.method.before_forward(list(ahead), vp_stage)
         self._left[vp_stage] -= 1
         return ahead.popleft()
 
@@ -259,3 +259,11 @@ class Run:
             machine.validate_result(
                 result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal
             )
+
+
+def _data_order(train_dataset: Any) -> str | None:
+    """Megatron's hash of the training data and their order, on every rank; None without data."""
+    own = None if train_dataset is None else train_dataset.unique_description_hash
+    gathered: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return next((found for found in gathered if found is not None), None)

@@ -6,6 +6,7 @@ called on every rank after each step, and `evaluate`. A test pins both signature
 
 import contextlib
 import functools
+import resource
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,8 +50,11 @@ class RunLog:
         finally:
             training.training_log, training.evaluate = originals
 
-    def start(self) -> None:
-        """Print what the run will do, and write its facts; called once all is built."""
+    def start(self, data: str | None) -> None:
+        """Print what the run will do, and write its facts; called once all is built.
+
+        `data` is the hash of the training data and their order.
+        """
         args = self.args
         path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
         if path is not None:
@@ -67,6 +71,7 @@ class RunLog:
             train_iters=args.train_iters,
             tokens_per_step=args.global_batch_size * args.seq_length,
             student_parameters=self._num_parameters,
+            data=data,
             flops_per_token={
                 "student": self._student_flops_per_token(),
                 "teacher": (facts["teacher"] or {}).get("flops_per_token", 0.0),
@@ -91,13 +96,14 @@ class RunLog:
             *self.method.summary(),
         ]
         if facts["teacher"]:
-            share = facts["teacher"]["flops_per_token"] / self._student_flops_per_token()
+            share = self.method.extra_flops(1) / self._student_flops_per_token()
             rows.append(f"expected extra FLOPs in a guided step: {100 * share:.1f} %")
-            stages = args.pipeline_model_parallel_size
+            stages, busy = args.pipeline_model_parallel_size, len(facts["teacher"]["stages"])
             if stages > 1:
                 rows[-1] += (
-                    f"; they fall on one stage, where they are {100 * share * stages:.1f} % of a "
-                    "stage's work (tools/plan.py balances the stages)"
+                    f"; they fall on {busy} of {stages} stages, where they are "
+                    f"{100 * share * stages / busy:.1f} % of a stage's work (tools/plan.py "
+                    "balances the stages)"
                 )
         return "\n".join(f"> {row}" for row in [f"--method {args.method}", *rows])
 
@@ -148,19 +154,29 @@ class RunLog:
         @functools.wraps(evaluate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
-            self._write_evaluation(result[0] or {})
+            self._write_evaluation(result[0] or {}, _peak_memory())
             self.file.restart_clock()
             return result
 
         return wrapped
 
-    def _write_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
+    def _write_evaluation(self, losses: dict[str, torch.Tensor], peak_memory: float) -> None:
         # After training Megatron evaluates the validation set once more, then the test set, at
         # the same iteration: the first evaluation of an iteration is the one that counts.
         if losses and self._iteration not in self._evaluated:
             self._evaluated.add(self._iteration)
             values = {key: value.item() for key, value in losses.items()}
+            values["peak memory"] = peak_memory
             self.file.write("valid", self._iteration, **values)
+
+
+def _peak_memory() -> float:
+    """Bytes that the fullest rank has had: of the GPU's, without one of the process's."""
+    own = float(torch.cuda.max_memory_allocated())
+    own = own or 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return peak.item()
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:

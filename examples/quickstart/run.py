@@ -25,7 +25,7 @@ from examples.quickstart.corpus import build_corpus  # noqa: E402
 from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
-from megatron_let.report.table import comparison_table  # noqa: E402
+from megatron_let.report.table import comparison_table, losses_table  # noqa: E402
 from megatron_let.report.targets import compare_all, regime_sentence  # noqa: E402
 from tools import convert_checkpoint, preprocess_data  # noqa: E402
 
@@ -177,6 +177,7 @@ class Quickstart:
         text = "\n\n".join(
             [
                 comparison_table(comparisons, teacher),
+                losses_table(comparisons),
                 regime_sentence(runs[0], teacher.final.loss),
             ]
         )

@@ -24,8 +24,9 @@ class Target:
     """The teacher's states, S local tokens."""
     mask_SB: torch.Tensor
     """1.0 where the token counts in the language-model loss, else 0.0."""
-    scale: torch.Tensor
-    """Factor of the summed loss: weight x loss scale / (tokens x micro-batches)."""
+    scale: torch.Tensor | None
+    """Factor of the summed loss: weight x loss scale / (tokens x micro-batches); None: the loss is
+    recorded, and nothing is added."""
 
 
 @dataclass
@@ -103,14 +104,20 @@ class Alignment:
         """
         weights = list(resize.parameters())
         if not self._targets:
-            return (
-                activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
-            )
+            return self._without_gradient(activation_SBH, weights)
         target = self._targets.popleft()
         gradients = self._gradients(activation_SBH, target, resize, weights)
+        if target.scale is None:
+            return self._without_gradient(activation_SBH, weights)
         return _AddGradient.apply(
             self.record, activation_SBH, gradients[0], *weights, *gradients[1:]
         )
+
+    @staticmethod
+    def _without_gradient(
+        activation_SBH: torch.Tensor, weights: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
 
     def _gradients(
         self,
@@ -124,4 +131,5 @@ class Alignment:
         total = (loss_SB * target.mask_SB).sum()
         self.record.micro_batches += 1
         self.record.add(loss=total, tokens=target.mask_SB.sum())
-        return list(torch.autograd.grad(total * target.scale, [leaf, *weights]))
+        scale = 0.0 if target.scale is None else target.scale
+        return list(torch.autograd.grad(total * scale, [leaf, *weights]))

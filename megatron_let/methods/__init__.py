@@ -5,15 +5,20 @@ from argparse import Namespace
 from megatron_let.methods.base import Method
 from megatron_let.methods.distill import Distill
 from megatron_let.methods.let import Let
+from megatron_let.methods.signal import Signal
+from megatron_let.methods.with_teacher import TeacherMethod
 
-METHODS: dict[str, type[Method]] = {
-    "baseline": Method,
-    "let": Let,
-    "salt": Distill,
-    "reverse-kd": Distill,
+METHODS: dict[str, tuple[type[Signal], ...]] = {
+    "baseline": (),
+    "let": (Let,),
+    "salt": (Distill,),
+    "reverse-kd": (Distill,),
+    "let+salt": (Let, Distill),
 }
+"""By name the signals of a teacher that the method has; without one it is plain training."""
 
 
 def build_method(args: Namespace) -> Method:
     """Return the method that `--method` names, after its own checks of `args`."""
-    return METHODS[args.method](args)
+    signals = METHODS[args.method]
+    return TeacherMethod(args, signals) if signals else Method(args)

@@ -42,7 +42,7 @@ class Method:
         """How many micro-batches of the step `before_forward` wants together, where it can."""
         return 1
 
-    def before_forward(self, batches: list[dict[str, torch.Tensor]]) -> None:
+    def before_forward(self, batches: list[dict[str, torch.Tensor]], vp_stage: int | None) -> None:
         """Called on a chunk that `reads_batch` before the first forward pass of `batches`.
 
         These are the next micro-batches of this step in their order: `micro_batches_at_once`, or

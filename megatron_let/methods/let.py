@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.alignment.attach import Alignment, Target
 from megatron_let.alignment.layer import aligned_block_spec
 from megatron_let.alignment.losses import LOSSES
 from megatron_let.alignment.resize import ResizeConfig
 from megatron_let.errors import UsageError
-from megatron_let.methods.with_teacher import Batch, TeacherMethod
+from megatron_let.methods.signal import Batch, Signal
 from megatron_let.schedules import guidance_factor
+from megatron_let.teacher.load import TeacherConfig
+from megatron_let.teacher.split import own_slice
 
 # Paths of Megatron that bypass, capture or copy the aligned layer, or that were never run with it.
 # Each is refused until it is proven.
@@ -38,7 +41,7 @@ REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Let(TeacherMethod):
+class Let(Signal):
     """Cosine alignment of student layer K with the teacher's last layer, early in the run."""
 
     same_on_resume = (
@@ -53,11 +56,14 @@ class Let(TeacherMethod):
         "let_resize_side",
     )
 
-    def __init__(self, args: Namespace) -> None:
-        _refuse_unproven(args)
-        super().__init__(args)
-        _resolve_teacher_layer(args, self.config.num_layers)
+    refused_flags = REFUSED_FLAGS
+    danger = "the aligned layer could be bypassed or copied, and nothing would tell."
+
+    def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
+        super().__init__(args, teacher)
+        _resolve_teacher_layer(args, teacher.num_layers)
         self.alignment = Alignment(LOSSES[args.let_loss])
+        self._transformer: TransformerConfig
 
     def weight_at(self, step: int, samples: int) -> float:
         """lambda(s), by steps or by samples."""
@@ -71,28 +77,27 @@ class Let(TeacherMethod):
     def teacher_layer(self) -> int | None:
         """None for the last layer, whose states are those after the final norm."""
         layer = self.args.let_teacher_layer
-        return None if layer == self.config.num_layers else layer
+        return None if layer == self.teacher_config.num_layers else layer
 
     # --- before the run -----------------------------------------------------------------------
 
     def check_checkpoint(self, saved: Namespace) -> None:
-        """Only a run with a learned map saves one; the teacher must stay the same."""
+        """Only a run with a learned map saves one."""
         before = vars(saved)  # of any version, of Megatron-LM too
         if self.args.let_resize == "linear" and before.get("let_resize") != "linear":
             raise UsageError(
                 f"The checkpoint in {self.args.load} holds no learned map, which --let-resize "
                 "linear trains from the first step. Use --let-resize interpolate."
             )
-        super().check_checkpoint(saved)
 
     def configure(self, model_config: Any) -> None:
         """Replace layer K in the spec."""
-        super().configure(model_config)
+        self._transformer = model_config.transformer
         resize = ResizeConfig(
             kind=self.args.let_resize,
             side=self.args.let_resize_side,
             student_width=self._transformer.hidden_size,
-            teacher_width=self.config.width(self.teacher_layer()),
+            teacher_width=self.teacher_config.width(self.teacher_layer()),
         )
 
         def spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -104,7 +109,7 @@ class Let(TeacherMethod):
                 resize=resize,
             )
             if owns:
-                self._owner_chunks.add(vp_stage)
+                self.owner_chunks.add(vp_stage)
             return block
 
         model_config.transformer_layer_spec = spec
@@ -112,28 +117,33 @@ class Let(TeacherMethod):
     # --- during the run -----------------------------------------------------------------------
 
     def start_step(self) -> None:
-        """Fix the step's weight; forget what an interrupted step may have left."""
-        super().start_step()
+        """Forget what an interrupted step may have left."""
         self.alignment.start_step()
 
-    def before_forward(self, batches: list[Batch]) -> None:
-        """Queue the teacher's states of these micro-batches for layer K."""
-        if self.weight == 0.0:
-            return
-        for batch, states_SBT in zip(batches, self.teacher_states(batches), strict=True):
+    def slices_sequence(self) -> bool:
+        """Layer K's output is sliced under sequence parallelism."""
+        return self._transformer.sequence_parallel
+
+    def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
+        """Queue the teacher's states for layer K, and what their loss is multiplied by."""
+        for batch, states_SBT in zip(batches, states_SBD, strict=True):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
+            scale = self.weight * self._loss_scale(mask_SB.sum())
+            if self.slices_sequence():
+                mask_SB = own_slice(mask_SB, mpu.get_tensor_model_parallel_group())
             self.alignment.push(
-                Target(
-                    states_SBT=states_SBT,
-                    mask_SB=self._local(mask_SB),
-                    scale=self.weight * self._loss_scale(mask_SB.sum()),
-                )
+                Target(states_SBT, mask_SB, scale=None if self.is_control else scale)
             )
 
     @property
     def num_waiting(self) -> int:
         """Micro-batches whose alignment loss is still to come."""
         return len(self.alignment)
+
+    @property
+    def num_used(self) -> int:
+        """Micro-batches whose alignment loss this step has had."""
+        return self.alignment.record.micro_batches
 
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """The factor that Megatron puts on the language-model loss's sum over tokens.
@@ -149,59 +159,38 @@ class Let(TeacherMethod):
             return scale
         return scale / (num_tokens.clamp(min=1) * get_num_microbatches())
 
-    def _local(self, tensor_S: torch.Tensor) -> torch.Tensor:
-        """This rank's slice of the sequence, under sequence parallelism."""
-        if not self._transformer.sequence_parallel:
-            return tensor_S
-        size = mpu.get_tensor_model_parallel_world_size()
-        return tensor_S.chunk(size)[mpu.get_tensor_model_parallel_rank()].contiguous()
-
-    def end_step(self) -> dict[str, torch.Tensor]:
-        """Sum the step's records over all ranks and release the teacher after the last use."""
-        super().end_step()
-        if self.weight == 0.0:
-            return {}
-        record = self.alignment.record
-        self.check_every_micro_batch(record.micro_batches)
-        names = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
+    def sums(self) -> list[torch.Tensor]:
+        """Loss, tokens, and the squared norms of the two gradients at layer K."""
         zero = torch.zeros((), device=torch.cuda.current_device())
-        owner = float(bool(self._owner_chunks))
-        sums = torch.stack(
-            [record.sums.get(name, zero).float() for name in names]
-            + [zero + self.clock.read(), zero + owner]
-        )
-        torch.distributed.all_reduce(sums)
-        loss, tokens, lm_square, let_square, milliseconds, owners = sums.split(1)
+        record = self.alignment.record.sums
+        names = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
+        return [record.get(name, zero).float() for name in names]
+
+    def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mean loss, its weight, and the gradients' ratio."""
+        loss, tokens, lm_square, let_square = sums
         return {
             "let loss": loss / tokens.clamp(min=1),
-            "let weight": torch.full_like(loss, self.weight),
+            "let weight": torch.full_like(loss, 0.0 if self.is_control else self.weight),
             "let gradient ratio": (let_square / lm_square.clamp(min=1e-30)).sqrt(),
-            "teacher time (ms)": milliseconds / owners,
         }
 
     # --- what it does -------------------------------------------------------------------------
 
-    def summary(self) -> list[str]:
-        """Layers and stage, weight and its course, the teacher."""
+    def summary(self) -> str:
+        """Layers, weight and its course."""
         args = self.args
-        layers = (
-            f"LET: layer {args.let_layer} of {args.num_layers} with the teacher's layer "
-            f"{args.let_teacher_layer} of {self.config.num_layers}"
-        )
-        if not self.facts:
-            return [layers, *super().summary()]
         if args.let_decay == "constant":
             course = "during the whole run"
         elif args.let_stop_samples is not None:
             course = f"{args.let_decay} until sample {args.let_stop_samples}"
         else:
             course = f"{args.let_decay} until step {args.let_stop_step}"
-        return [
-            f"{layers}, weight {args.let_weight} {course}",
-            f"the teacher runs on pipeline stage {self.facts['stage']} of "
-            f"{args.pipeline_model_parallel_size} (from 0)",
-            *super().summary(),
-        ]
+        return (
+            f"LET: layer {args.let_layer} of {args.num_layers} with the teacher's layer "
+            f"{args.let_teacher_layer} of {self.teacher_config.num_layers}, weight "
+            f"{args.let_weight} {course}"
+        )
 
 
 def _resolve_teacher_layer(args: Namespace, num_layers: int) -> None:
@@ -214,15 +203,3 @@ def _resolve_teacher_layer(args: Namespace, num_layers: int) -> None:
             f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "
             f"{args.teacher_model}, which has layers 1 to {num_layers}. Leave it out for the last."
         )
-
-
-def _refuse_unproven(args: Namespace) -> None:
-    for name, allowed in REFUSED_FLAGS.items():
-        value = getattr(args, name)
-        if value not in allowed:
-            shown = "" if value is True else f" {value}"
-            raise UsageError(
-                f"--{name.replace('_', '-')}{shown} is not supported with --method {args.method}: "
-                "the aligned layer could be bypassed or copied, and nothing would tell. Remove "
-                "it, or use --method baseline."
-            )

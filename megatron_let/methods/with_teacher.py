@@ -1,7 +1,8 @@
-"""What methods with a teacher share: its life on its pipeline stage, from loading to release."""
+"""Methods with a teacher: its life on its pipeline stages, from loading to release."""
 
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
+from megatron_let.methods.signal import Batch, Signal
 from megatron_let.planning.teacher_work import micro_batches_at_once
 from megatron_let.teacher.clock import Clock
 from megatron_let.teacher.load import (
@@ -22,42 +24,51 @@ from megatron_let.teacher.load import (
     load_causal_lm,
     read_teacher_config,
     read_token_ids,
+    untrained_causal_lm,
 )
-from megatron_let.teacher.split import states_SBD
+from megatron_let.teacher.split import own_slice, states_SBD
 from megatron_let.teacher.stage import Rows, Teacher, near_random
 
-Batch = dict[str, torch.Tensor]
+CONTROLS = {
+    "random": "CONTROL: the teacher is untrained",
+    "shuffled": "CONTROL: the teacher's states are those of shuffled positions",
+    "zero": "CONTROL: the teacher works, and nothing of it reaches the student",
+}
 
 
 class TeacherMethod(Method):
-    """A frozen teacher runs on one chunk of the pipeline while its guidance lasts."""
+    """A frozen teacher runs on the chunks of the pipeline that its signals need, while they last.
 
-    def __init__(self, args: Namespace) -> None:
+    Args:
+        args: the checked command line.
+        signals: the classes of the ways in which the teacher guides.
+    """
+
+    def __init__(self, args: Namespace, signals: Sequence[type[Signal]]) -> None:
         super().__init__(args)
         args.teacher_fingerprint = None  # saved in checkpoints
         self.config = _read_config(args)
+        self.signals = [signal(args, self.config) for signal in signals]
+        self.same_on_resume = ("teacher_control",) + sum(
+            (signal.same_on_resume for signal in self.signals), ()
+        )
         self.teacher: Teacher | None = None
         self.clock = Clock()
-        self.weight = 0.0
-        """Of the teacher in the current step; 0 once the guidance is over."""
         self.facts: dict[str, Any] = {}
         """About the teacher, the same on all ranks; empty if none was loaded."""
         self._transformer: TransformerConfig
-        self._owner_chunks: set[int | None] = set()
-        """Virtual stages of this rank that need the teacher."""
+        self._layer = _common_layer(self.signals)
         _check_rows(self.config, args)
 
-    def weight_at(self, step: int, samples: int) -> float:
-        """The teacher's weight after `step` steps and `samples` samples."""
-        raise NotImplementedError
+    @property
+    def is_guided(self) -> bool:
+        """Whether the teacher takes part in the current step."""
+        return any(signal.weight > 0 for signal in self.signals)
 
-    def teacher_layer(self) -> int | None:
-        """The teacher's layer whose states are wanted; None for its last."""
-        return None
-
-    def slices_sequence(self) -> bool:
-        """Whether a tensor-parallel rank needs its slice of the sequence only."""
-        return self._transformer.sequence_parallel
+    @property
+    def _own_signals(self) -> list[Signal]:
+        """Those with a chunk on this rank."""
+        return [signal for signal in self.signals if signal.owner_chunks]
 
     # --- before the run -----------------------------------------------------------------------
 
@@ -74,30 +85,40 @@ class TeacherMethod(Method):
 
     def check_checkpoint(self, saved: Namespace) -> None:
         """Remember whose guidance the checkpoint has; `on_data` compares."""
+        for signal in self.signals:
+            signal.check_checkpoint(saved)
         if not self.args.finetune:
             self.args.teacher_fingerprint = vars(saved).get("teacher_fingerprint")
 
     def configure(self, model_config: Any) -> None:
-        """Remember Megatron's `TransformerConfig`."""
+        """Remember Megatron's `TransformerConfig`, and let the signals change theirs."""
         self._transformer = model_config.transformer
+        for signal in self.signals:
+            signal.configure(model_config)
 
     def reads_batch(self, vp_stage: int | None) -> bool:
-        """The chunk that needs the teacher."""
-        return vp_stage in self._owner_chunks
+        """The chunks that need the teacher."""
+        return any(vp_stage in signal.owner_chunks for signal in self.signals)
 
     def on_data(self, train_dataset: Any) -> None:
-        """Load the teacher on its stage and score it on the run's first micro-batch.
+        """Load the teacher on its stages and score it on the run's first micro-batch.
 
         Reading a sample by its index consumes nothing of the data order.
         """
-        guided = self.weight_at(self.args.iteration, self.args.consumed_train_samples) > 0
-        if guided and self._owner_chunks:
+        self._set_weights(self.args.iteration)
+        if any(signal.weight > 0 for signal in self._own_signals):
             self.load()
             self._score(train_dataset)
             self.prepare_teacher()
-        self.facts = _share(self.facts)
+        stage = mpu.get_pipeline_model_parallel_rank()
+        chunks = [[(stage, vp) for vp in signal.owner_chunks] for signal in self.signals]
+        self.facts = _share(self.facts, chunks)
         if self.facts:
             self._check_fingerprint()
+
+    def _set_weights(self, step: int) -> None:
+        for signal in self.signals:
+            signal.weight = signal.weight_at(step, self.args.consumed_train_samples)
 
     def _check_fingerprint(self) -> None:
         before, now = self.args.teacher_fingerprint, self.facts["fingerprint"]
@@ -113,20 +134,24 @@ class TeacherMethod(Method):
         """Load the teacher on this rank."""
         dtype = DTYPES.get(self.args.teacher_dtype, self._transformer.params_dtype)
         device = torch.device(torch.cuda.current_device())
-        model = load_causal_lm(self.config, dtype, device)
+        control = self.args.teacher_control
+        load = untrained_causal_lm if control == "random" else load_causal_lm
+        model = load(self.config, dtype, device)
         length = self.args.seq_length
-        self.teacher = Teacher(model, self.config.context, self.teacher_layer())
+        self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
         self.facts = {
             "name": self.config.name,
             "parameters": self.teacher.parameters,
-            "stage": mpu.get_pipeline_model_parallel_rank(),
+            "stages": [mpu.get_pipeline_model_parallel_rank()],
             "fingerprint": fingerprint(model),
             "flops_per_token": self.teacher.forward_flops(length, length) / length,
         }
 
     def prepare_teacher(self) -> None:
-        """Drop what the run does not need of a teacher that has been loaded and scored."""
+        """Let the signals take what they need of a whole teacher; drop the rest."""
         assert self.teacher is not None
+        for signal in self._own_signals:
+            signal.prepare(self.teacher)
         self.teacher.keep_states_only()
 
     def _score(self, train_dataset: Any) -> None:
@@ -144,27 +169,54 @@ class TeacherMethod(Method):
     # --- during the run -----------------------------------------------------------------------
 
     def start_step(self) -> None:
-        """Fix the step's weight before Megatron moves its counters on."""
-        self.weight = self.weight_at(self.args.curr_iteration, self.args.consumed_train_samples)
+        """Fix the step's weights before Megatron moves its counters on."""
+        self._set_weights(self.args.curr_iteration)
+        for signal in self.signals:
+            signal.start_step()
 
     def micro_batches_at_once(self) -> int:
         """So many that their rows can be dealt evenly over the tensor-parallel ranks."""
-        if self.weight == 0.0:
+        if not self.is_guided:
             return 1
         ranks = mpu.get_tensor_model_parallel_world_size()
         return micro_batches_at_once(self.args.micro_batch_size, ranks)
 
-    def teacher_states(self, batches: list[Batch]) -> list[torch.Tensor]:
-        """The teacher's states `[S, b, D]` for each of some micro-batches, this rank's part."""
+    def before_forward(self, batches: list[Batch], vp_stage: int | None) -> None:
+        """Run the teacher once for all signals of the chunk, and hand its states to each."""
+        guided = [s for s in self.signals if s.weight > 0 and vp_stage in s.owner_chunks]
+        if not guided:
+            return
+        sliced = all(signal.slices_sequence() for signal in guided)
+        states = self.teacher_states(batches, sliced)
+        for signal in guided:
+            own = states
+            if signal.slices_sequence() and not sliced:
+                group = mpu.get_tensor_model_parallel_group()
+                own = [own_slice(states_SBD, group) for states_SBD in states]
+            signal.push(batches, own)
+
+    def teacher_states(self, batches: list[Batch], sliced: bool) -> list[torch.Tensor]:
+        """The teacher's states `[S, b, D]` for each of some micro-batches.
+
+        Args:
+            batches: the chunk's next micro-batches.
+            sliced: whether this rank needs its slice of the sequence only.
+        """
         assert self.teacher is not None
         with self.clock.running(batches[0]["tokens"].device):
             states = states_SBD(
                 self.teacher,
                 self._rows(batches),
                 mpu.get_tensor_model_parallel_group(),
-                self.slices_sequence(),
+                sliced,
             )
         return list(states.split(self.args.micro_batch_size, dim=1))
+
+    def language_model_losses(self, losses_BS: torch.Tensor) -> torch.Tensor:
+        """The labels' loss of each token, from the signal that has replaced it, if one has."""
+        for signal in self.signals:
+            losses_BS = signal.language_model_losses(losses_BS)
+        return losses_BS
 
     def _rows(self, batches: list[Batch]) -> Rows:
         """What the teacher reads: the student's documents are the teacher's documents."""
@@ -173,59 +225,100 @@ class TeacherMethod(Method):
         keys += ["attention_mask"] * self.args.reset_attention_mask
         return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
 
-    def check_every_micro_batch(self, recorded: int) -> None:
+    def end_step(self) -> dict[str, torch.Tensor]:
+        """Sum the step's records over all ranks; release the teacher after its last use."""
+        if not any(signal.weight > 0 for signal in self._own_signals):
+            self._release()
+        guided = [signal for signal in self.signals if signal.weight > 0]
+        if not guided:
+            return {}
+        for signal in guided:
+            self.check_every_micro_batch(signal)
+        parts = [signal.sums() for signal in guided]
+        zero = torch.zeros((), device=torch.cuda.current_device())
+        works = float(any(signal.owner_chunks for signal in guided))
+        sums = torch.stack([*sum(parts, []), zero + self.clock.read(), zero + works])
+        torch.distributed.all_reduce(sums)
+        *sums_1, milliseconds, workers = sums.split(1)
+        report: dict[str, torch.Tensor] = {}
+        for signal, part in zip(guided, parts, strict=True):
+            report |= signal.report(sums_1[: len(part)])
+            sums_1 = sums_1[len(part) :]
+        return report | {"teacher time (ms)": milliseconds / workers}
+
+    def check_every_micro_batch(self, signal: Signal) -> None:
         """Stop the run if the teacher did not take part as it must.
 
         Raises:
             RuntimeError: its losses in this step are not one for each micro-batch.
         """
-        expected = get_num_microbatches() if self._owner_chunks else 0
-        if recorded != expected:
+        expected = get_num_microbatches() if signal.owner_chunks else 0
+        if signal.num_used != expected:
             raise RuntimeError(
                 f"Step {self.args.curr_iteration + 1}: --method {self.args.method} recorded "
-                f"{recorded} losses with the teacher for {expected} micro-batches. Some path of "
-                "Megatron bypassed it; please report the flags of this run."
+                f"{signal.num_used} losses with the teacher for {expected} micro-batches. Some "
+                "path of Megatron bypassed it; please report the flags of this run."
             )
 
-    def end_step(self) -> dict[str, torch.Tensor]:
-        """Release the teacher after its last use."""
-        if self.weight == 0.0 and self.teacher is not None:
+    def _release(self) -> None:
+        if self.teacher is not None:
             self.teacher = None
+            for signal in self.signals:
+                signal.release()
             torch.cuda.empty_cache()
-        return {}
 
     # --- what it costs and what it does -------------------------------------------------------
 
     def extra_flops(self, tokens: int) -> float:
-        """The teacher's forward pass in a guided step."""
-        return tokens * self.facts.get("flops_per_token", 0.0) if self.weight > 0 else 0.0
+        """The teacher's forward passes in a guided step, one on each chunk that needs them."""
+        guided = [i for i, signal in enumerate(self.signals) if signal.weight > 0]
+        if not guided or not self.facts:
+            return 0.0
+        chunks = {place for i in guided for place in self.facts["chunks"][i]}
+        own = sum(self.signals[i].flops_per_token() for i in guided)
+        return tokens * (len(chunks) * self.facts["flops_per_token"] + own)
 
     def describe(self) -> dict[str, Any]:
         """The teacher, for the run's `metrics.jsonl`."""
         return {"teacher": self.facts or None}
 
     def summary(self) -> list[str]:
-        """The teacher and its own loss, with a warning if it guesses."""
+        """The signals, the teacher and its own loss, with a warning if it guesses."""
+        lines = [signal.summary() for signal in self.signals]
         facts = self.facts
         if not facts:
-            return ["the guidance is over, no teacher is loaded"]
-        loss = facts["lm_loss"]
-        lines = [
+            return [*lines, "the guidance is over, no teacher is loaded"]
+        loss, stages = facts["lm_loss"], facts["stages"]
+        lines += [
+            f"the teacher runs on pipeline stage {' and '.join(map(str, stages))} of "
+            f"{self.args.pipeline_model_parallel_size} (from 0)",
             f"teacher {facts['name']}: {facts['parameters'] / 1e6:.2f} M parameters, weights "
-            f"{facts['fingerprint']}, loss {loss:.3f} on the first micro-batch"
+            f"{facts['fingerprint']}, loss {loss:.3f} on the first micro-batch",
         ]
+        if self.args.teacher_control != "none":
+            lines.append(CONTROLS[self.args.teacher_control])
         if self.args.seq_length > self.config.context:
             lines.append(
                 f"the teacher reads rows of {self.args.seq_length} tokens in windows of "
                 f"{self.config.context}, its context"
             )
-        if near_random(loss, self.config.vocab_size):
+        if near_random(loss, self.config.vocab_size) and self.args.teacher_control != "random":
             lines.append(
                 f"WARNING: a loss of {loss:.3f} is close to ln(vocabulary) = "
                 f"{math.log(self.config.vocab_size):.3f}: the teacher {facts['name']} guesses. "
                 "Was it trained, on such text, with this tokenizer?"
             )
         return lines
+
+
+def _common_layer(signals: list[Signal]) -> int | None:
+    layers = {signal.teacher_layer() for signal in signals}
+    if len(layers) > 1:
+        raise UsageError(
+            "Distillation needs the teacher's last layer, so --method let+salt aligns with it too: "
+            "remove --let-teacher-layer, or choose an --let-pair that begins with L."
+        )
+    return layers.pop()
 
 
 def _read_config(args: Namespace) -> TeacherConfig:
@@ -268,11 +361,22 @@ def _check_rows(config: TeacherConfig, args: Namespace) -> None:
         )
 
 
-def _share(facts: dict[str, Any]) -> dict[str, Any]:
-    """Merge the facts of all ranks: only the owner stage knows the teacher."""
-    gathered: list[dict[str, Any] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, facts)
+def _share(facts: dict[str, Any], chunks: list[list[tuple[int, int | None]]]) -> dict[str, Any]:
+    """Merge the facts of all ranks: only the stages with the teacher know it.
+
+    Args:
+        facts: this rank's.
+        chunks: for each signal this rank's chunks that need the teacher, as (stage, virtual stage).
+    """
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, (facts, chunks))
     merged: dict[str, Any] = {}
-    for part in gathered:
-        merged |= part or {}
+    for part, _ in gathered:
+        stages = {*merged.get("stages", []), *part.get("stages", [])}
+        merged |= part | ({"stages": sorted(stages)} if stages else {})
+    if merged:
+        merged["chunks"] = [
+            sorted({chunk for _, every in gathered for chunk in every[i]}, key=str)
+            for i in range(len(chunks))
+        ]
     return merged

@@ -34,6 +34,8 @@ class Evaluation:
     seconds: float
     loss: float
     """Mean LM loss, nats a token."""
+    peak_memory: float | None = None
+    """Bytes so far on the fullest rank; None where the run did not say."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Run:
     teacher: Teacher | None
     student_flops_per_token: float
     teacher_flops_per_token: float
+    data: str | None
+    """Hash of the training data and their order; None where the run did not say."""
     train: tuple[TrainRecord, ...]
     evaluations: tuple[Evaluation, ...]
 
@@ -152,6 +156,7 @@ def _build_run(
         teacher=teacher and _build_teacher(teacher),
         student_flops_per_token=flops["student"],
         teacher_flops_per_token=flops.get("teacher") or 0.0,
+        data=start.get("data"),
         train=tuple(_build_train_record(r) for r in records if r["kind"] == "train"),
         evaluations=tuple(_build_evaluation(r) for r in records if r["kind"] == "valid"),
     )
@@ -178,4 +183,5 @@ def _build_evaluation(record: dict[str, Any]) -> Evaluation:
         flops=record["flops"],
         seconds=record["seconds"],
         loss=record["lm loss"],
+        peak_memory=record.get("peak memory"),
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from megatron_let.report.runs import Run
-from megatron_let.report.targets import Comparison, Cost, mean_speed_up
+from megatron_let.report.targets import Comparison, Cost, loss_at, mean_speed_up
 
 HEADER = ("method", "seed", "final loss", "steps", "FLOPs", "seconds", "speed-up", "teacher")
 NEVER = "never"
@@ -24,6 +24,35 @@ def comparison_table(comparisons: Sequence[Comparison], teacher_run: Run | None 
         if len(group) > 1:
             rows += _summary_rows(label, group)
     return "\n".join([*_markdown(HEADER, rows), "", *_legend(comparisons, teacher_run)])
+
+
+def losses_table(comparisons: Sequence[Comparison]) -> str:
+    """A row for every kind of run: what it has reached for as much as the plain run has spent.
+
+    Means over the seeds, the range behind them. Steps are as many as tokens.
+    """
+    header = ("method", "seeds", "loss at equal steps", "equal FLOPs", "equal seconds", "memory")
+    rows = []
+    for label in dict.fromkeys(c.run.label for c in comparisons):
+        group = [c for c in comparisons if c.run.label == label]
+        losses = [
+            _mean_and_range([loss_at(c.run, c.plain_total, axis) for c in group])
+            for axis in ("steps", "flops", "seconds")
+        ]
+        memory = [e.peak_memory for c in group for e in c.run.evaluations if e.peak_memory]
+        peak = f"{max(memory) / 2**30:.2f} GiB" if memory else "-"
+        rows.append((label, str(len(group)), *losses, peak))
+    legend = "memory: the most that any rank had; equal: as much as the plain run in all."
+    return "\n".join([*_markdown(header, rows), "", legend])
+
+
+def _mean_and_range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    if len(known) == 1:
+        return f"{known[0]:.3f}"
+    return f"{fmean(known):.3f} ({min(known):.3f}-{max(known):.3f})"
 
 
 def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...]:

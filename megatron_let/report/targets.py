@@ -81,6 +81,19 @@ def cost_to_target(run: Run, target_loss: float) -> Cost | None:
     return _interpolate(evaluations[first - 1], evaluations[first], target_loss)
 
 
+def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
+    """The run's validation loss once it has spent `budget` on an axis; None if it never does.
+
+    Interpolated between two evaluations. `axis` is a field of `Cost`.
+    """
+    value = getattr(budget, axis)
+    points = [(getattr(_cost_at(e), axis), e.loss) for e in run.evaluations]
+    for (x, loss), (next_x, next_loss) in zip(points, points[1:], strict=False):
+        if x <= value <= next_x:
+            return loss + (value - x) / (next_x - x) * (next_loss - loss)
+    return points[-1][1] if math.isclose(points[-1][0], value) else None
+
+
 def _cost_at(evaluation: Evaluation) -> Cost:
     return Cost(
         steps=float(evaluation.iteration), flops=evaluation.flops, seconds=evaluation.seconds
@@ -174,6 +187,7 @@ def _check_plain_is_finished(plain: Run) -> None:
 def _check_like_with_like(run: Run, plain: Run) -> None:
     pairs = {
         "seed": (run.seed, plain.seed),
+        "data order": (run.data, plain.data),
         "train_iters": (run.train_iters, plain.train_iters),
         "tokens_per_step": (run.tokens_per_step, plain.tokens_per_step),
         "student_parameters": (run.student_parameters, plain.student_parameters),

@@ -104,6 +104,15 @@ def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.devi
     return model.to(device).eval().requires_grad_(False)
 
 
+def untrained_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build the same model with random weights, always the same, as a control; else as above."""
+    shape = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | None:
     """Return the teacher tokenizer's token -> id map, or None if the folder has no tokenizer."""
     try:

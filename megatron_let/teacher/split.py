@@ -36,6 +36,11 @@ def states_SBD(teacher: Teacher, rows: Rows, group: Any, sequence_parallel: bool
     return exchange(states_BSD, group)[:number].transpose(0, 1).contiguous()
 
 
+def own_slice(tensor_S: torch.Tensor, group: Any) -> torch.Tensor:
+    """This rank's contiguous slice of the sequence, the first dimension."""
+    return tensor_S.chunk(group.size())[group.rank()].contiguous()
+
+
 def _slices_of_all_rows(states_BSD: torch.Tensor, group: Any) -> torch.Tensor:
     slices = states_BSD.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
     received = torch.empty_like(slices)  # [rank it comes from, its rows, own slice, D]

@@ -23,15 +23,19 @@ class Teacher:
         context: its longest sequence in tokens; longer ones are read in windows.
         layer: whose output is wanted, counted from 1; None for the last one's after the final
             norm. Later layers are dropped.
+        shuffled: give each token the states of another position of its row, as a control.
     """
 
-    def __init__(self, causal_lm: Any, context: int, layer: int | None = None) -> None:
+    def __init__(
+        self, causal_lm: Any, context: int, layer: int | None = None, shuffled: bool = False
+    ) -> None:
         self.context = context
         self.parameters = sum(weight.numel() for weight in causal_lm.parameters())
         self._causal_lm = causal_lm
         self._base = causal_lm.base_model
         self._layers = decoder_layers(self._base)
         self._layer = layer
+        self._shuffled = shuffled
 
     @torch.no_grad()
     def states_BSD(self, rows: Rows) -> torch.Tensor:
@@ -39,9 +43,11 @@ class Teacher:
 
         Raises ValueError if documents are kept apart in rows longer than the context.
         """
+        states = self._run(rows) if rows["tokens"].size(1) <= self.context else self._windows(rows)
+        return _shuffle(states, rows["tokens"]) if self._shuffled else states
+
+    def _windows(self, rows: Rows) -> torch.Tensor:
         length = rows["tokens"].size(1)
-        if length <= self.context:
-            return self._run(rows)
         if "attention_mask" in rows or "position_ids" in rows:
             raise ValueError(f"documents kept apart in rows of {length} > {self.context} tokens")
         windows = split_windows(rows["tokens"], self.context)
@@ -149,6 +155,16 @@ def _return_states_of(layer: torch.nn.Module, base_model: torch.nn.Module) -> No
 
     layer.register_forward_hook(remember)
     base_model.register_forward_hook(replace)
+
+
+def _shuffle(states_BSD: torch.Tensor, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Permute the positions of each row by its own dice, the same on any rank and on resume."""
+    dice = torch.Generator()
+    orders = [
+        torch.randperm(len(row), generator=dice.manual_seed(int(row.sum()))) for row in tokens_BS
+    ]
+    order_BS = torch.stack(orders).to(states_BSD.device)
+    return states_BSD.gather(1, order_BS[..., None].expand_as(states_BSD))
 
 
 def _padded(rows: torch.Tensor, missing: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ def agreement(actual: Gradients, expected: Gradients) -> Agreement:
     return Agreement(max(parts), max(totals), min(cosines), max(norms))
 
 
-def _shape(flags: list[str]) -> list[str]:
+def shape_flags(flags: list[str]) -> list[str]:
     """The flags, with their values, that one process needs too."""
     kept, keep = [], False
     for word in flags:
@@ -123,9 +123,9 @@ def contract(teacher: str) -> Check:
     ) -> Agreement:
         let = f"--method let --teacher-model {teacher} --let-layer {layer} --let-decay constant"
         words = f"{student} {flags} {let}".split()
-        actual = layout_gradients(world_size, words, batch, WEIGHT, fault)
+        actual = layout_gradients(world_size, words, batch, {"let_weight": WEIGHT}, fault)
         precision = [word for word in words if word in ("--bf16", "--fp16")]
         resize = "linear" if "--let-resize linear" in flags else "interpolate"
-        return agreement(actual, reference(layer, batch, _shape(words), precision, resize))
+        return agreement(actual, reference(layer, batch, shape_flags(words), precision, resize))
 
     return check

@@ -92,11 +92,12 @@ def build_student(flags: list[str], global_batch: int, rounding: torch.dtype) ->
 
 
 def layout_gradients(
-    flags: list[str], global_batch: int, weight: float, fault: str | None = None
+    flags: list[str], global_batch: int, weights: dict[str, float], fault: str | None = None
 ) -> Gradients:
     """Whole gradients of one step in a layout: the language-model part, then the total.
 
-    Keys are `("lm" | "total", global name)`. `fault` is a key of `faults.FAULTS` to inject.
+    Keys are `("lm" | "total", global name)`. `weights` are arguments; `fault` is a key of
+    `faults.FAULTS` or `faults.DISTILLATION_FAULTS` to inject.
     """
     student = build_student(flags, global_batch, _precision(flags))
     args, method = student.args, student.method
@@ -105,12 +106,11 @@ def layout_gradients(
     if fault is not None:
         (FAULTS | DISTILLATION_FAULTS)[fault](method, student.chunks)
     gradients: Gradients = {}
-    name = "let_weight" if args.method == "let" else "kd_weight"
-    for part, value in (("lm", 0.0), ("total", weight)):
-        setattr(args, name, value)
+    for part, values in (("lm", dict.fromkeys(weights, 0.0)), ("total", weights)):
+        vars(args).update(values)
         args.curr_iteration += 1
         step(student)
-        assert method.num_waiting == 0, "a target was left in the queue"
+        assert all(s.num_waiting == 0 for s in method.signals), "a target was left in the queue"
         gradients |= {(part, name): g for name, g in whole_gradients(student).items()}
     method.end_step()  # checks that every micro-batch had its loss with the teacher
     return gradients
@@ -125,9 +125,10 @@ def recorded_in_a_repeated_step(flags: list[str], global_batch: int) -> tuple[in
     student.method.load()
     for _ in range(2):
         step(student)
-    if not student.method._owner_chunks:
+    [signal] = student.method.signals
+    if not signal.owner_chunks:
         return 0, 0
-    return student.method.alignment.record.micro_batches, get_num_microbatches()
+    return signal.num_used, get_num_microbatches()
 
 
 def _precision(flags: list[str]) -> torch.dtype:

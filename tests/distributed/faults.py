@@ -17,23 +17,25 @@ Fault = Callable[[Any, list[Any]], None]
 
 def _scaled(factor: Callable[[], float]) -> Fault:
     def inject(method: Any, chunks: list[Any]) -> None:
-        right = method._loss_scale
-        method._loss_scale = lambda num_tokens: right(num_tokens) * factor()
+        signal = method.signals[0]
+        right = signal._loss_scale
+        signal._loss_scale = lambda num_tokens: right(num_tokens) * factor()
 
     return inject
 
 
 def _mean_over_the_slice(method: Any, chunks: list[Any]) -> None:
     """Divide by the tokens of this rank's slice of the sequence, not by the micro-batch's."""
-    push = method.alignment.push
-    right = method._loss_scale
-    method._loss_scale = lambda num_tokens: right(torch.ones_like(num_tokens))
+    signal = method.signals[0]
+    push = signal.alignment.push
+    right = signal._loss_scale
+    signal._loss_scale = lambda num_tokens: right(torch.ones_like(num_tokens))
 
     def push_mean(target: Any) -> None:
         target.scale = target.scale / target.mask_SB.sum().clamp(min=1)
         push(target)
 
-    method.alignment.push = push_mean
+    signal.alignment.push = push_mean
 
 
 def _unmarked_norm(method: Any, chunks: list[Any]) -> None:
@@ -46,17 +48,18 @@ def _unmarked_norm(method: Any, chunks: list[Any]) -> None:
 
 def _counted_twice(method: Any, chunks: list[Any]) -> None:
     """The loss of a recomputed layer attached in both of its runs."""
-    attach = method.alignment.attach
+    signal = method.signals[0]
+    attach = signal.alignment.attach
 
     def attach_twice(activation: torch.Tensor, resize: Any) -> torch.Tensor:
-        targets = method.alignment._targets
+        targets = signal.alignment._targets
         if targets:
             targets.appendleft(targets[0])
             activation = attach(activation, resize)
         return attach(activation, resize)
 
-    method.alignment.attach = attach_twice
-    method.check_every_micro_batch = lambda recorded: None
+    signal.alignment.attach = attach_twice
+    method.check_every_micro_batch = lambda signal: None
 
 
 class _LastInFirstOut(deque):  # type: ignore[type-arg]
@@ -66,13 +69,15 @@ class _LastInFirstOut(deque):  # type: ignore[type-arg]
 
 def _newest_micro_batch(method: Any, chunks: list[Any]) -> None:
     """Align with the newest micro-batch's states, not with the layer's own."""
-    method.alignment._targets = _LastInFirstOut()
+    signal = method.signals[0]
+    signal.alignment._targets = _LastInFirstOut()
 
 
 def _per_micro_batch_mean(method: Any, chunks: list[Any]) -> None:
     """Divide as for a mean over each micro-batch although the loss is per token."""
-    right = method._loss_scale
-    method._loss_scale = lambda num_tokens: (
+    signal = method.signals[0]
+    right = signal._loss_scale
+    signal._loss_scale = lambda num_tokens: (
         right(num_tokens) / (num_tokens * get_num_microbatches())
     )
 
@@ -87,14 +92,15 @@ def _unmarked_map(method: Any, chunks: list[Any]) -> None:
 
 def _index_without_virtual_stage(method: Any, chunks: list[Any]) -> None:
     """Align the layer at K's index in the rank's first chunk, although K lies in another."""
-    if not method._owner_chunks:
+    signal = method.signals[0]
+    if not signal.owner_chunks:
         return
     wrong, right = (unwrap_model(chunk).decoder.layers[0] for chunk in chunks)
-    right.alignment = Alignment(method.alignment.loss)
-    method._owner_chunks = {0}
+    right.alignment = Alignment(signal.alignment.loss)
+    signal.owner_chunks = {0}
 
     def attach(_layer: Any, _inputs: Any, output: Any) -> Any:
-        hidden = method.alignment.attach(output[0], right.let_resize)
+        hidden = signal.alignment.attach(output[0], right.let_resize)
         return make_viewless_tensor(hidden, requires_grad=True, keep_graph=True), output[1]
 
     wrong.register_forward_hook(attach)
@@ -104,8 +110,9 @@ def _no_loss_mask(method: Any, chunks: list[Any]) -> None:
     """The owner stage takes every token, as if it had not been sent the loss mask."""
     right = method.before_forward
 
-    def all_tokens(batches: list[dict[str, torch.Tensor]]) -> None:
-        right([batch | {"loss_mask": torch.ones_like(batch["loss_mask"])} for batch in batches])
+    def all_tokens(batches: list[dict[str, torch.Tensor]], vp_stage: int | None) -> None:
+        whole = [batch | {"loss_mask": torch.ones_like(batch["loss_mask"])} for batch in batches]
+        right(whole, vp_stage)
 
     method.before_forward = all_tokens
 
@@ -121,7 +128,7 @@ def _view_from_the_last_layer(method: Any, chunks: list[Any]) -> None:
 def _rows_of_another_rank(method: Any, chunks: list[Any]) -> None:
     """The rows of a split teacher put together in the wrong order."""
     right = method.teacher_states
-    method.teacher_states = lambda batches: [states.roll(1, dims=1) for states in right(batches)]
+    method.teacher_states = lambda *batches: [states.roll(1, dims=1) for states in right(*batches)]
 
 
 def _documents_ignored(method: Any, chunks: list[Any]) -> None:
@@ -131,13 +138,15 @@ def _documents_ignored(method: Any, chunks: list[Any]) -> None:
 
 def _padding_kept(method: Any, chunks: list[Any]) -> None:
     """Rows of the teacher's head that stand for no token take part in its softmax."""
-    method._head = dataclasses.replace(method._head, num_tokens=len(method._head.weight_VD))
+    signal = method.signals[0]
+    signal._head = dataclasses.replace(signal._head, num_tokens=len(signal._head.weight_VD))
 
 
 def _head_rows_shifted(method: Any, chunks: list[Any]) -> None:
     """A rank's slice of the teacher's head begins one token too early."""
-    rows = method._head.weight_VD.roll(1, dims=0)
-    method._head = dataclasses.replace(method._head, weight_VD=rows)
+    signal = method.signals[0]
+    rows = signal._head.weight_VD.roll(1, dims=0)
+    signal._head = dataclasses.replace(signal._head, weight_VD=rows)
 
 
 DISTILLATION_FAULTS: dict[str, Fault] = {

@@ -38,10 +38,12 @@ def release(flags: list[str], keep_a_reference: bool) -> dict[str, Any]:
     gc.collect()
     before = _resident_bytes()
     student.method.load()
-    student.method.teacher.keep_states_only()
+    student.method.prepare_teacher()
     loaded = _resident_bytes()
     held = [student.method.teacher] if keep_a_reference else []
-    alive = [weakref.ref(student.method.teacher), weakref.ref(student.method.teacher._base)]
+    teacher = student.method.teacher
+    alive = [weakref.ref(x) for x in (teacher, teacher._base, *teacher._base.parameters())]
+    del teacher
     for _ in range(2):  # one guided step, and the one that finds the guidance over
         _train(student)
     after = _resident_bytes()

@@ -1,4 +1,4 @@
-"""The gradient contract of distillation, against whole logits in float64 on one process.
+"""The gradient contract of distillation, alone and with LET: against whole logits in float64.
 
 Tolerances, float32: what distillation adds to the gradient 1e-3, the whole of it 1e-5, relative.
 """
@@ -6,7 +6,7 @@ Tolerances, float32: what distillation adds to the gradient 1e-3, the whole of i
 import pytest
 
 from megatron_let.testing import run_distributed
-from tests.distributed.conftest import _shape, agreement, layout_gradients
+from tests.distributed.conftest import agreement, layout_gradients, shape_flags
 
 PART_TOLERANCE, TOTAL_TOLERANCE = 1e-3, 1e-5
 WEIGHT = 0.7
@@ -39,14 +39,19 @@ LAYOUTS = {
 def distilled(world_size, flags, batch, teacher, fault=None):
     """How far a layout's gradients are from the written-out loss's."""
     words = f"{flags} --method reverse-kd --teacher-model {teacher}".split()
-    actual = layout_gradients(world_size, words, batch, WEIGHT, fault)
-    shape = _shape(words)
+    actual = layout_gradients(world_size, words, batch, {"kd_weight": WEIGHT}, fault)
     temperature = 2.5 if TEMPERATURE in flags else 1.0
+    return agreement(actual, written_out(words, batch, teacher, temperature, "both" in flags))
+
+
+def written_out(words, batch, teacher, temperature=1.0, both_sides=False):
+    """The gradients of plain training, and what distillation adds."""
     function = "tests.distributed.distill_contract:reference_gradients"
+    shape = shape_flags(words)
     [expected] = run_distributed(
-        function, 1, shape, batch, WEIGHT, teacher, temperature, "both" in flags
+        function, 1, shape, batch, WEIGHT, teacher, temperature, both_sides
     )
-    return agreement(actual, expected)
+    return expected
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -71,3 +76,29 @@ def test_contract_catches(fault, teacher):
     print(f"{fault}: {worst}")
     assert worst.part_error > 10 * PART_TOLERANCE
     assert worst.total_error > 10 * TOTAL_TOLERANCE
+
+
+# --- let+salt -----------------------------------------------------------------------------------
+
+LET_WEIGHT, LET_LAYER = 10.0, 2
+
+
+@pytest.mark.parametrize("name", ["single", "tp2_sp", "pp2", "vpp2", "tp2_pp2_sp"])
+def test_both_signals_of_one_teacher_add_up(name, teacher):
+    world_size, flags, batch = LAYOUTS[name]
+    let = f"--method let+salt --let-layer {LET_LAYER} --let-decay constant --kd-stop-step 10"
+    words = f"{flags} {let} --teacher-model {teacher}".split()
+    weights = {"let_weight": LET_WEIGHT, "kd_weight": WEIGHT}
+    actual = layout_gradients(world_size, words, batch, weights, None)
+    expected = written_out(words, batch, teacher)
+    [aligned] = run_distributed(
+        "tests.distributed.contract:reference_gradients",
+        *(1, shape_flags(words), batch, LET_WEIGHT, LET_LAYER, teacher, [], "interpolate"),
+    )
+    both = {key: g + aligned[key] * (key[0] == "part") for key, g in expected.items()}
+    worst = agreement(actual, both)
+    print(f"let+salt, {name}: {worst}")
+    assert worst.part_error <= PART_TOLERANCE
+    assert worst.total_error <= TOTAL_TOLERANCE
+    assert agreement(actual, expected).part_error > 10 * PART_TOLERANCE, "LET's part is there"
+    assert agreement(actual, aligned).part_error > 10 * PART_TOLERANCE, "and distillation's"

@@ -1,4 +1,4 @@
-"""Whole runs with distillation: what is logged, the stop, resuming."""
+"""Whole runs with distillation, alone and with LET, and controls: logs, the stop, resuming."""
 
 import pytest
 
@@ -54,3 +54,67 @@ def test_another_layout_follows(salt, tmp_path):
     for key in ("lm loss", "kd loss"):
         one, four = (series(tmp_path / name, key) for name in ("one", "four"))
         assert one == pytest.approx(four, rel=1e-4)
+
+
+# --- let+salt, and controls -------------------------------------------------------------------
+
+GUIDED = {
+    "let": ["--method", "let", "--let-layer", "2", "--let-stop-step", "2"],
+    "salt": ["--method", "salt", "--kd-stop-step", "3"],
+    "let+salt": [
+        "--method",
+        "let+salt",
+        *"--let-layer 2 --let-stop-step 2 --kd-stop-step 3".split(),
+    ],
+}
+END = ["--exit-interval", "4"]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    """Hashes of a plain run's weights and optimizer state."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert not run(1, *corpus.flags, *END, "--save", str(folder))
+    return hashes(folder)
+
+
+@pytest.mark.parametrize("method", GUIDED)
+def test_weight_zero_is_plain_training_bit_for_bit(corpus, plain, tmp_path, method):
+    guided = [*GUIDED[method], "--teacher-model", f"{corpus.folder}/teacher", *END]
+    control = ["--teacher-control", "zero"]
+    assert not run(1, *corpus.flags, *guided, *control, "--save", str(tmp_path / "zero"))
+    assert hashes(tmp_path / "zero") == plain
+    assert series(tmp_path / "zero", "teacher time (ms)")[1] > 0
+    # The twin: without the control the same guidance changes the weights.
+    assert not run(1, *corpus.flags, *guided, "--save", str(tmp_path / "guided"))
+    assert hashes(tmp_path / "guided") != plain
+
+
+def test_each_signal_ends_at_its_own_step(corpus, tmp_path):
+    flags = [*GUIDED["let+salt"], "--teacher-model", f"{corpus.folder}/teacher", *END]
+    layout = [*TP2_PP2, "--sequence-parallel"]
+    losses, steps = [], []
+    for ranks, extra in ((1, []), (4, layout)):
+        save = tmp_path / str(ranks)
+        assert not run(ranks, *corpus.flags, *flags, *extra, "--save", str(save))
+        losses.append([set(series(save, f"{name} loss")) for name in ("let", "kd", "lm")])
+        flops = [0.0, *(record["flops"] for _, record in sorted(records(save, "train").items()))]
+        steps.append([after - before for before, after in zip(flops, flops[1:], strict=False)])
+    assert losses == [[{1, 2}, {1, 2, 3}, {1, 2, 3, 4}]] * 2
+    one, four = steps
+    assert one[0] == one[1] == one[2] > one[3] == four[3], "one forward pass feeds both"
+    assert four[0] == four[1] > four[2] == one[2], "on two stages it takes two"
+
+
+@pytest.mark.parametrize("control", ["random", "shuffled"])
+def test_controls_guide_otherwise(corpus, tmp_path, control):
+    flags = [*GUIDED["let+salt"], "--teacher-model", f"{corpus.folder}/other", *END]
+    for name, extra in (("real", []), ("control", ["--teacher-control", control])):
+        assert not run(1, *corpus.flags, *flags, *extra, "--save", str(tmp_path / name))
+    for key in ("let loss", "kd loss"):
+        real, other = (series(tmp_path / name, key)[1] for name in ("real", "control"))
+        assert real != pytest.approx(other, rel=1e-4)
+    same = [
+        records(tmp_path / n, "start")[0]["teacher"]["fingerprint"] for n in ("real", "control")
+    ]
+    assert (same[0] == same[1]) == (control == "shuffled")

@@ -4,7 +4,10 @@ import pytest
 
 from megatron_let.testing import run_distributed
 
-LET = "--method let --let-layer 2 --let-decay step --let-stop-step 1 --teacher-model"
+METHODS = {
+    "let": "--method let --let-layer 2 --let-decay step --let-stop-step 1 --teacher-model",
+    "salt": "--method salt --kd-stop-step 1 --teacher-model",
+}
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +18,15 @@ def big_teacher(tmp_path_factory):
     return folder, num_bytes
 
 
-def release(folder, keep_a_reference=False):
-    flags = [*LET.split(), str(folder)]
+def release(folder, method="let", keep_a_reference=False):
+    flags = [*METHODS[method].split(), str(folder)]
     return run_distributed("tests.distributed.memory:release", 1, flags, keep_a_reference)[0]
 
 
-def test_memory_is_back(big_teacher):
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_is_back(big_teacher, method):
     folder, num_bytes = big_teacher
-    found = release(folder)
+    found = release(folder, method)
     print(found)
     assert not found["lives"]
     assert found["taken"] >= 0.9 * num_bytes, "the measurement sees the teacher"

@@ -34,7 +34,7 @@ def usage_errors(command_lines: list[list[str]]) -> list[str]:
 
 def usage_error(flags: list[str]) -> str:
     """The message of one command line; anything but a usage error is raised."""
-    forget_last_run()
+    training.destroy_global_state()
     sys.argv = ["pretrain_let.py", *MODEL, *flags]
     printed = io.StringIO()
     try:
@@ -50,7 +50,7 @@ def usage_error(flags: list[str]) -> str:
 
 def aligned_layers(flags: list[str]) -> tuple[int, int]:
     """Numbers of the student's and the teacher's layer that a command line aligns."""
-    forget_last_run()
+    training.destroy_global_state()
     sys.argv = ["pretrain_let.py", *MODEL, *flags]
     args = entry.parse_arguments()
     build_method(args)

@@ -130,7 +130,7 @@ MISTAKES = {
     ),
     "distillation flag without the method": (
         f"{PLAIN} --kd-weight 0.5",
-        "--kd-weight has no effect with --method baseline. .*add --method salt or reverse-kd",
+        "--kd-weight has no effect with --method baseline. .* salt or let.salt or reverse-kd to",
     ),
     "LET flag with another method": (f"{SALT} --let-layer 2", "--let-layer has no effect.*salt"),
     "salt without a teacher": (f"{PLAIN} --method salt", "--method salt needs a teacher"),
@@ -153,6 +153,14 @@ MISTAKES = {
         f"{SALT} --mtp-num-layers 1 --position-embedding-type rope",
         "--mtp-num-layers 1 is not supported with --method salt: .*--method baseline",
     ),
+    "control without a teacher": (
+        f"{PLAIN} --teacher-control random",
+        "--teacher-control has no effect with --method baseline. .*add --method let or",
+    ),
+    "two layers of one teacher": (
+        f"{PAIR} M2E --method let+salt --kd-weight 0.5",
+        "Distillation needs the teacher's last layer.*--let-pair that begins with L",
+    ),
     "another kind of batches": (f"{PLAIN} --sft", "--sft is not supported: .*pretrain_gpt.py"),
     "configuration file": (f"{PLAIN} --yaml-cfg TMP/x.yaml", "--yaml-cfg is not supported"),
     "configuration file with equals sign": (f"{PLAIN} --yaml-cfg=x", "--yaml-cfg is not supported"),
@@ -166,6 +174,7 @@ MISTAKES = {
 
 FINE = {
     "salt": SALT,
+    "let+salt": f"{CONSTANT} --method let+salt --kd-weight 0.5 --teacher-control shuffled",
     "salt with a falling ratio": f"{SALT} --kd-decay ratio-linear --kd-stop-step 10",
     "reverse KD": f"{SALT} --method reverse-kd --kd-temperature 2 --kd-temperature-side both",
     "baseline": PLAIN,

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_let.report.table import comparison_table
+from megatron_let.report.table import comparison_table, losses_table
 from megatron_let.report.targets import compare_all
 
 
@@ -56,3 +56,13 @@ def test_fits_a_terminal_and_is_ascii(comparisons):
     table = comparison_table(comparisons)
     assert max(map(len, table.splitlines())) <= 100
     assert table.isascii()
+
+
+def test_losses_for_the_same_spending(comparisons):
+    table = losses_table(comparisons)
+    plain = "4.000 (4.000-4.000)"
+    assert cells(table, "baseline", "2") == [plain, plain, plain, "-"]
+    # LET has 1100 FLOPs between evaluations: 4000 lie 700 / 1100 of the way from step 30 to 40.
+    flops = "2.791 (2.745-2.836)"
+    assert cells(table, "let", "2") == ["2.700 (2.600-2.800)", flops, "2.700 (2.600-2.800)", "-"]
+    assert max(map(len, table.splitlines())) <= 100

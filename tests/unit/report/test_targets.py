@@ -7,6 +7,7 @@ from megatron_let.report.targets import (
     compare,
     compare_all,
     cost_to_target,
+    loss_at,
     mean_speed_up,
     regime_sentence,
     teacher_loss,
@@ -65,6 +66,16 @@ def test_first_evaluation_already_there_and_a_diverged_one_before(run_with):
     assert cost_to_target(run_with([3.0, 2.0]), 4.0).steps == 10.0
     assert cost_to_target(run_with([math.nan, 3.0]), 4.0).steps == 20.0
     assert cost_to_target(run_with([math.inf, 3.0]), 4.0).steps == 20.0
+
+
+def test_loss_for_the_same_spending(run_with):
+    run = run_with([5.0, 4.0, 3.0, 2.5], flops_per_step=125.0)  # 1250 FLOPs between evaluations
+    spent = Cost(steps=40.0, flops=4000.0, seconds=50.0)
+    assert loss_at(run, spent, "steps") == 2.5
+    assert loss_at(run, spent, "flops") == pytest.approx(3.0 - 0.5 * 250 / 1250)
+    assert loss_at(run, spent, "seconds") == pytest.approx(3.5)
+    assert loss_at(run, Cost(steps=41.0, flops=0.0, seconds=0.0), "steps") is None, "never there"
+    assert loss_at(run, Cost(steps=9.0, flops=0.0, seconds=0.0), "steps") is None, "not evaluated"
 
 
 def test_plain_run_is_one_by_definition(run_with):

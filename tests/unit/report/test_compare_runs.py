@@ -1,0 +1,63 @@
+"""`tools/compare_runs.py`: what a user gives, and what comes back."""
+
+import re
+
+import pytest
+
+from tools.compare_runs import main
+
+
+@pytest.fixture
+def folders(write, lines):
+    """Folders of a plain run, two LET runs and the teacher's own."""
+    start, valid, _ = lines
+    teacher = {"name": "small", "parameters": 10, "fingerprint": "abc", "lm_loss": 3.0}
+
+    def run(name, losses, **facts):
+        records = [valid(10 * place, loss) for place, loss in enumerate(losses, start=1)]
+        records[-1]["peak memory"] = 3.0 * 2**30
+        return str(write(start(data="d1") | facts, *records, folder=name))
+
+    let = {"method": "let", "teacher": teacher}
+    return {
+        "plain": run("plain", [6.0, 5.0, 4.5, 4.0]),
+        "let": run("let", [5.0, 3.0, 2.9, 2.8], **let),
+        "other": run("a=b", [5.0, 4.5, 3.5, 3.0], **let),
+        "elsewhere": run("elsewhere", [5.0, 4.5, 3.5, 3.0], **let, data="d2"),
+        "small": run("small", [4.0, 3.6, 3.5, 3.4], method="baseline"),
+    }
+
+
+def test_tables_regime_and_picture(folders, tmp_path, capsys):
+    kept, picture = tmp_path / "report.md", tmp_path / "report.png"
+    words = [folders["plain"], folders["let"], f"LET, weight 3={folders['other']}"]
+    main([*words, "--teacher", folders["small"], "--output", str(kept), "--plot", str(picture)])
+    printed = capsys.readouterr().out
+    assert "| let " in printed and "| LET, weight 3 |" in printed
+    assert "3.00 GiB" in printed
+    assert "Regime: the plain student stays worse than its teacher" in printed
+    assert kept.read_text() in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["let"], "has seed 1, and no plain run has: add the run with --method baseline --seed 1"),
+        (["plain", "let", "other"], "are both 'let' with seed 1: leave one out, or give them lab"),
+        (["plain", "elsewhere"], "has data order d2 and the plain run .* has d1: only runs of the"),
+    ],
+)
+def test_mistakes_end_in_one_paragraph(folders, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main([folders[word] for word in words])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "nowhere")])
+    assert "nowhere does not exist: give the folder of a run" in capsys.readouterr().err
