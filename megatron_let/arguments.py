@@ -114,6 +114,9 @@ class DistillArguments:
     """SALT's course of the weight until there: full weight, linear to zero, or the ratio of the
     two losses linear to zero."""
 
+    kd_selection: str | None = None
+    """SALT_DS: file of tools/select_data.py with the samples to see until the stop step."""
+
 
 GROUPS = {
     "megatron_let: method": MethodArguments,
@@ -247,10 +250,11 @@ def _run_length(args: Namespace, unit: str) -> int | None:
 
 def _check_reverse_kd(args: Namespace) -> None:
     _check_distillation(args)
-    if args.kd_stop_step is not None or args.kd_decay != "step":
+    given = [args.kd_stop_step is not None, args.kd_decay != "step", args.kd_selection is not None]
+    if any(given):
         raise UsageError(
-            "--kd-stop-step and --kd-decay have no effect with --method reverse-kd, which distils "
-            "during the whole run. Remove them, or use --method salt."
+            "--kd-stop-step, --kd-decay and --kd-selection have no effect with --method "
+            "reverse-kd, which distils during the whole run. Remove them, or use --method salt."
         )
 
 
@@ -268,6 +272,11 @@ def _check_salt(args: Namespace) -> None:
         raise UsageError(
             f"--kd-stop-step {stop} is outside the run: choose 1 to {steps}, or --method "
             "reverse-kd to distil during the whole run."
+        )
+    if args.kd_selection is not None and args.dataloader_type not in (None, "single"):
+        raise UsageError(
+            f"--kd-selection has no effect with --dataloader-type {args.dataloader_type}, which "
+            "draws its own order. Use --dataloader-type single."
         )
     if args.kd_decay == "ratio-linear" and args.kd_weight == 1:
         raise UsageError(

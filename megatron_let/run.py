@@ -65,19 +65,29 @@ class Run:
         provide.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
         return provide
 
-    def _datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
+    def build_datasets(
+        self, num_samples: list[int], vp_stage: int | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Build the three datasets; None where this rank needs none."""
         builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
             functools.partial(self._needs_data, vp_stage),
             self._dataset_config(),
         )
-        datasets = builder.build()
+        train, valid, test = builder.build()
+        return train, valid, test
+
+    def _datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
+        datasets = self.build_datasets(num_samples, vp_stage)
+        data = None if datasets[0] is None else datasets[0].unique_description_hash
+        if datasets[0] is not None:
+            datasets = (self.method.training_data(datasets[0]), *datasets[1:])
         if self.method.reads_batch(vp_stage):
             self._method_dataset = datasets[0]
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
-            self.log.start(_data_order(datasets[0]))
+            self.log.start(_known_to_all(data))
         return datasets
 
     def _needs_data(self, vp_stage: int | None) -> bool:
@@ -261,9 +271,8 @@ class Run:
             )
 
 
-def _data_order(train_dataset: Any) -> str | None:
-    """Megatron's hash of the training data and their order, on every rank; None without data."""
-    own = None if train_dataset is None else train_dataset.unique_description_hash
+def _known_to_all(text: str | None) -> str | None:
+    """What some rank knows, on every rank."""
     gathered: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
+    torch.distributed.all_gather_object(gathered, text)
     return next((found for found in gathered if found is not None), None)

@@ -140,7 +140,8 @@ class RunLog:
         samples = get_current_running_global_batch_size()
         tokens = samples * self.args.seq_length
         student = training.num_floating_point_operations(self.args, samples)
-        self.file.add_step(tokens, student + self.method.extra_flops(tokens))
+        before = self.method.flops_once() if self.file.totals["tokens"] == 0 else 0.0
+        self.file.add_step(tokens, before + student + self.method.extra_flops(tokens))
         self._num_steps += 1
         for key, value in loss_dict.items():
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().float().sum()

@@ -54,6 +54,8 @@ class Recipe:
     teachers: dict[str, Model]
     """By regime: `behind` stays ahead of the plain student, `pass` is overtaken by it."""
     let_flags: str
+    kd_flags: str
+    """Of SALT, for `examples/comparison`."""
     train_bytes: int = 24_000_000
     valid_bytes: int = 48_000
     vocab_size: int = 2048
@@ -71,6 +73,7 @@ FULL = Recipe(
         "pass": Model(layers=2, hidden=128, heads=4, ffn=344, steps=350, lr=4e-3),
     },
     let_flags="--let-layer 2 --let-weight 10 --let-decay linear --let-stop-step 300",
+    kd_flags="--kd-weight 0.9 --kd-stop-step 300",
 )
 # A smoke of the same path: too short for a result.
 FAST = Recipe(
@@ -80,6 +83,7 @@ FAST = Recipe(
         "pass": Model(layers=2, hidden=48, heads=4, ffn=96, steps=10, lr=4e-3),
     },
     let_flags="--let-layer 2 --let-weight 3 --let-decay linear --let-stop-step 30",
+    kd_flags="--kd-weight 0.9 --kd-stop-step 30",
     train_bytes=1_000_000,
     valid_bytes=6_000,
     vocab_size=512,
@@ -103,7 +107,7 @@ class Quickstart:
         self.recipe = recipe
         self.folder = folder
         self.results = folder / regime
-        self.teacher = recipe.teachers[regime]
+        self.teacher_model = recipe.teachers[regime]
         self.processes = processes
 
     def data(self) -> None:
@@ -129,6 +133,23 @@ class Quickstart:
                     "--append-eod --workers 2 --tokenizer-type HuggingFaceTokenizer "
                     f"--tokenizer-model {self.folder}/tokenizer".split()
                 )
+
+    def teacher(self) -> tuple[Run, Path]:
+        """Train the teacher; return its record and its Hugging Face folder."""
+        run = self.train(self.teacher_model, self.results / "teacher", 1, 10)
+        return run, self.export(self.results / "teacher", self.results / "teacher-hf")
+
+    def plain(self, seed: int) -> Run:
+        """Train a plain student; the regimes share it."""
+        save = self.folder / f"plain-{seed}"
+        return self.train(
+            self.recipe.student, save, seed, self.recipe.evaluations, "--method baseline"
+        )
+
+    def guided(self, name: str, seed: int, flags: str) -> Run:
+        """Train a student that a teacher guides, into a folder of that name."""
+        save = self.results / f"{name}-{seed}"
+        return self.train(self.recipe.student, save, seed, self.recipe.evaluations, flags)
 
     def train(self, model: Model, save: Path, seed: int, evaluations: int, extra: str = "") -> Run:
         """Train one model, or go on with it; returns its record."""
@@ -240,21 +261,18 @@ def main() -> None:
 
     print(f"[{next(number)}/{stages}] data: the Python sources on this machine", flush=True)
     quickstart.data()
-    print(f"[{next(number)}/{stages}] teacher: {quickstart.teacher}", flush=True)
-    results = quickstart.results
-    teacher = quickstart.train(quickstart.teacher, results / "teacher", 1, 10)
-    exported = quickstart.export(results / "teacher", results / "teacher-hf")
+    print(f"[{next(number)}/{stages}] teacher: {quickstart.teacher_model}", flush=True)
+    teacher, exported = quickstart.teacher()
     let = f"--method let --teacher-model {exported} {recipe.let_flags}"
     runs: list[Run] = []
     for seed in range(1, options.seeds + 1):
-        for name, save, extra in (
-            ("plain", folder / f"plain-{seed}", "--method baseline"),
-            ("LET", results / f"let-{seed}", let),
-        ):
-            print(f"[{next(number)}/{stages}] {name} student, seed {seed}", flush=True)
-            runs.append(quickstart.train(recipe.student, save, seed, recipe.evaluations, extra))
+        print(f"[{next(number)}/{stages}] plain student, seed {seed}", flush=True)
+        runs.append(quickstart.plain(seed))
+        print(f"[{next(number)}/{stages}] LET student, seed {seed}", flush=True)
+        runs.append(quickstart.guided("let", seed, let))
     print(f"[{next(number)}/{stages}] report", flush=True)
     quickstart.report(runs, teacher)
+    results = quickstart.results
     quickstart.sample(quickstart.export(results / "let-1", results / "let-hf"))
 
 

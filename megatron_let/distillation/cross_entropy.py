@@ -10,19 +10,21 @@ temperature) and the weight w, per token:
 temperature on both sides the second term has a softmax of its own.
 
 Every tensor-parallel rank holds a slice of the vocabulary. As in Megatron's own cross-entropy only
-maxima and sums travel, `[S, B]` each, and one buffer of the local logits' size is kept for the
-backward pass: it holds the gradient, where Megatron's holds the softmax. The teacher's logits exist
-for `CHUNK` tokens at a time. Shapes: S sequence, B batch, V local vocabulary, D teacher width.
+maxima and sums travel, `[S, B]` each, float32 logits are overwritten, and one buffer of their size
+is kept for the backward pass: it holds the gradient, where Megatron's holds the softmax. The
+teacher's logits exist for a few tokens at a time. Shapes: S sequence, B batch, V local vocabulary,
+D teacher width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-CHUNK = 512
-"""Tokens whose teacher logits exist at once."""
+CHUNK, PARTS = 512, 8
+"""Tokens whose teacher logits exist at once: at most so many, and at most a part of all."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def distilled_cross_entropy(
     what: Distillation,
     group: Any,
 ) -> TokenLosses:
-    """Return the losses of each token; only `total` carries a gradient, to the logits alone."""
+    """Return the losses of each token; only `total` carries a gradient, to the logits alone.
+
+    Float32 logits are overwritten, as by Megatron's cross-entropy.
+    """
     total, lm, kd = _DistilledCrossEntropy.apply(
         logits_SBV, labels_SB, states_SBD, head, what, group
     )
@@ -87,14 +92,13 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         what: Distillation,
         group: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        gradient_NV = logits_SBV.float().flatten(0, 1)
-        if gradient_NV.data_ptr() == logits_SBV.data_ptr():  # float32: the logits stay as they are
-            gradient_NV = gradient_NV.clone()
+        gradient_NV = logits_SBV.detach().float().flatten(0, 1)
         labels_N, states_ND = labels_SB.flatten(), states_SBD.flatten(0, 1)
+        chunk = min(CHUNK, math.ceil(len(labels_N) / PARTS))
         losses = [
             _chunk(gradient, labels, states, head, what, group)
             for gradient, labels, states in zip(
-                gradient_NV.split(CHUNK), labels_N.split(CHUNK), states_ND.split(CHUNK), strict=True
+                gradient_NV.split(chunk), labels_N.split(chunk), states_ND.split(chunk), strict=True
             )
         ]
         lm, kd = (torch.cat(parts).view_as(labels_SB) for parts in zip(*losses, strict=True))

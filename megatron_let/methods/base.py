@@ -32,6 +32,10 @@ class Method:
         """Whether this rank's model chunk needs tokens, labels and loss mask."""
         return False
 
+    def training_data(self, dataset: Any) -> Any:
+        """Return the training stream to use instead of `dataset`, as long as that one."""
+        return dataset
+
     def on_data(self, train_dataset: Any) -> None:
         """Called on every rank once model, checkpoint and data are there, before step 1."""
 
@@ -59,6 +63,10 @@ class Method:
 
     def extra_flops(self, tokens: int) -> float:
         """FLOPs that the step just made added to the student's, for `tokens` tokens."""
+        return 0.0
+
+    def flops_once(self) -> float:
+        """FLOPs that were spent for the method before the first step."""
         return 0.0
 
     def describe(self) -> dict[str, Any]:

@@ -11,12 +11,19 @@ import functools
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
 
+from megatron_let.data.selection import (
+    SelectedFirst,
+    load_selection,
+    number_wanted,
+    scoring_flops,
+)
 from megatron_let.distillation.cross_entropy import (
     Distillation,
     TeacherHead,
@@ -49,6 +56,7 @@ class Distill(Signal):
         "kd_temperature_side",
         "kd_stop_step",
         "kd_decay",
+        "kd_selection",
     )
 
     refused_flags = REFUSED_FLAGS
@@ -89,6 +97,19 @@ class Distill(Signal):
         known = min(self.teacher_config.vocab_size, get_tokenizer().vocab_size)
         weight, bias = teacher.head_rows(first, size)
         self._head = TeacherHead(weight, bias, min(max(known - first, 0), size), first)
+
+    def training_data(self, dataset: Any) -> Any:
+        """The stream with the selected samples in front."""
+        if self.args.kd_selection is None:
+            return dataset
+        path = Path(self.args.kd_selection)
+        selection = load_selection(path, dataset.unique_description_hash)
+        return SelectedFirst(dataset, selection.samples, number_wanted(self.args))
+
+    def flops_once(self) -> float:
+        """Those of scoring."""
+        path = self.args.kd_selection
+        return 0.0 if path is None else scoring_flops(Path(path))
 
     def release(self) -> None:
         """Drop the head, which may be a part of the embedding."""

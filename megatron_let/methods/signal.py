@@ -72,11 +72,19 @@ class Signal:
         """Change Megatron's `GPTModelConfig`; building the model fills `owner_chunks`."""
         raise NotImplementedError
 
+    def training_data(self, dataset: Any) -> Any:
+        """Return the training stream to use instead of `dataset`."""
+        return dataset
+
     def prepare(self, teacher: Teacher) -> None:
         """Take from a whole teacher what its states alone cannot give."""
 
     def flops_per_token(self) -> float:
         """FLOPs beside those of the teacher's states."""
+        return 0.0
+
+    def flops_once(self) -> float:
+        """FLOPs that were spent before the first step."""
         return 0.0
 
     # --- during the run -----------------------------------------------------------------------

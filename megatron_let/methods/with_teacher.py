@@ -100,6 +100,12 @@ class TeacherMethod(Method):
         """The chunks that need the teacher."""
         return any(vp_stage in signal.owner_chunks for signal in self.signals)
 
+    def training_data(self, dataset: Any) -> Any:
+        """The stream that the signals make of it."""
+        for signal in self.signals:
+            dataset = signal.training_data(dataset)
+        return dataset
+
     def on_data(self, train_dataset: Any) -> None:
         """Load the teacher on its stages and score it on the run's first micro-batch.
 
@@ -277,6 +283,10 @@ class TeacherMethod(Method):
         chunks = {place for i in guided for place in self.facts["chunks"][i]}
         own = sum(self.signals[i].flops_per_token() for i in guided)
         return tokens * (len(chunks) * self.facts["flops_per_token"] + own)
+
+    def flops_once(self) -> float:
+        """What was spent before the first step."""
+        return sum(signal.flops_once() for signal in self.signals)
 
     def describe(self) -> dict[str, Any]:
         """The teacher, for the run's `metrics.jsonl`."""

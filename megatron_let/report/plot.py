@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PLAIN_COLOUR = "#4d4d4d"
 # Okabe and Ito's palette: told apart with every common form of colour blindness.
-COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
 TEACHER_COLOUR = "#009e73"
 TARGET_COLOUR = "#7f7f7f"
 STYLE = {

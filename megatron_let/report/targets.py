@@ -187,7 +187,7 @@ def _check_plain_is_finished(plain: Run) -> None:
 def _check_like_with_like(run: Run, plain: Run) -> None:
     pairs = {
         "seed": (run.seed, plain.seed),
-        "data order": (run.data, plain.data),
+        "data order": (run.data or plain.data, plain.data or run.data),
         "train_iters": (run.train_iters, plain.train_iters),
         "tokens_per_step": (run.tokens_per_step, plain.tokens_per_step),
         "student_parameters": (run.student_parameters, plain.student_parameters),

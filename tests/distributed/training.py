@@ -55,6 +55,43 @@ def train(argv: list[str]) -> str | None:
     return None
 
 
+def select_samples(argv: list[str]) -> None:
+    """Run `tools/select_data.py` on this rank."""
+    from tools import select_data
+
+    forget_last_run()
+    select_data.main(argv)
+
+
+def select_samples_interrupted(argv: list[str]) -> tuple[int, int]:
+    """The same, killed before it puts its parts together, and again; batches scored each time."""
+    from megatron_let.data import select
+
+    scored, score = [0, 0], select.Scorer.score
+    attempt = 0
+
+    def counting(self: select.Scorer, samples: list[dict]) -> object:
+        scored[attempt] += 1
+        return score(self, samples)
+
+    def dying(parts: list[Path]) -> object:
+        raise KeyboardInterrupt
+
+    joined = select._joined
+    select.Scorer.score, select._joined = counting, dying
+    try:
+        select_samples(argv)
+    except KeyboardInterrupt:
+        attempt = 1
+    finally:
+        select._joined = joined
+    try:
+        select_samples(argv)
+    finally:
+        select.Scorer.score = score
+    return scored[0], scored[1]
+
+
 def train_until_sigterm(argv: list[str], metrics: Path) -> str | None:
     """As `train`, ended by a signal, as by a scheduler, once three steps are logged."""
     threading.Thread(target=_sigterm_after_three_steps, args=(metrics,), daemon=True).start()

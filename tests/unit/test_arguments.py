@@ -143,7 +143,7 @@ MISTAKES = {
     ),
     "stop of reverse KD": (
         f"{SALT} --method reverse-kd --kd-stop-step 5",
-        "--kd-stop-step and --kd-decay have no effect with --method reverse-kd.*--method salt",
+        "--kd-stop-step, --kd-decay and .* have no effect with --method reverse-kd.*--method salt",
     ),
     "ratio to nothing": (
         f"{SALT} --kd-weight 1 --kd-decay ratio-linear",

@@ -32,7 +32,7 @@ def losses_and_gradient(
     temperature: float,
     both_sides: bool,
     known: int = VOCAB,
-    chunk: int = 512,
+    parts: int = 8,
     same: bool = False,
 ) -> Found:
     """On this rank's slice of the vocabulary."""
@@ -40,10 +40,11 @@ def losses_and_gradient(
     size = VOCAB // group.size()
     first = group.rank() * size
     logits, labels, states, head = _inputs(same)
-    own = logits[..., first : first + size].clone().requires_grad_()
+    leaf = logits[..., first : first + size].clone().requires_grad_()
+    own = leaf * 1.0  # as from a model: it may be overwritten
     rows = TeacherHead(head[first : first + size], None, min(max(known - first, 0), size), first)
     what = Distillation(weight, temperature, both_sides)
-    cross_entropy.CHUNK, whole = chunk, cross_entropy.CHUNK
+    cross_entropy.PARTS, usual = parts, cross_entropy.PARTS
     kept = [0]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,18 +53,16 @@ def losses_and_gradient(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = cross_entropy.distilled_cross_entropy(own, labels, states, rows, what, group)
-    cross_entropy.CHUNK = whole
-    before = own.detach().clone()
+    cross_entropy.PARTS = usual
     losses.total.backward(_upstream())
-    assert torch.equal(own, before), "the logits stay as they are"
-    assert own.grad is not None
-    values = {"total": losses.total, "lm": losses.lm, "kd": losses.kd, "gradient": own.grad}
+    assert leaf.grad is not None
+    values = {"total": losses.total, "lm": losses.lm, "kd": losses.kd, "gradient": leaf.grad}
     found: Found = {key: value.detach().numpy() for key, value in values.items()}
     return found | {"kept": kept[0]}
 
 
 def written_out(
-    weight: float, temperature: float, both_sides: bool, known: int = VOCAB, chunk: int = 0
+    weight: float, temperature: float, both_sides: bool, known: int = VOCAB, parts: int = 0
 ) -> dict[str, np.ndarray]:
     """Whole logits, float64, plain autograd."""
     logits, labels, states, head = (t.double() if t.is_floating_point() else t for t in _inputs(0))
@@ -80,3 +79,37 @@ def written_out(
     [gradient] = torch.autograd.grad(total, logits, _upstream().double())
     values = {"total": total, "lm": lm, "kd": kd, "gradient": gradient}
     return {key: value.detach().numpy() for key, value in values.items()}
+
+
+def peak_shards(distilled: bool, dtype: str, tokens: int, vocab: int, parts: int = 8) -> float:
+    """Bytes alive at once during a loss's two passes, in units of the local logits in float32.
+
+    The logits themselves count; the states, the head and what the caller holds do not.
+    """
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    group = torch.distributed.group.WORLD
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, vocab, (tokens, 1), generator=generator)
+    states = torch.randn(tokens, 1, WIDTH, generator=generator)
+    rows = TeacherHead(torch.randn(vocab, WIDTH, generator=generator), None, vocab, 0)
+    weight = torch.randn(vocab, WIDTH, generator=generator).to(getattr(torch, dtype))
+    hidden = states.to(weight.dtype).requires_grad_()
+    tracker, usual = MemTracker(), cross_entropy.PARTS
+    cross_entropy.PARTS, cross_entropy.CHUNK = parts, tokens
+    with tracker:
+        logits = hidden @ weight.T
+        if distilled:
+            what = Distillation(0.5, 1.0, False)
+            losses = cross_entropy.distilled_cross_entropy(
+                logits, labels, states, rows, what, group
+            )
+            loss = losses.total
+        else:
+            loss = vocab_parallel_cross_entropy(logits, labels, tp_group=group)
+        del logits
+        loss.sum().backward()
+    cross_entropy.PARTS, cross_entropy.CHUNK = usual, 512
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return peak / (4 * tokens * vocab)

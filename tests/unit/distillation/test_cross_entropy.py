@@ -15,7 +15,7 @@ CASES = {
     "distillation alone": {"weight": 1.0, "temperature": 1.0, "both_sides": False},
     "padded teacher": {"weight": 0.5, "temperature": 1.0, "both_sides": False, "known": 37},
     "a shard of padding": {"weight": 0.5, "temperature": 1.0, "both_sides": False, "known": 20},
-    "many chunks": {"weight": 0.5, "temperature": 1.0, "both_sides": False, "chunk": 3},
+    "in one part": {"weight": 0.5, "temperature": 1.0, "both_sides": False, "parts": 1},
 }
 
 
@@ -36,3 +36,19 @@ def test_a_teacher_like_the_student_has_no_divergence():
     [found] = run_distributed(FUNCTION, 1, weight=1.0, temperature=1.0, both_sides=False, same=True)
     np.testing.assert_allclose(found["kd"], 0, atol=1e-5)
     np.testing.assert_allclose(found["gradient"], 0, atol=1e-5)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+PEAK = "tests.unit.distillation.shards:peak_shards"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_most_one_more_shard_of_logits_than_in_plain_training(dtype):
+    sizes = {"tokens": 1024, "vocab": 512, "dtype": dtype}
+    [plain] = run_distributed(PEAK, 1, distilled=False, **sizes)
+    [distilled] = run_distributed(PEAK, 1, distilled=True, **sizes)
+    [whole] = run_distributed(PEAK, 1, distilled=True, parts=1, **sizes)
+    print(f"{dtype}: peak {plain:.2f} shards, distilled {distilled:.2f}, in one part {whole:.2f}")
+    assert plain < distilled <= plain + 1
+    assert whole > plain + 2, "the twin: without parts the teacher's logits are seen"

@@ -1,0 +1,86 @@
+"""Which method wins, and on which axis? All of them on the same batches, in both regimes.
+
+    .venv/bin/python examples/comparison/run.py [--seeds 3] [--fast]
+
+Sizes, data, teachers and plain students are those of `examples/quickstart`, whose finished stages
+are taken over. The main methods run with every seed, controls with the first. Every run is kept
+under runs/quickstart; a second call goes on where the first one stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.quickstart.run import FAST, FULL, ROOT, Quickstart, Recipe  # noqa: E402
+from megatron_let.report.plot import plot_comparison  # noqa: E402
+from megatron_let.report.runs import Run, read_run  # noqa: E402
+from megatron_let.report.targets import compare_all  # noqa: E402
+from tools.compare_runs import compare_runs  # noqa: E402
+
+REGIMES = ("behind", "pass")
+MAIN = ("let", "salt", "reverse-kd")
+"""With every seed; the others with the first."""
+
+
+def variants(recipe: Recipe) -> dict[str, str]:
+    """The flags of every guided student, by the name of its folder and in the report."""
+    let, kd = recipe.let_flags, recipe.kd_flags
+    return {
+        "let": f"--method let {let}",
+        "salt": f"--method salt {kd}",
+        "reverse-kd": f"--method reverse-kd {kd.split(' --kd-stop-step')[0]}",
+        "let+salt": f"--method let+salt {let} {kd}",
+        "let-random-teacher": f"--method let {let} --teacher-control random",
+        "let-shuffled-states": f"--method let {let} --teacher-control shuffled",
+        "salt-random-teacher": f"--method salt {kd} --teacher-control random",
+    }
+
+
+def compare(quickstart: Quickstart, seeds: int) -> None:
+    """Train what is missing of one regime, and write its report."""
+    teacher, exported = quickstart.teacher()
+    runs: list[Run] = []
+    for seed in range(1, seeds + 1):
+        runs.append(quickstart.plain(seed))
+        for name, flags in variants(quickstart.recipe).items():
+            if seed > 1 and name not in MAIN:
+                continue
+            print(f"{quickstart.results.name}: {name}, seed {seed}", flush=True)
+            run = quickstart.guided(name, seed, f"{flags} --teacher-model {exported}")
+            runs.append(read_run(run.path, label=name))
+        report(quickstart.results, runs, teacher)
+
+
+def report(folder: Path, runs: list[Run], teacher: Run) -> None:
+    """Print and keep the tables, draw the picture."""
+    text = compare_runs(runs, teacher)
+    (folder / "comparison.md").write_text(text + "\n")
+    picture = folder / "comparison.png"
+    title = f"{len(variants(FULL)) + 1} ways to train on the same batches"
+    loss = teacher.final.loss
+    plot_comparison(compare_all(runs), picture, teacher_loss=loss, title=title)
+    print(f"\n{text}\n\nPicture: {picture}\n", flush=True)
+
+
+def main() -> None:
+    """Run all regimes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
+    parser.add_argument("--seeds", type=int, default=1, help="of the main methods (default 1)")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart")
+    options = parser.parse_args()
+    folder = options.output / ("fast" if options.fast else "full")
+    folder.mkdir(parents=True, exist_ok=True)
+    for regime in options.regimes:
+        recipe = FAST if options.fast else FULL
+        quickstart = Quickstart(recipe, folder, regime, options.processes)
+        quickstart.data()
+        compare(quickstart, options.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Score the first samples of a run's training stream and keep the best: `tools/select_data.py`."""
+
+import hashlib
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_let.data.selection import Selection, difficulty_B, highest, number_wanted
+from megatron_let.errors import UsageError
+from megatron_let.teacher.load import DTYPES, fingerprint, load_causal_lm, read_teacher_config
+from megatron_let.teacher.stage import Teacher
+
+CHUNK = 256
+"""Samples that one process scores at a stretch, and that an interrupted scoring loses at most."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """What is selected, and by whom.
+
+    Raises:
+        UsageError: a value that cannot be right.
+    """
+
+    output: Path
+    keep_fraction: float
+    """Kept of the candidates, above 0, at most 1."""
+    scorer_model: str | None
+    """Folder or hub id of the model that scores; None: at random, as a control."""
+    top_k: int = 10
+    dtype: str = "fp32"
+    batch: int = 8
+    """Samples in one forward pass."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_fraction <= 1:
+            raise UsageError(
+                f"--keep-fraction {self.keep_fraction} must be above 0 and at most 1: the part of "
+                "the scored samples that is kept."
+            )
+        if self.top_k < 1 or self.batch < 1:
+            raise UsageError(f"--top-k {self.top_k} and --batch {self.batch} must be at least 1.")
+        if self.output.exists():
+            raise UsageError(
+                f"--output {self.output} exists, and nothing is overwritten. Remove it or choose "
+                "another file."
+            )
+
+
+def number_of_candidates(config: SelectConfig, args: Namespace, available: int) -> int:
+    """Samples to score, so that the kept part is what the run wants.
+
+    Raises:
+        UsageError: the run has not so many.
+    """
+    wanted = number_wanted(args)
+    candidates = math.ceil(wanted / config.keep_fraction)
+    if candidates > available:
+        raise UsageError(
+            f"--keep-fraction {config.keep_fraction} needs {candidates} samples to choose "
+            f"{wanted} from, but the run has {available}. Keep at least "
+            f"{math.ceil(1000 * wanted / available) / 1000}, or shorten --kd-stop-step."
+        )
+    return candidates
+
+
+def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | None:
+    """Score the candidates on all ranks; write and return the selection on rank 0.
+
+    A chunk is scored by one rank, whichever, and kept on disk: an interrupted call goes on.
+    """
+    data = dataset.unique_description_hash
+    candidates = number_of_candidates(config, args, len(dataset))
+    if config.scorer_model is None:
+        scores, flops = np.random.default_rng(args.seed).random(candidates), 0.0
+    else:
+        scorer = Scorer(config, args.seq_length)
+        scores, flops = _score_all(scorer, dataset, candidates)
+    if torch.distributed.get_rank() != 0:
+        return None
+    samples = highest(scores, number_wanted(args))
+    selection = Selection(
+        data=data,
+        candidates=candidates,
+        samples=samples,
+        flops=flops,
+        beyond_reach=int(np.isinf(scores[samples]).sum()),
+    )
+    selection.save(config.output)
+    return selection
+
+
+class Scorer:
+    """A small model that scores samples, and the parts that it has written."""
+
+    def __init__(self, config: SelectConfig, seq_length: int) -> None:
+        shape = read_teacher_config(config.scorer_model or "")
+        self.config, self.context = config, shape.context
+        self._device = torch.device(torch.cuda.current_device())
+        self._model = load_causal_lm(shape, DTYPES[config.dtype], self._device)
+        self.fingerprint = fingerprint(self._model)
+        length = min(seq_length, shape.context)
+        head = 2.0 * shape.width(None) * shape.vocab_size * length
+        self.flops_per_sample = Teacher(self._model, shape.context).forward_flops(length, length)
+        self.flops_per_sample += head
+
+    def parts(self, data: str, candidates: int) -> Path:
+        """Folder of the scores that are there already, for this scorer and these samples."""
+        settings = f"{self.config.top_k} {self.config.dtype} {self.context}"
+        what = f"{data} {candidates} {self.fingerprint} {settings}"
+        key = hashlib.sha256(what.encode()).hexdigest()[:12]
+        return self.config.output.with_name(f"{self.config.output.name}.parts-{key}")
+
+    @torch.no_grad()
+    def score(self, samples: list[dict[str, Any]]) -> np.ndarray:
+        """Scores of some samples; a longer sample is scored as far as the context reaches."""
+        tokens, labels, mask = (
+            torch.stack([torch.as_tensor(sample[key])[: self.context] for sample in samples])
+            for key in ("tokens", "labels", "loss_mask")
+        )
+        logits = self._model(input_ids=tokens.to(self._device), use_cache=False).logits.float()
+        scores = difficulty_B(
+            logits, labels.to(self._device), mask.to(self._device), self.config.top_k
+        )
+        return scores.double().cpu().numpy()
+
+
+def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarray, float]:
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    folder = scorer.parts(dataset.unique_description_hash, candidates)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{first:012d}.npy" for first in range(0, candidates, CHUNK)]
+    mine = [i for i in range(rank, len(files), ranks) if not files[i].exists()]
+    for index in tqdm(mine, unit=f"x{CHUNK} samples", disable=None if rank == 0 else True):
+        first = index * CHUNK
+        numbers = range(first, min(first + CHUNK, candidates))
+        _write(files[index], _score_chunk(scorer, dataset, numbers))
+    torch.distributed.barrier()
+    if rank != 0:
+        return np.empty(0), 0.0
+    return _joined(files), scorer.flops_per_sample * candidates
+
+
+def _joined(parts: list[Path]) -> np.ndarray:
+    """Read all parts and remove them."""
+    scores = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
+    for part in parts:
+        part.unlink()
+    parts[0].parent.rmdir()
+    return scores
+
+
+def _score_chunk(scorer: Scorer, dataset: Any, numbers: range) -> np.ndarray:
+    size = scorer.config.batch
+    return np.concatenate(
+        [
+            scorer.score([dataset[i] for i in numbers[at : at + size]])
+            for at in range(0, len(numbers), size)
+        ]
+    )
+
+
+def _write(file: Path, scores: np.ndarray) -> None:
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.save(stream, scores)
+    partial.replace(file)

@@ -1,0 +1,133 @@
+"""Which samples of a training stream a run sees first: SALT_DS (arXiv 2410.18779, section 4).
+
+A selection names samples of one stream (data, order, seed, length); a run uses them in their own
+order for its first steps, and the stream itself from then on.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_let.errors import UsageError
+
+MIN_KEPT = 0.1
+"""Part of a sample's tokens that the scorer must have among its guesses; others score last."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Samples chosen of the first `candidates` of a stream."""
+
+    data: str
+    """Megatron's hash of the stream."""
+    candidates: int
+    samples: np.ndarray
+    """Their indices `[n]`, ascending."""
+    flops: float
+    """What scoring all candidates cost."""
+    beyond_reach: int = 0
+    """Of the samples, those that were chosen for lack of ones within the scorer's reach."""
+
+    def save(self, path: Path) -> None:
+        """Write it as an .npz file, which appears whole or not at all."""
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("wb") as file:
+            np.savez(file, **vars(self))
+        partial.replace(path)
+
+
+def load_selection(path: Path, data: str) -> Selection:
+    """Read a selection of the stream with the hash `data`.
+
+    Raises:
+        UsageError: there is none, or it was made from another stream.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            selection = Selection(
+                data=str(file["data"]),
+                candidates=int(file["candidates"]),
+                samples=file["samples"],
+                flops=float(file["flops"]),
+                beyond_reach=int(file["beyond_reach"]),
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--kd-selection {path} is no selection ({error}). Make one: tools/select_data.py "
+            "with the flags of this run."
+        ) from error
+    if selection.data != data:
+        raise UsageError(
+            f"--kd-selection {path} was made from other training data, another order or another "
+            f"length ({selection.data[:12]}) than this run's ({data[:12]}). Make it anew with the "
+            "flags of this run: tools/select_data.py."
+        )
+    return selection
+
+
+def scoring_flops(path: Path) -> float:
+    """What making a selection cost, of a file that has been checked."""
+    with np.load(path, allow_pickle=False) as file:
+        return float(file["flops"])
+
+
+def number_wanted(args: Namespace) -> int:
+    """Samples that a run's distillation uses.
+
+    Raises:
+        UsageError: its flags do not tell.
+    """
+    if args.kd_stop_step is None or args.step_batch_size_schedule is not None:
+        raise UsageError(
+            "A selection is for the first steps of --method salt with one --global-batch-size: "
+            "give the flags of such a run."
+        )
+    return args.kd_stop_step * args.global_batch_size
+
+
+class SelectedFirst(torch.utils.data.Dataset):
+    """A training stream whose first samples are replaced by the selected ones.
+
+    Args:
+        dataset: the stream.
+        samples: the selected ones; where they are fewer than `number` they come again.
+        number: samples to replace.
+    """
+
+    def __init__(self, dataset: Any, samples: np.ndarray, number: int) -> None:
+        self.dataset, self.samples, self.number = dataset, samples, number
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index < self.number:
+            index = int(self.samples[index % len(self.samples)])
+        return self.dataset[index]
+
+
+def difficulty_B(
+    logits_BSV: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """Median loss in nats of the tokens that are hard but within reach, for each sample.
+
+    `median{ -log p(x_t) : x_t among the top_k likeliest }` over the loss's tokens (equation 10);
+    minus infinity where fewer than `MIN_KEPT` of them are.
+    """
+    true_BS1 = logits_BSV.gather(-1, labels_BS[..., None])
+    is_token = mask_BS > 0
+    kept = ((logits_BSV > true_BS1).sum(-1) < top_k) & is_token
+    losses = logits_BSV.logsumexp(-1) - true_BS1[..., 0]
+    medians = losses.masked_fill(~kept, torch.nan).nanmedian(-1).values
+    enough = kept.sum(-1) >= MIN_KEPT * is_token.sum(-1).clamp(min=1)
+    return medians.where(enough, -torch.inf)
+
+
+def highest(scores: np.ndarray, number: int) -> np.ndarray:
+    """Indices of the `number` highest scores, ascending; of equal ones the earlier."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    return np.sort(order[:number])
