@@ -412,7 +412,7 @@ def activate() -> None:
     # a cached set: it must hold the originals, or every model is built, and initialised, for real.
     _device_constructors()
     _apply(TORCH_REDIRECTS)
-    _quieten()
+    quieten()
     _apply(MEGATRON_REDIRECTS)
 
 
@@ -481,11 +481,11 @@ def _apply(redirects: list[Redirect]) -> None:
         setattr(owner, redirect.name, redirect.make(original))
 
 
-def _quieten() -> None:
-    """Silence the warnings that are true of every CPU run and that nobody can act on."""
+def quieten() -> None:
+    """Silence what is true of every CPU run and nobody can act on; before Megatron's import."""
     for message in (
         ".*pin_memory.*",
-        ".*Apex is not installed.*",
+        ".*Apex (is|are) not installed.*",
         ".*Transformer Engine.*",
         ".*transformer-engine.*",
     ):

@@ -8,6 +8,7 @@ under runs/quickstart; a second call goes on where the first one stopped.
 """
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,40 +18,88 @@ from examples.quickstart.run import FAST, FULL, ROOT, Quickstart, Recipe  # noqa
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.targets import compare_all  # noqa: E402
+from tools import convert_checkpoint  # noqa: E402
 from tools.compare_runs import compare_runs  # noqa: E402
 
 REGIMES = ("behind", "pass")
 MAIN = ("let", "salt", "reverse-kd")
 """With every seed; the others with the first."""
+KEEP_FRACTION = 0.75
+"""A quickstart's run has few samples more than SALT sees in its first part."""
 
 
 def variants(recipe: Recipe) -> dict[str, str]:
-    """The flags of every guided student, by the name of its folder and in the report."""
+    """The flags of every guided student, by the name of its folder and in the report.
+
+    SCORED and RANDOM stand for the files of the two selections.
+    """
     let, kd = recipe.let_flags, recipe.kd_flags
     return {
         "let": f"--method let {let}",
         "salt": f"--method salt {kd}",
         "reverse-kd": f"--method reverse-kd {kd.split(' --kd-stop-step')[0]}",
         "let+salt": f"--method let+salt {let} {kd}",
-        "let-random-teacher": f"--method let {let} --teacher-control random",
-        "let-shuffled-states": f"--method let {let} --teacher-control shuffled",
-        "salt-random-teacher": f"--method salt {kd} --teacher-control random",
+        "salt, selected": f"--method salt {kd} --kd-selection SCORED",
+        "let, random teacher": f"--method let {let} --teacher-control random",
+        "let, shuffled states": f"--method let {let} --teacher-control shuffled",
+        "salt, random teacher": f"--method salt {kd} --teacher-control random",
+        "salt, random selection": f"--method salt {kd} --kd-selection RANDOM",
+        "selected, no teacher": f"--method salt {kd} --kd-selection SCORED --teacher-control zero",
     }
 
 
+class Comparison:
+    """All students of one regime.
+
+    Args:
+        quickstart: data, teacher and plain students.
+    """
+
+    def __init__(self, quickstart: Quickstart) -> None:
+        self.quickstart = quickstart
+        self.teacher, self.exported = quickstart.teacher()
+        # SALT_DS scores with an early checkpoint of the teacher.
+        early = quickstart.teacher_model.steps // 2
+        self._scorer = quickstart.results / "scorer-hf"
+        if not self._scorer.exists():
+            load = f"to-hf --load {quickstart.results / 'teacher'} --ckpt-step {early}"
+            convert_checkpoint.main(f"{load} --output {self._scorer}".split())
+
+    def student(self, name: str, seed: int) -> Run:
+        """Train one, or go on with it."""
+        flags = f"{variants(self.quickstart.recipe)[name]} --teacher-model {self.exported}"
+        for kind in ("SCORED", "RANDOM"):
+            if kind in flags:
+                flags = flags.replace(kind, str(self._selection(kind, seed)))
+        folder = name.replace(", ", "-").replace(" ", "-")
+        run = self.quickstart.guided(folder, seed, flags)
+        return read_run(run.path, label=name)
+
+    def _selection(self, kind: str, seed: int) -> Path:
+        path = self.quickstart.results / f"selection-{kind.lower()}-{seed}.npz"
+        if not path.exists():
+            recipe = self.quickstart.recipe
+            words = f"--method salt {recipe.kd_flags} --teacher-model {self.exported}"
+            words += f" --keep-fraction {KEEP_FRACTION} --output {path}"
+            words += f" --scorer-model {self._scorer}" * (kind == "SCORED")
+            save = self.quickstart.results / "not-written"
+            flags = self.quickstart.flags(recipe.student, save, seed, recipe.evaluations)
+            tool = [sys.executable, str(ROOT / "tools" / "select_data.py")]
+            subprocess.run([*tool, *words.split(), *flags], check=True, stdout=subprocess.DEVNULL)
+        return path
+
+
 def compare(quickstart: Quickstart, seeds: int) -> None:
-    """Train what is missing of one regime, and write its report."""
-    teacher, exported = quickstart.teacher()
+    """Train what is missing of one regime, and write its report, anew after every seed."""
+    comparison = Comparison(quickstart)
     runs: list[Run] = []
     for seed in range(1, seeds + 1):
         runs.append(quickstart.plain(seed))
-        for name, flags in variants(quickstart.recipe).items():
-            if seed > 1 and name not in MAIN:
-                continue
-            print(f"{quickstart.results.name}: {name}, seed {seed}", flush=True)
-            run = quickstart.guided(name, seed, f"{flags} --teacher-model {exported}")
-            runs.append(read_run(run.path, label=name))
-        report(quickstart.results, runs, teacher)
+        for name in variants(quickstart.recipe):
+            if seed == 1 or name in MAIN:
+                print(f"{quickstart.results.name}: {name}, seed {seed}", flush=True)
+                runs.append(comparison.student(name, seed))
+        report(quickstart.results, runs, comparison.teacher)
 
 
 def report(folder: Path, runs: list[Run], teacher: Run) -> None:

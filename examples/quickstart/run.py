@@ -160,11 +160,12 @@ class Quickstart:
                 command += ["-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc_per_node", str(self.processes)]
             command += [str(ROOT / "pretrain_let.py"), *extra.split()]
-            command += self._flags(model, save, seed, evaluations)
+            command += self.flags(model, save, seed, evaluations)
             _run_with_progress(command, save / "log.txt", model.steps)
         return read_run(save)
 
-    def _flags(self, model: Model, save: Path, seed: int, evaluations: int) -> list[str]:
+    def flags(self, model: Model, save: Path, seed: int, evaluations: int) -> list[str]:
+        """The flags of a training run, but for its method's."""
         recipe, folder = self.recipe, self.folder
         return (
             f"--num-layers {model.layers} --hidden-size {model.hidden} "

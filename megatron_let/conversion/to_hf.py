@@ -16,6 +16,7 @@ from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.conversion.llama import check_vocabulary, llama_config, model_shape
 from megatron_let.conversion.mapping import ModelShape, convert, rules_for
 from megatron_let.errors import UsageError
+from megatron_let.terminal import bars_on_a_terminal_only
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_TOKENS = 32
@@ -68,6 +69,7 @@ def export(config: ExportConfig) -> Path:
         UsageError: there is no such checkpoint, the model is no Llama, its tensors are not
             those of one, or the tokenizer is not the run's.
     """
+    bars_on_a_terminal_only()
     checkpoint = Checkpoint(find_checkpoint(config.load, config.ckpt_step))
     args = checkpoint.args()
     source = config.tokenizer_model or _tokenizer_of_run(args)
@@ -93,6 +95,7 @@ def sample(folder: Path, prompt: str) -> str:
     Raises:
         UsageError: the folder has no tokenizer, or the prompt no tokens.
     """
+    bars_on_a_terminal_only()
     tokenizer = load_tokenizer(str(folder))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:

@@ -220,7 +220,10 @@ def preprocess(config: PreprocessConfig) -> list[str]:
         ValueError: for anything the caller can put right: unusable arguments or inputs, an
             output that exists, a malformed line, a tokenizer without the token asked for.
     """
+    from megatron_let import cpu  # imports torch, which --help does without
+
     start = time.monotonic()
+    cpu.quieten()
     _check(config)
     files = [JsonlFile(path) for path in config.input]
     encoder = _build_encoder(config)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_let.errors import UsageError
+from megatron_let.terminal import bars_on_a_terminal_only
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +86,7 @@ def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.devi
     Raises:
         UsageError: the folder lacks weights, or weights of another shape.
     """
+    bars_on_a_terminal_only()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
