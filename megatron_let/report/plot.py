@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_let.report.runs import Run
 from megatron_let.report.targets import Comparison, mean_speed_up
@@ -31,9 +31,18 @@ STYLE = {
     "legend.frameon": False,
     "font.family": "sans-serif",
 }
+MANY_LINES = 5
+"""More than so many labels get a smaller legend of two columns."""
 SKIPPED_START = 0.06
 """The loss axis ends where the curves stand after this fraction of the run: the fall from ln(vocab)
 in the first steps would flatten everything that is compared."""
+
+
+class Look(NamedTuple):
+    """How the lines of one label are drawn."""
+
+    colour: str
+    style: str
 
 
 def plot_comparison(
@@ -56,12 +65,12 @@ def plot_comparison(
         guided = [c.run for c in comparisons if _has_alignment(c.run)]
         figure = figure_class(figsize=(9.2, 4.0) if guided else (6.4, 4.0), layout="constrained")
         figure.suptitle(title or default_title(comparisons), x=0.01, ha="left", weight="bold")
-        colours = _colours(comparisons)
+        looks = _looks(comparisons)
         widths = (1.9, 1.0) if guided else (1.0,)
         grid = figure.add_gridspec(2, len(widths), width_ratios=widths)
-        _draw_losses(figure.add_subplot(grid[:, 0]), comparisons, colours, teacher_loss)
+        _draw_losses(figure.add_subplot(grid[:, 0]), comparisons, looks, teacher_loss)
         if guided:
-            _draw_alignment(figure, grid, guided, colours)
+            _draw_alignment(figure, grid, guided, looks)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return path
@@ -102,11 +111,17 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _colours(comparisons: Sequence[Comparison]) -> dict[str, str]:
+def _looks(comparisons: Sequence[Comparison]) -> dict[str, Look]:
+    """A look for every label; where the colours begin anew the lines are dashed."""
     labels = dict.fromkeys(c.run.label for c in comparisons if c.run.method != "baseline")
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    plain = {c.run.label: PLAIN_COLOUR for c in comparisons if c.run.method == "baseline"}
-    return plain | colours
+    looks = {
+        label: Look(COLOURS[i % len(COLOURS)], "--" if i >= len(COLOURS) else "-")
+        for i, label in enumerate(labels)
+    }
+    plain = {
+        c.run.label: Look(PLAIN_COLOUR, "-") for c in comparisons if c.run.method == "baseline"
+    }
+    return plain | looks
 
 
 def _has_alignment(run: Run) -> bool:
@@ -121,29 +136,30 @@ def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int
 
 
 def _draw_curves(
-    axes: "Axes", curves: Sequence[Sequence[tuple[int, float]]], colour: str, label: str
+    axes: "Axes", curves: Sequence[Sequence[tuple[int, float]]], look: Look, label: str
 ) -> list[tuple[int, float]]:
     """Draw a thin line a seed and their mean; returns the mean."""
     mean = _mean_curve(curves)
     if len(curves) > 1:
         for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.7, alpha=0.45)
+            axes.plot(*zip(*curve, strict=True), color=look.colour, linewidth=0.7, alpha=0.45)
     if mean:
-        axes.plot(*zip(*mean, strict=True), color=colour, linewidth=2.0, label=label)
+        points = zip(*mean, strict=True)
+        axes.plot(*points, look.style, color=look.colour, linewidth=2.0, label=label)
     return mean
 
 
 def _draw_losses(
     axes: "Axes",
     comparisons: Sequence[Comparison],
-    colours: dict[str, str],
+    looks: dict[str, Look],
     teacher_loss: float | None,
 ) -> None:
     means = []
-    for label, colour in colours.items():
+    for label, look in looks.items():
         runs = [c.run for c in comparisons if c.run.label == label]
         curves = [[(e.iteration, e.loss) for e in run.evaluations] for run in runs]
-        means.append(_draw_curves(axes, curves, colour, _display(label)))
+        means.append(_draw_curves(axes, curves, look, _display(label)))
     total = max(c.plain_total.steps for c in comparisons)
     target = fmean({c.plain.path: c.target_loss for c in comparisons}.values())
     axes.axhline(
@@ -158,9 +174,10 @@ def _draw_losses(
             label=f"teacher's own loss ({teacher_loss:.2f})",
         )
     _limit_losses(axes, means, total, [target, *([] if teacher_loss is None else [teacher_loss])])
-    _annotate_best(axes, comparisons, colours, target)
+    _annotate_best(axes, comparisons, looks, target)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
-    axes.legend(loc="upper right")
+    many = len(looks) > MANY_LINES
+    axes.legend(loc="upper right", fontsize=7 if many else None, ncols=1 + many)
 
 
 def _limit_losses(
@@ -176,13 +193,13 @@ def _limit_losses(
 
 
 def _annotate_best(
-    axes: "Axes", comparisons: Sequence[Comparison], colours: dict[str, str], target: float
+    axes: "Axes", comparisons: Sequence[Comparison], looks: dict[str, Look], target: float
 ) -> None:
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
     plain_end = fmean(c.plain_total.steps for c in comparisons)
     groups = {
         label: [c for c in comparisons if c.run.label == label and c.run.method != "baseline"]
-        for label in colours
+        for label in looks
     }
     speed_ups = {label: mean_speed_up(group) for label, group in groups.items()}
     reached = {label: speed for label, speed in speed_ups.items() if speed is not None}
@@ -192,7 +209,7 @@ def _annotate_best(
         return
     best = max(reached, key=lambda label: reached[label])
     crossing = plain_end / reached[best]
-    axes.plot([crossing], [target], "o", color=colours[best], markersize=5, zorder=5)
+    axes.plot([crossing], [target], "o", color=looks[best].colour, markersize=5, zorder=5)
     axes.annotate(
         "",
         xy=(crossing, target),
@@ -218,7 +235,7 @@ def _write_on_line(axes: "Axes", step: float, loss: float, text: str, colour: st
 
 
 def _draw_alignment(
-    figure: "Figure", grid: "GridSpec", guided: Sequence[Run], colours: dict[str, str]
+    figure: "Figure", grid: "GridSpec", guided: Sequence[Run], looks: dict[str, Look]
 ) -> None:
     """Right column: how alike student and teacher are, and how hard they are pulled together."""
     cosine_axes = figure.add_subplot(grid[0, 1])
@@ -226,10 +243,10 @@ def _draw_alignment(
     for label in dict.fromkeys(run.label for run in guided):
         runs = [run for run in guided if run.label == label]
         cosines = [[(step, 1 - loss) for step, loss in run.series("let loss")] for run in runs]
-        _draw_curves(cosine_axes, cosines, colours[label], _display(label))
+        _draw_curves(cosine_axes, cosines, looks[label], _display(label))
         weights = [run.series("let weight") for run in runs]
         if all(weights):
-            _draw_curves(weight_axes, weights, colours[label], _display(label))
+            _draw_curves(weight_axes, weights, looks[label], _display(label))
     cosine_axes.set_ylabel("cosine to teacher")
     cosine_axes.tick_params(labelbottom=False)
     weight_axes.set(xlabel="step", ylabel="alignment weight")
