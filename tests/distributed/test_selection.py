@@ -58,7 +58,10 @@ def test_half_of_the_candidates_is_kept(selection):
     assert not list(selection.parent.glob("*.parts-*")), "the parts are gone"
 
 
-@pytest.mark.parametrize("layout", [[], [*TP2_PP2, "--sequence-parallel"]])
+@pytest.mark.parametrize(
+    "layout",
+    [[*TP2_PP2, "--sequence-parallel"], pytest.param([], marks=pytest.mark.slow)],
+)
 def test_processes_and_the_runs_layout_do_not_matter(corpus, salt, selection, tmp_path, layout):
     path = tmp_path / "again.npz"
     assert select(2, *salt, *layout, *scorer(corpus), "--output", str(path)) is None
@@ -91,6 +94,7 @@ def test_the_run_sees_the_selected_samples_until_the_stop(corpus, salt, selectio
         assert flops[0] - flops[1] == pytest.approx(float(file["flops"])), "scoring is charged"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(salt, selection, tmp_path):
     flags = [*salt, "--kd-selection", str(selection), "--save-interval", "2"]
     assert not run(1, *flags, "--save", str(tmp_path / "whole"))
@@ -105,6 +109,7 @@ def test_a_selection_of_another_seed_is_refused(salt, selection, tmp_path):
     assert "was made from other training data, another order" in error
 
 
+@pytest.mark.slow
 def test_at_random(salt, selection, tmp_path):
     path = tmp_path / "random.npz"
     assert select(1, *salt, "--keep-fraction", "0.5", "--output", str(path)) is None

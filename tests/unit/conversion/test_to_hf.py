@@ -172,6 +172,7 @@ def test_nothing_is_overwritten_and_no_piece_is_left(
     assert export(config) == output
 
 
+@pytest.mark.slow
 def test_command_line_works_from_anywhere(made: MadeCheckpoint, tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "to-hf", "--load"]
