@@ -23,7 +23,7 @@ import megatron.core  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from benchmarks import turns  # noqa: E402
-from megatron_let import entry  # noqa: E402
+from megatron_let import accelerators, entry  # noqa: E402
 
 SCRIPT = "pretrain_gpt.py"
 IMPORTED_SCRIPTS = ("gpt_builders.py", "model_provider.py")
@@ -39,7 +39,7 @@ def main() -> None:
     for name in IMPORTED_SCRIPTS:
         _import(checkout / name)
     script = str(checkout / SCRIPT)
-    sys.argv = [script, *as_flags(cpu.platform_defaults()), *sys.argv[2:]]
+    sys.argv = [script, *as_flags(accelerators.platform_defaults()), *sys.argv[2:]]
     turns.install_if_wanted()
     run_as_main(script)
 

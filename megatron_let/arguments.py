@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_let import cpu
+from megatron_let import accelerators
 from megatron_let.errors import UsageError
 from megatron_let.planning.run import KD_STOP_SHARE, LET_LAYER, LET_STOP_STEP
 
@@ -142,7 +142,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for action in parser._actions:  # a bare % in a help text of Megatron's ends --help
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     # The format that another layout can resume from; Megatron's default one cannot be resharded.
-    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **cpu.platform_defaults())
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **accelerators.platform_defaults())
     return parser
 
 

@@ -43,8 +43,8 @@ def use_prebuilt_helpers() -> None:
 def keep_save_results_here(args: Namespace) -> None:
     """Keep Megatron from starting a process on every rank for the results of a synchronous save.
 
-    Upstream's queue lives in a process of its own, which imports the whole program once more: ten
-    seconds and half a gigabyte at a run's first save. Only an asynchronous save needs it.
+    Upstream's queue lives in a process of its own, which imports the whole program once more: on
+    CPU ten seconds at a run's first save. Only an asynchronous save needs it.
     """
     if not args.async_save and filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

@@ -249,9 +249,10 @@ class Run:
         loss = torch.sum(losses.view(-1).float() * mask)
         num_tokens = mask.sum().clone().detach().to(torch.int)
         self._check_loss(loss)
-        shown = self.method.language_model_losses(losses.detach())
-        shown_sum = torch.sum(shown.reshape(-1).float() * mask)
-        report = torch.cat([shown_sum.view(1), num_tokens.view(1)])
+        lm_loss, lm_losses = loss.clone().detach(), self.method.language_model_losses()
+        if lm_losses is not None:
+            lm_loss = torch.sum(lm_losses.reshape(-1).float() * mask)
+        report = torch.cat([lm_loss.view(1), num_tokens.view(1)])
         return loss, num_tokens, {"lm loss": report}
 
     def _check_loss(self, loss: torch.Tensor) -> None:

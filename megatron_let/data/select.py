@@ -80,7 +80,7 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
     if config.scorer_model is None:
         scores, flops = np.random.default_rng(args.seed).random(candidates), 0.0
     else:
-        scorer = Scorer(config, args.seq_length)
+        scorer = Scorer(config.scorer_model, config, args.seq_length)
         scores, flops = _score_all(scorer, dataset, candidates)
     if torch.distributed.get_rank() != 0:
         return None
@@ -99,16 +99,15 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
 class Scorer:
     """A small model that scores samples, and the parts that it has written."""
 
-    def __init__(self, config: SelectConfig, seq_length: int) -> None:
-        shape = read_teacher_config(config.scorer_model or "")
+    def __init__(self, name: str, config: SelectConfig, seq_length: int) -> None:
+        shape = read_teacher_config(name)
         self.config, self.context = config, shape.context
         self._device = torch.device(torch.cuda.current_device())
         self._model = load_causal_lm(shape, DTYPES[config.dtype], self._device)
         self.fingerprint = fingerprint(self._model)
         length = min(seq_length, shape.context)
-        head = 2.0 * shape.width(None) * shape.vocab_size * length
-        self.flops_per_sample = Teacher(self._model, shape.context).forward_flops(length, length)
-        self.flops_per_sample += head
+        states = Teacher(self._model, shape.context).forward_flops(length, length)
+        self.flops_per_sample = states + shape.head_flops_per_token * length
 
     def parts(self, data: str, candidates: int) -> Path:
         """Folder of the scores that are there already, for this scorer and these samples."""

@@ -32,6 +32,19 @@ class Selection:
     beyond_reach: int = 0
     """Of the samples, those that were chosen for lack of ones within the scorer's reach."""
 
+    def check(self, data: str) -> None:
+        """Compare its stream with the one of the hash `data`.
+
+        Raises:
+            UsageError: they are not the same.
+        """
+        if self.data != data:
+            raise UsageError(
+                "--kd-selection was made from other training data, another order or another length "
+                f"({self.data[:12]}) than this run's ({data[:12]}). Make it anew with the flags of "
+                "this run: tools/select_data.py."
+            )
+
     def save(self, path: Path) -> None:
         """Write it as an .npz file, which appears whole or not at all."""
         partial = path.with_name(f"{path.name}.partial")
@@ -40,15 +53,15 @@ class Selection:
         partial.replace(path)
 
 
-def load_selection(path: Path, data: str) -> Selection:
-    """Read a selection of the stream with the hash `data`.
+def load_selection(path: Path) -> Selection:
+    """Read a selection.
 
     Raises:
-        UsageError: there is none, or it was made from another stream.
+        UsageError: there is none.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            selection = Selection(
+            return Selection(
                 data=str(file["data"]),
                 candidates=int(file["candidates"]),
                 samples=file["samples"],
@@ -60,19 +73,6 @@ def load_selection(path: Path, data: str) -> Selection:
             f"--kd-selection {path} is no selection ({error}). Make one: tools/select_data.py "
             "with the flags of this run."
         ) from error
-    if selection.data != data:
-        raise UsageError(
-            f"--kd-selection {path} was made from other training data, another order or another "
-            f"length ({selection.data[:12]}) than this run's ({data[:12]}). Make it anew with the "
-            "flags of this run: tools/select_data.py."
-        )
-    return selection
-
-
-def scoring_flops(path: Path) -> float:
-    """What making a selection cost, of a file that has been checked."""
-    with np.load(path, allow_pickle=False) as file:
-        return float(file["flops"])
 
 
 def number_wanted(args: Namespace) -> int:

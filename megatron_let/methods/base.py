@@ -53,9 +53,9 @@ class Method:
         what is left of the step.
         """
 
-    def language_model_losses(self, losses_BS: torch.Tensor) -> torch.Tensor:
-        """The labels' loss of each token, where the model's output is another loss."""
-        return losses_BS
+    def language_model_losses(self) -> torch.Tensor | None:
+        """The labels' loss `[B, S]` of the last micro-batch, where the model's is another one."""
+        return None
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Called on every rank after each step; returns what to log, equal on all ranks."""

@@ -22,7 +22,6 @@ from megatron_let.data.selection import (
     SelectedFirst,
     load_selection,
     number_wanted,
-    scoring_flops,
 )
 from megatron_let.distillation.cross_entropy import (
     Distillation,
@@ -70,6 +69,8 @@ class Distill(Signal):
         self._lm_losses: torch.Tensor | None = None
         self._sums: list[torch.Tensor] = []
         self._used = 0
+        chosen = args.kd_selection
+        self._selection = None if chosen is None else load_selection(Path(chosen))
 
     def weight_at(self, step: int, samples: int) -> float:
         """omega(s)."""
@@ -100,16 +101,14 @@ class Distill(Signal):
 
     def training_data(self, dataset: Any) -> Any:
         """The stream with the selected samples in front."""
-        if self.args.kd_selection is None:
+        if self._selection is None:
             return dataset
-        path = Path(self.args.kd_selection)
-        selection = load_selection(path, dataset.unique_description_hash)
-        return SelectedFirst(dataset, selection.samples, number_wanted(self.args))
+        self._selection.check(dataset.unique_description_hash)
+        return SelectedFirst(dataset, self._selection.samples, number_wanted(self.args))
 
     def flops_once(self) -> float:
         """Those of scoring."""
-        path = self.args.kd_selection
-        return 0.0 if path is None else scoring_flops(Path(path))
+        return 0.0 if self._selection is None else self._selection.flops
 
     def release(self) -> None:
         """Drop the head, which may be a part of the embedding."""
@@ -117,7 +116,7 @@ class Distill(Signal):
 
     def flops_per_token(self) -> float:
         """The head's."""
-        return 2.0 * self.teacher_config.width(None) * self.teacher_config.vocab_size
+        return self.teacher_config.head_flops_per_token
 
     # --- during the run -----------------------------------------------------------------------
 
@@ -176,9 +175,9 @@ class Distill(Signal):
         labels_SB = labels_BS.transpose(0, 1)
         return distilled_cross_entropy(logits_SBV, labels_SB, states_SBD, self._head, what, group)
 
-    def language_model_losses(self, losses_BS: torch.Tensor) -> torch.Tensor:
-        """The labels' cross-entropy of the micro-batch that has just had its loss."""
-        return losses_BS if self._lm_losses is None else self._lm_losses
+    def language_model_losses(self) -> torch.Tensor | None:
+        """The labels' cross-entropy of the micro-batch that has just had a distilled loss."""
+        return self._lm_losses
 
     def _record(self, *values: torch.Tensor) -> None:
         self._used += 1

@@ -107,9 +107,9 @@ class Signal:
         """Micro-batches of this step whose states have been used."""
         raise NotImplementedError
 
-    def language_model_losses(self, losses_BS: torch.Tensor) -> torch.Tensor:
-        """The labels' loss of each token, where the signal has replaced the model's output."""
-        return losses_BS
+    def language_model_losses(self) -> torch.Tensor | None:
+        """The labels' loss `[B, S]` of the last micro-batch, where the signal has replaced it."""
+        return None
 
     def sums(self) -> list[torch.Tensor]:
         """Scalars to add up over all ranks after the step; as many on each."""

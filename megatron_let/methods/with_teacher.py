@@ -218,11 +218,10 @@ class TeacherMethod(Method):
             )
         return list(states.split(self.args.micro_batch_size, dim=1))
 
-    def language_model_losses(self, losses_BS: torch.Tensor) -> torch.Tensor:
-        """The labels' loss of each token, from the signal that has replaced it, if one has."""
-        for signal in self.signals:
-            losses_BS = signal.language_model_losses(losses_BS)
-        return losses_BS
+    def language_model_losses(self) -> torch.Tensor | None:
+        """From the signal that has replaced the model's loss, if one has."""
+        every = (signal.language_model_losses() for signal in self.signals)
+        return next((losses_BS for losses_BS in every if losses_BS is not None), None)
 
     def _rows(self, batches: list[Batch]) -> Rows:
         """What the teacher reads: the student's documents are the teacher's documents."""

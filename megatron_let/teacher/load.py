@@ -35,6 +35,11 @@ class TeacherConfig:
         """Width of a layer's states; None for the last layer's."""
         return self.last_width if layer is None else self.hidden_size
 
+    @property
+    def head_flops_per_token(self) -> float:
+        """FLOPs of the language-model head."""
+        return 2.0 * self.last_width * self.vocab_size
+
 
 def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig:
     """Read a teacher's configuration.

@@ -76,11 +76,6 @@ class Teacher:
         mask = mask_BS[:, : self.context].flatten().float()
         return ((losses * mask).sum() / mask.sum().clamp(min=1)).item()
 
-    @property
-    def width(self) -> int:
-        """Width of the states that the head reads."""
-        return self._causal_lm.get_output_embeddings().weight.size(1)
-
     @torch.no_grad()
     def head_rows(self, first: int, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight `[number, D]` and bias of the head's rows from `first` on, zero beyond it.

@@ -68,21 +68,22 @@ def kept(tmp_path):
 
 
 def test_what_is_saved_is_loaded(kept):
-    selection = load_selection(kept, "d1")
+    selection = load_selection(kept)
+    selection.check("d1")
     assert selection.samples.tolist() == [1, 4]
     assert (selection.data, selection.candidates, selection.flops) == ("d1", 9, 2.5)
 
 
 def test_a_selection_of_other_data_is_refused(kept):
     with pytest.raises(UsageError, match="was made from other training data.*d1.*d2.*select_data"):
-        load_selection(kept, "d2")
+        load_selection(kept).check("d2")
 
 
 def test_no_selection(tmp_path):
     (tmp_path / "text").write_text("words")
     for name in ("nowhere", "text"):
         with pytest.raises(UsageError, match=f"{name} is no selection .*tools/select_data.py"):
-            load_selection(tmp_path / name, "d1")
+            load_selection(tmp_path / name)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5])
