@@ -1,197 +1,79 @@
-"""Tokenize JSON lines into the .bin/.idx pairs that Megatron trains on.
+"""Tokenize texts into the .bin/.idx pairs that Megatron trains on.
 
 The pairs are byte-identical with those of Megatron's own tools/preprocess_data.py. The order of
-the documents is the order of the inputs, whatever the number of workers.
+the documents is that of the inputs, whatever the number of workers. Reading and writing happen
+in `stream`; `encode` runs in the workers; `workplace` makes a killed run go on.
 """
 
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_let import __version__
+from megatron_let.data.documents import GROUP_PARENT
+from megatron_let.data.encode import BlockEncoder, EngineDiffers, dataset_name
+from megatron_let.data.engines import ENGINES, Engine, Library, make_engine
 from megatron_let.data.fingerprint import tokenizer_fingerprint
-from megatron_let.data.jsonl import JsonlFile, LineBatch
-from megatron_let.data.workers import map_in_order
+from megatron_let.data.indexed import write_index
+from megatron_let.data.shuffle import shuffle_documents
+from megatron_let.data.sources import InputFile, Position, expand
+from megatron_let.data.stream import Stream
+from megatron_let.data.tokenizer import (
+    TokenizerConfig,
+    end_of_document,
+    load_tokenizer,
+    token_ids,
+)
+from megatron_let.data.workplace import State, Workplace
 
 if TYPE_CHECKING:
-    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
-
-TOKENIZER_TYPES = ("HuggingFaceTokenizer",)
-
-_BATCH_LINES = 128
-_BATCH_BYTES = 1024 * 1024
+    from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """What to tokenize and where to write it; the fields are named after Megatron's flags."""
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(TokenizerConfig):
+    """What to tokenize and where to write it; the fields are named after the tool's flags."""
 
     input: tuple[str, ...]
-    """.jsonl and .jsonl.zst files, read in this order."""
+    """Files, folders and patterns, read in this order."""
 
     output_prefix: str
     """Each key is written to PREFIX_KEY_document.bin, .idx and .json."""
 
-    tokenizer_model: str
-    """Folder or Hugging Face id of the tokenizer."""
-
-    tokenizer_type: str = "HuggingFaceTokenizer"
-    """One of TOKENIZER_TYPES."""
-
-    tokenizer_hf_no_include_special_tokens: bool = False
-    """Leave out what the tokenizer itself adds around a text, such as a BOS token."""
-
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON objects whose texts are tokenized, each into a dataset of its own."""
+
+    split_by_meta: str | None = None
+    """Key in each record's "meta" whose values get datasets of their own."""
 
     append_eod: bool = False
     """End every document that is not empty with the end-of-document token."""
 
+    engine: str = "auto"
+    """One of ENGINES."""
+
+    verify_fraction: float = 0.001
+    """Of the documents, the part that gigatoken's tokens are compared on."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a record that is no document."""
+
+    shuffle_documents: int | None = None
+    """Seed of a random order of the documents; None keeps the order of the inputs."""
+
     workers: int = 1
     """Processes that tokenize, besides the one that reads and writes."""
 
-    log_interval: int = 1000
+    log_interval: int = 100_000
     """Documents between two progress lines."""
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """The documents of one `LineBatch`: per key, in order, their token ids and text sizes."""
-
-    token_ids: dict[str, list[np.ndarray]]
-    text_bytes: dict[str, int]
-    documents: int
-    line_bytes: int
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns lines into token ids exactly as Megatron's tokenizer does, many at a time."""
-
-    tokenizer: "HuggingFaceTokenizer"
-    json_keys: tuple[str, ...]
-    dtype: type[np.number]
-    eod: int | None
-    """Id that ends every document that is not empty; None appends nothing."""
-
-    def encode(self, batch: LineBatch) -> EncodedBatch:
-        """Parse and tokenize `batch`; raises ValueError naming file and line of a bad line."""
-        rows = [
-            _parse_texts(line, self.json_keys, f"{batch.path}:{number}")
-            for number, line in enumerate(batch.lines, start=batch.first_line)
-        ]
-        columns = dict(zip(self.json_keys, zip(*rows, strict=True), strict=True))
-        return EncodedBatch(
-            token_ids={key: self._tokenize(list(texts)) for key, texts in columns.items()},
-            text_bytes={key: sum(len(t.encode()) for t in ts) for key, ts in columns.items()},
-            documents=len(batch.lines),
-            line_bytes=sum(map(len, batch.lines)),
-        )
-
-    def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        # One call for all texts gives the ids that Megatron's `tokenize` gives one at a time.
-        encoded = self.tokenizer.tokenizer(
-            texts,
-            add_special_tokens=self.tokenizer.include_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        end = [] if self.eod is None else [self.eod]
-        return [np.array(ids + end if ids else [], self.dtype) for ids in encoded.input_ids]
-
-
-class _Output:
-    """One key's dataset, written beside its final place and moved there when complete."""
-
-    # The index comes last: a reader opens it first, so it must not exist without the others.
-    SUFFIXES = (".bin", ".json", ".idx")
-
-    def __init__(self, prefix: str, dtype: type[np.number]) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        self.prefix = prefix
-        self.documents = self.empty_documents = self.tokens = self.text_bytes = 0
-        self._builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=dtype)
-
-    def add(self, documents: list[np.ndarray], text_bytes: int) -> None:
-        for ids in documents:
-            # As Megatron does, an empty document keeps its place but holds no sequence.
-            self._builder.add_document(ids, [len(ids)] if len(ids) else [])
-            self.empty_documents += not len(ids)
-            self.tokens += len(ids)
-        self.documents += len(documents)
-        self.text_bytes += text_bytes
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "documents": self.documents,
-            "empty_documents": self.empty_documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-        }
-
-    def finish(self, sidecar: dict[str, Any]) -> None:
-        if not self.tokens:
-            raise ValueError(f"no text was found for {self.prefix}; check --input and --json-keys")
-        self._builder.finalize(self.prefix + ".idx.tmp")
-        Path(self.prefix + ".json.tmp").write_text(json.dumps(sidecar, indent=2) + "\n")
-
-    def publish(self) -> None:
-        for suffix in self.SUFFIXES:
-            os.rename(self.prefix + suffix + ".tmp", self.prefix + suffix)
-
-    def discard(self) -> None:
-        self._builder.data_file.close()
-        for suffix in self.SUFFIXES:
-            Path(self.prefix + suffix + ".tmp").unlink(missing_ok=True)
-
-
-class _Progress:
-    """A line on stderr each `log_interval` documents, and a bar if somebody is watching."""
-
-    def __init__(self, log_interval: int) -> None:
-        self._log_interval = log_interval
-        self._documents = self._bytes = 0
-        self._start = time.monotonic()
-
-    @cached_property
-    def _bar(self) -> tqdm:
-        # Made at the first update: a bar starts a thread, and the workers are forked before.
-        return tqdm(unit=" documents", disable=not sys.stderr.isatty())
-
-    def update(self, documents: int, line_bytes: int) -> None:
-        before = self._documents // self._log_interval
-        self._documents += documents
-        self._bytes += line_bytes
-        self._bar.update(documents)
-        after = self._documents // self._log_interval
-        if after > before:
-            self._log(after * self._log_interval)
-
-    def _log(self, documents: int) -> None:
-        seconds = time.monotonic() - self._start
-        rate, megabytes = self._documents / seconds, self._bytes / seconds / 1024**2
-        message = f"Processed {documents} documents ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
-        tqdm.write(message, file=sys.stderr)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def dataset_prefix(output_prefix: str, json_key: str) -> str:
-    """Return the path, without suffix, of the dataset that `json_key` is written to."""
-    return f"{output_prefix}_{json_key}_document"
 
 
 @contextmanager
@@ -212,56 +94,38 @@ def _single_threaded_tokenizers() -> Iterator[None]:
 def preprocess(config: PreprocessConfig) -> list[str]:
     """Tokenize `config.input`; return the path, without suffix, of each dataset written.
 
-    Beside each .bin/.idx pair a .json file says what made it: tool version, tokenizer
-    fingerprint, arguments, inputs with sizes and SHA-256, and counts. Nothing is left at the
-    final paths unless everything succeeded.
+    Beside each .bin/.idx pair a .json file says what made it. Killed and called again, it goes on
+    where it was. Nothing appears at the final paths before everything has succeeded.
 
     Raises:
         ValueError: for anything the caller can put right: unusable arguments or inputs, an
-            output that exists, a malformed line, a tokenizer without the token asked for.
+            output that exists, a record that is no document, a tokenizer without the token asked
+            for.
     """
     from megatron_let import cpu  # imports torch, which --help does without
 
-    start = time.monotonic()
     cpu.quieten()
     _check(config)
-    files = [JsonlFile(path) for path in config.input]
-    encoder = _build_encoder(config)
-    outputs: dict[str, _Output] = {}
+    paths = expand(config.input)
+    tokenizer = load_tokenizer(config)
+    identity = _identity(config, paths, tokenizer)
+    workplace = Workplace(config.output_prefix, identity)
+    state = workplace.state
     try:
-        for key in config.json_keys:
-            outputs[key] = _Output(dataset_prefix(config.output_prefix, key), encoder.dtype)
-        _encode_into(outputs, files, encoder, config)
-        record = _describe(config, encoder, files) | {"seconds": time.monotonic() - start}
-        for output in outputs.values():
-            output.finish(record | output.counts())
-        for output in outputs.values():
-            output.publish()
+        if state is None or not state.moves:
+            _check_outputs(config)
+            job = _Job(config, paths, tokenizer)
+            state = _tokenized(job, workplace, identity)
+            job.complete(workplace, state)
+        datasets = [moved for name, moved in state.moves.items() if name.endswith(".idx")]
+        workplace.publish(state)
     finally:
-        for output in outputs.values():
-            output.discard()
-    return [output.prefix for output in outputs.values()]
-
-
-def load_tokenizer(model: str, include_special_tokens: bool = True) -> "HuggingFaceTokenizer":
-    """Load Megatron's wrapper of the Hugging Face tokenizer at `model`, a folder or an id.
-
-    Code that comes with a tokenizer is never run. Raises ValueError if it cannot be loaded.
-    """
-    # Imported here because it takes seconds, which a mistyped argument should not cost.
-    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
-
-    return HuggingFaceTokenizer(
-        model, include_special_tokens=include_special_tokens, trust_remote_code=False
-    )
+        made = workplace.state
+        workplace.close(keep=made is not None and made.position != Position())
+    return [path.removesuffix(".idx") for path in datasets]
 
 
 def _check(config: PreprocessConfig) -> None:
-    if config.tokenizer_type not in TOKENIZER_TYPES:
-        raise ValueError(
-            f"--tokenizer-type {config.tokenizer_type} is not supported; "
-            f"use one of {', '.join(TOKENIZER_TYPES)}"
-        )
     if config.workers < 1 or config.log_interval < 1:
         raise ValueError(
             f"--workers {config.workers} and --log-interval {config.log_interval} "
@@ -273,84 +137,170 @@ def _check(config: PreprocessConfig) -> None:
         raise ValueError(
             f"--json-keys {' '.join(config.json_keys)} names a key twice; name it once"
         )
-    for key in config.json_keys:
-        _check_output(dataset_prefix(config.output_prefix, key))
-
-
-def _check_output(prefix: str) -> None:
-    folder = Path(prefix).parent
+    if config.engine not in ENGINES:
+        raise ValueError(f"--engine {config.engine} is not one of {', '.join(ENGINES)}")
+    if not 0 <= config.verify_fraction <= 1:
+        raise ValueError(f"--verify-fraction {config.verify_fraction} must lie between 0 and 1")
+    folder = Path(config.output_prefix).parent
     if not folder.is_dir():
         raise ValueError(f"the output folder {folder} does not exist; create it first")
-    for suffix in _Output.SUFFIXES:
-        if Path(prefix + suffix).exists():
+
+
+def _check_outputs(config: PreprocessConfig) -> None:
+    for key in config.json_keys:
+        prefix = f"{config.output_prefix}_{dataset_name('', key)}"
+        paths = [f"{prefix}{suffix}" for suffix in (".bin", ".idx", ".json")]
+        if config.split_by_meta is not None:  # its datasets are not known yet
+            paths = [f"{config.output_prefix}_{key}_blend.txt"]
+        for path in paths:
+            if Path(path).exists():
+                raise ValueError(
+                    f"output {path} exists already and is not overwritten; move it away or choose "
+                    "another --output-prefix"
+                )
+
+
+def _identity(
+    config: PreprocessConfig, paths: list[str], tokenizer: "MegatronTokenizerText"
+) -> dict[str, Any]:
+    stats = [os.stat(path) for path in paths]
+    return {
+        "tokenizer": tokenizer_fingerprint(token_ids(tokenizer)),
+        "input": [
+            [path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
+        ],
+        "json_keys": config.json_keys,
+        "split_by_meta": config.split_by_meta,
+        "append_eod": config.append_eod,
+        "engine": config.engine,
+        "shuffle_documents": config.shuffle_documents,
+        "include_special_tokens": not config.tokenizer_hf_no_include_special_tokens,
+    }
+
+
+def _tokenized(job: "_Job", workplace: Workplace, identity: dict[str, Any]) -> State:
+    """Tokenize everything that no earlier call has; start over should gigatoken prove wrong."""
+    config, state = job.config, workplace.state
+    engine = make_engine(config.engine if state is None else state.engine, job.tokenizer, _tell)
+    if state is None:
+        state = workplace.start(identity, engine.name)
+    elif state.position != Position():
+        done = sum(counts["documents"] for counts in state.counts.values())
+        _tell(f"going on with {workplace.folder}: {done:,} documents are done")
+    try:
+        job.stream(engine, workplace, state).run(config.workers, config.log_interval)
+    except EngineDiffers as error:
+        workplace.clear()
+        workplace.state = None
+        fault = f"gigatoken gives other tokens than the tokenizer's own library for {error}"
+        if config.engine == "gigatoken":
+            raise ValueError(f"{fault}; use --engine auto or tokenizers") from error
+        _tell(f"{fault}: starting over with the library")
+        state = workplace.start(identity, job.library.name)
+        job.stream(job.library, workplace, state).run(config.workers, config.log_interval)
+    return state
+
+
+class _Job:
+    """What does not change between two attempts."""
+
+    def __init__(
+        self, config: PreprocessConfig, paths: list[str], tokenizer: "MegatronTokenizerText"
+    ) -> None:
+        self.config, self.paths, self.tokenizer = config, paths, tokenizer
+        self.library = Library(tokenizer)
+        self.dtype = token_dtype(tokenizer)
+        name = config.tokenizer_model or str(config.vocab_file)
+        self.eod = end_of_document(tokenizer, name) if config.append_eod else None
+
+    def stream(self, engine: Engine, workplace: Workplace, state: State) -> Stream:
+        """One attempt with `engine`."""
+        config = self.config
+        columns = [*config.json_keys, *([GROUP_PARENT] if config.split_by_meta else [])]
+        encoder = BlockEncoder(
+            engine=engine,
+            library=self.library,
+            verify_fraction=config.verify_fraction,
+            keys=config.json_keys,
+            group_key=config.split_by_meta,
+            eod=self.eod,
+            dtype=self.dtype,
+            on_error=config.on_error,
+        )
+        inputs = [InputFile(path, index, columns) for index, path in enumerate(self.paths)]
+        return Stream(inputs, encoder, workplace, state)
+
+    def complete(self, workplace: Workplace, state: State) -> None:
+        """Write what belongs to the tokens, and decide where everything goes."""
+        if not state.counts or not all(counts["tokens"] for counts in state.counts.values()):
+            empty = [name for name, counts in state.counts.items() if not counts["tokens"]]
             raise ValueError(
-                f"output {prefix + suffix} exists already and is not overwritten; "
-                "move it away or choose another --output-prefix"
+                f"no text was found for {', '.join(empty) or self.config.output_prefix}; check "
+                "--input and --json-keys"
             )
+        record = self._record(state)
+        prefix, indices = self.config.output_prefix, {}
+        moves = self._lists(workplace.folder, state)
+        for name, counts in state.counts.items():
+            made = self._finished(workplace.folder / name)
+            (workplace.folder / f"{name}.json").write_text(json.dumps(record | counts, indent=2))
+            moves |= {made.name + ".bin": f"{prefix}_{name}.bin"}
+            moves |= {name + ".json": f"{prefix}_{name}.json"}
+            indices[made.name + ".idx"] = f"{prefix}_{name}.idx"
+        # An index comes last: a reader opens it first.
+        state.moves = moves | indices
+        workplace.save(state)
+
+    def _finished(self, prefix: Path) -> Path:
+        """Write the index; return where the finished dataset lies."""
+        seed = self.config.shuffle_documents
+        if seed is not None:
+            prefix = shuffle_documents(prefix, self.dtype, seed)
+        write_index(prefix, self.dtype)
+        return prefix
+
+    def _record(self, state: State) -> dict[str, Any]:
+        return {
+            "tool_version": __version__,
+            "engine": state.engine,
+            "tokenizer_fingerprint": state.identity["tokenizer"],
+            "vocab_size": self.tokenizer.vocab_size,
+            "eod_id": self.eod,
+            "arguments": asdict(self.config),
+            "inputs": state.inputs,
+            "skipped": state.skipped,
+        }
+
+    def _lists(self, folder: Path, state: State) -> dict[str, str]:
+        """The lists that lie beside the datasets, where there is something to list."""
+        prefix, moves = self.config.output_prefix, {}
+        if state.skipped:
+            moves["skipped.jsonl"] = f"{prefix}_skipped.jsonl"
+        for key in self.config.json_keys if self.config.split_by_meta else ():
+            names = [name for name in state.counts if name.endswith(dataset_name("", key))]
+            blend = " ".join(f"{state.counts[name]['tokens']} {prefix}_{name}" for name in names)
+            (folder / f"{key}_blend.txt").write_text(blend + "\n")
+            moves[f"{key}_blend.txt"] = f"{prefix}_{key}_blend.txt"
+        return moves
 
 
-def _build_encoder(config: PreprocessConfig) -> Encoder:
+def _tell(line: str) -> None:
+    tqdm.write(f"> {line}", file=sys.stderr)
+
+
+def token_dtype(tokenizer: "MegatronTokenizerText") -> type[np.number]:
+    """The type of the ids in the .bin file, by Megatron's rule.
+
+    Raises:
+        ValueError: an id does not fit into it.
+    """
     from megatron.core.datasets.indexed_dataset import DType
 
-    special_tokens = not config.tokenizer_hf_no_include_special_tokens
-    tokenizer = load_tokenizer(config.tokenizer_model, special_tokens)
-    if config.append_eod and tokenizer.eod is None:
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    highest = max(token_ids(tokenizer).values())
+    if highest > np.iinfo(dtype).max:
         raise ValueError(
-            f"--append-eod needs an end-of-document token, but the tokenizer "
-            f"{config.tokenizer_model} has no eos_token; set one in its tokenizer_config.json"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but an id {highest}, which does not "
+            f"fit into the {np.dtype(dtype).name} that Megatron stores for that many"
         )
-    return Encoder(
-        tokenizer=tokenizer,
-        json_keys=config.json_keys,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size),
-        eod=tokenizer.eod if config.append_eod else None,
-    )
-
-
-def _parse_texts(line: bytes, keys: tuple[str, ...], where: str) -> list[str]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a JSON object in UTF-8: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    for key in keys:
-        if key not in record:
-            raise ValueError(f"{where}: no key {key!r}; check --json-keys")
-        _check_text(record[key], f"{where}: the value of {key!r}")
-    return [record[key] for key in keys]
-
-
-def _check_text(text: object, what: str) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, found {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not valid Unicode: {error}") from error
-
-
-def _encode_into(
-    outputs: dict[str, _Output], files: list[JsonlFile], encoder: Encoder, config: PreprocessConfig
-) -> None:
-    batches = (batch for file in files for batch in file.batches(_BATCH_LINES, _BATCH_BYTES))
-    progress = _Progress(config.log_interval)
-    try:
-        for encoded in map_in_order(encoder.encode, batches, config.workers):
-            for key, output in outputs.items():
-                output.add(encoded.token_ids[key], encoded.text_bytes[key])
-            progress.update(encoded.documents, encoded.line_bytes)
-    finally:
-        progress.close()
-
-
-def _describe(config: PreprocessConfig, encoder: Encoder, files: list[JsonlFile]) -> dict[str, Any]:
-    tokenizer = encoder.tokenizer
-    return {
-        "tool_version": __version__,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer.get_vocab()),
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod,
-        "arguments": asdict(config),
-        "inputs": [{"path": f.path, "bytes": f.size, "sha256": f.sha256} for f in files],
-    }
+    return dtype

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import megatron_let
 from megatron_let.data.fingerprint import tokenizer_fingerprint
-from megatron_let.data.preprocess import PreprocessConfig, load_tokenizer, preprocess
+from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 EOD = "<|endoftext|>"
@@ -205,10 +206,11 @@ def test_sidecar_says_what_made_the_pair(tmp_path: Path, config: dict[str, objec
     sidecar = json.loads(Path(prefix + ".json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(config["tokenizer_model"])
     content = (tmp_path / "in.jsonl").read_bytes()
-    assert sidecar.pop("seconds") > 0
     assert sidecar.pop("arguments")["append_eod"] is True
     assert sidecar == {
         "tool_version": megatron_let.__version__,
+        "engine": "gigatoken",
+        "skipped": {},
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.get_vocab()),
         "vocab_size": len(tokenizer),
         "eod_id": tokenizer.eos_token_id,
@@ -236,7 +238,9 @@ def test_fingerprint_depends_on_the_map_and_not_on_its_order() -> None:
 
 def test_eod_is_the_eos_token(tokenizer_model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_model)
-    assert load_tokenizer(tokenizer_model).eod == tokenizer.convert_tokens_to_ids(EOD)
+    assert load_tokenizer(
+        TokenizerConfig(tokenizer_model=tokenizer_model)
+    ).eod == tokenizer.convert_tokens_to_ids(EOD)
 
 
 def test_progress_is_logged(config: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,10 +275,10 @@ def test_bad_line_is_named(
     "change, message",
     [
         ({"input": ("absent.jsonl",)}, "input file absent.jsonl does not exist"),
-        ({"input": ("in.parquet",)}, "in.parquet must end in one of .jsonl, .jsonl.zst"),
+        ({"input": (__file__,)}, "test_preprocess.py must end in one of .jsonl, .json, .txt"),
         ({"input": ()}, "--input and --json-keys must each name at least one"),
         ({"json_keys": ("text", "text")}, "names a key twice"),
-        ({"tokenizer_type": "Llama2Tokenizer"}, "--tokenizer-type Llama2Tokenizer is not"),
+        ({"tokenizer_type": "NullTokenizer"}, "--tokenizer-type NullTokenizer is not"),
         ({"tokenizer_model": "./no/such/folder"}, "./no/such/folder"),
         ({"workers": 0}, "--workers 0"),
         ({"log_interval": 0}, "--log-interval 0"),

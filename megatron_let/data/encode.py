@@ -1,0 +1,111 @@
+"""What a worker of preprocessing does: parse a block, tokenize it, check the tokenizer's engine."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_let.data.documents import Documents, Skipped, parse
+from megatron_let.data.engines import Engine, Library, Tokens, with_end
+from megatron_let.data.sources import Block, Position
+
+VERIFIED_FIRST = 100
+"""Records at the start of the input that are tokenized by both engines."""
+
+
+class EngineDiffers(Exception):
+    """gigatoken gave other tokens than the tokenizer's own library; says for which document."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents of one dataset."""
+
+    group: str
+    """Their value of --split-by-meta, else empty."""
+    key: str
+    """The JSON key they come from."""
+    tokens: Tokens
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """What became of one block."""
+
+    parts: list[Part]
+    skipped: list[Skipped]
+    documents: int
+    size: int
+    end: Position
+
+
+@dataclass(frozen=True)
+class BlockEncoder:
+    """Turns blocks into token ids, exactly as Megatron's tokenizer does.
+
+    Raises:
+        ValueError: a record is no document, and `on_error` is "stop".
+        EngineDiffers: `library` disagrees with `engine` on a document.
+    """
+
+    engine: Engine
+    library: Library
+    """What `engine` is compared with."""
+    verify_fraction: float
+    """Of the documents behind the first ones, the part that is compared."""
+    keys: tuple[str, ...]
+    group_key: str | None
+    eod: int | None
+    dtype: type[np.number]
+    on_error: Literal["stop", "skip"]
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """Encode one block."""
+        documents = parse(block, self.keys, self.group_key)
+        if documents.skipped and self.on_error == "stop":
+            raise ValueError(
+                f"{documents.skipped[0]} (--on-error skip leaves such records out and lists them)"
+            )
+        return EncodedBlock(
+            parts=[part for key in self.keys for part in self._parts(key, block, documents)],
+            skipped=documents.skipped,
+            documents=len(documents.records),
+            size=block.size,
+            end=block.end,
+        )
+
+    def _parts(self, key: str, block: Block, documents: Documents) -> Iterator[Part]:
+        tokens = self.engine.encode(documents.texts[key])
+        if self.engine.name != self.library.name:
+            self._verify(tokens, key, block, documents)
+        tokens = with_end(tokens, self.eod, self.dtype)
+        groups, sizes = np.array(documents.groups), np.array(documents.text_bytes[key], np.int64)
+        for group in dict.fromkeys(documents.groups):
+            chosen = groups == group
+            if chosen.all():
+                yield Part(group, key, tokens, int(sizes.sum()))
+            else:
+                ids = tokens.ids[np.repeat(chosen, tokens.lengths)]
+                part = Tokens(ids, tokens.lengths[chosen])
+                yield Part(group, key, part, int(sizes[chosen].sum()))
+
+    def _verify(self, tokens: Tokens, key: str, block: Block, documents: Documents) -> None:
+        records = np.array(documents.records)
+        dice = np.random.default_rng([block.end.file, block.first])
+        wanted = dice.random(len(records)) < self.verify_fraction
+        if block.end.file == 0:
+            wanted |= records <= VERIFIED_FIRST
+        texts = [documents.texts[key][index] for index in np.flatnonzero(wanted).tolist()]
+        expected = self.library.encode(texts)
+        for place, index in enumerate(np.flatnonzero(wanted).tolist()):
+            if not np.array_equal(expected.of(place), tokens.of(index)):
+                raise EngineDiffers(f"{block.path}:{records[index]} (key {key!r})")
+
+
+def dataset_name(group: str, key: str) -> str:
+    """What a dataset is called behind the output prefix: Megatron's KEY_document, or per group."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", group).strip("-.")
+    return f"{slug}_{key}_document" if group else f"{key}_document"

@@ -1,0 +1,207 @@
+"""Two ways to tokenize many texts at once: the tokenizer's own library, and gigatoken.
+
+Both give what Megatron's `tokenize` gives for one text at a time. The library does by definition
+(`tests/unit/data/test_engines.py` compares them); gigatoken is young, so what it gives is compared
+while it runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
+
+ENGINES = ("auto", "gigatoken", "tokenizers")
+"""`tokenizers` stands for the tokenizer's own library; `auto` tries gigatoken and falls back."""
+
+_CACHE_GROWTH_BYTES = 512 * 1024**2
+"""What gigatoken's table of words seen may take before it starts anew."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of several texts, one behind the other."""
+
+    ids: np.ndarray
+    """`[sum of lengths]`, integers."""
+    lengths: np.ndarray
+    """`[texts]`, int64."""
+
+    def of(self, index: int) -> np.ndarray:
+        """Ids of one text."""
+        start = int(self.lengths[:index].sum())
+        return self.ids[start : start + int(self.lengths[index])]
+
+
+class Engine(Protocol):
+    """Tokenizes texts, with what the tokenizer itself adds around each."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of all texts, in order."""
+        ...
+
+
+class Unsuited(ValueError):
+    """An engine cannot stand in for this tokenizer."""
+
+
+class Library:
+    """The library that the tokenizer comes from, many texts a call where it can."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
+        self._encode = _library_batch(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of all texts, in order."""
+        return _flat(self._encode(list(texts)))
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> Tokens:
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    total = int(lengths.sum())
+    return Tokens(np.fromiter(chain.from_iterable(rows), np.uint32, total), lengths)
+
+
+def _library_batch(
+    tokenizer: "MegatronTokenizerText",
+) -> Callable[[list[str]], Sequence[Sequence[int]]]:
+    backend = _fast_backend(tokenizer)
+    if backend is None:
+        return lambda texts: [tokenizer.tokenize(text) for text in texts]
+    special = tokenizer._tokenizer.include_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    encode = backend.encode_batch_fast
+    return lambda texts: [row.ids for row in encode(texts, add_special_tokens=special)]
+
+
+def _fast_backend(tokenizer: "MegatronTokenizerText") -> Any:
+    """Hugging Face's compiled tokenizer behind Megatron's wrapper, or None."""
+    if tokenizer.library not in ("huggingface", "megatron"):
+        return None
+    hugging_face = tokenizer._tokenizer.tokenizer
+    return hugging_face.backend_tokenizer if hugging_face.is_fast else None
+
+
+class Gigatoken:
+    """gigatoken, on one thread: preprocessing spreads over processes.
+
+    Raises:
+        Unsuited: it is not installed, or does not know this kind of tokenizer.
+    """
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
+        self._load = _gigatoken_loader(tokenizer)
+        self._prefix, self._suffix = _added_around(tokenizer)
+        try:
+            self._tokenizer = self._load()
+        except Exception as error:  # its binding raises several kinds
+            raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
+        self._memory_at_start: int | None = None
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of all texts, in order."""
+        self._bound_memory()
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(rows.offsets.data)
+        ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
+        tokens = Tokens(ids, np.diff(offsets).astype(np.int64))
+        if not (self._prefix or self._suffix):
+            return tokens
+        return _around(tokens, self._prefix, self._suffix, np.ones(len(texts), bool))
+
+    def _bound_memory(self) -> None:
+        """Start anew before the table of words seen has taken too much memory.
+
+        It never forgets a word, and text such as hashes or logs never runs out of new ones.
+        """
+        now = _resident_bytes()
+        self._memory_at_start = self._memory_at_start or now
+        if now - self._memory_at_start > _CACHE_GROWTH_BYTES:
+            del self._tokenizer
+            self._tokenizer = self._load()
+            self._memory_at_start = _resident_bytes()
+
+
+def _gigatoken_loader(tokenizer: "MegatronTokenizerText") -> Callable[[], Any]:
+    try:
+        import gigatoken
+    except ImportError as error:
+        raise Unsuited("gigatoken is not installed (pip install gigatoken)") from error
+    backend = _fast_backend(tokenizer)
+    if backend is None:
+        # A SentencePiece model it would take, but then reads "</s>" in a text as the end token and
+        # normalizes U+0085 and some combined letters differently.
+        raise Unsuited(f"gigatoken does not take a tokenizer of the library {tokenizer.library}")
+    return partial(gigatoken.Tokenizer.from_json, backend.to_str())
+
+
+def _added_around(tokenizer: "MegatronTokenizerText") -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and behind a text, such as BOS."""
+    backend = _fast_backend(tokenizer)
+    if backend is None or not tokenizer._tokenizer.include_special_tokens:
+        return [], []
+    bare = backend.encode("a", add_special_tokens=False).ids
+    wrapped = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(wrapped) - len(bare) + 1):
+        if wrapped[start : start + len(bare)] == bare:
+            return wrapped[:start], wrapped[start + len(bare) :]
+    raise Unsuited("gigatoken cannot add what this tokenizer adds to a text")
+
+
+def with_end(tokens: Tokens, eod: int | None, dtype: type[np.number]) -> Tokens:
+    """The tokens in `dtype`, with `eod` behind every text that is not empty."""
+    if eod is None:
+        return Tokens(tokens.ids.astype(dtype), tokens.lengths)
+    return _around(Tokens(tokens.ids.astype(dtype), tokens.lengths), [], [eod], tokens.lengths > 0)
+
+
+def _around(tokens: Tokens, prefix: list[int], suffix: list[int], where: np.ndarray) -> Tokens:
+    """The tokens with a prefix and a suffix around every text of the mask `where`."""
+    lengths = tokens.lengths + where * (len(prefix) + len(suffix))
+    ends = np.cumsum(lengths)
+    ids = np.empty(int(lengths.sum()), tokens.ids.dtype)
+    is_text = np.ones(len(ids), bool)
+    firsts, lasts = (ends - lengths)[where], (ends - len(suffix))[where]
+    for places, added in ((firsts, prefix), (lasts, suffix)):
+        for offset, token in enumerate(added):
+            ids[places + offset] = token
+            is_text[places + offset] = False
+    ids[is_text] = tokens.ids
+    return Tokens(ids, lengths)
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def make_engine(
+    name: str, tokenizer: "MegatronTokenizerText", tell: Callable[[str], None]
+) -> Engine:
+    """The engine of that name, one of `ENGINES`; `tell` gets to know why `auto` fell back.
+
+    Raises:
+        Unsuited: gigatoken was asked for by name and cannot do it.
+    """
+    if name == "tokenizers":
+        return Library(tokenizer)
+    try:
+        return Gigatoken(tokenizer)
+    except Unsuited as error:
+        if name == "gigatoken":
+            raise
+        tell(f"{error}: tokenizing with the tokenizer's own library")
+        return Library(tokenizer)

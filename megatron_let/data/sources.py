@@ -1,0 +1,246 @@
+"""The inputs of preprocessing as a stream of blocks: lines, table rows or whole texts.
+
+A block is what one worker parses and tokenizes. No file is ever held in memory as a whole, except
+a .txt file, which is one document.
+"""
+
+import glob
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["lines", "text", "rows"]
+
+_KINDS: dict[str, Kind] = {".jsonl": "lines", ".json": "lines", ".txt": "text", ".parquet": "rows"}
+_PACKED = (".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".txt.gz", ".txt.zst")
+SUFFIXES = (*_KINDS, *_PACKED)
+
+# Small, because a compressed chunk can expand to many times its size in memory.
+_READ_BYTES = 64 * 1024
+_BLOCK_BYTES = 1024 * 1024
+_BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the inputs have been read: everything before it has been."""
+
+    file: int = 0
+    """Index in the list of inputs."""
+    records: int = 0
+    """Lines or rows of that file."""
+    offset: int = 0
+    """Bytes of that file, decompressed, that those lines take."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive records of one file."""
+
+    path: str
+    kind: Kind
+    first: int
+    """Number of its first record in the file, from 1."""
+    content: Any
+    """`bytes` of whole lines or of a whole text; a `pyarrow.RecordBatch` of rows."""
+    size: int
+    """Bytes of the content."""
+    end: Position
+    """Where the next block begins."""
+
+
+def expand(inputs: Sequence[str]) -> list[str]:
+    """Files that `inputs` name: a file itself, a folder's or a pattern's files in sorted order.
+
+    Raises:
+        ValueError: a name stands for no file, for one of no known kind, or for one twice.
+    """
+    paths = [path for name in inputs for path in _expand_one(name)]
+    twice = [path for path, times in Counter(paths).items() if times > 1]
+    if twice:
+        raise ValueError(f"--input names {twice[0]} twice; name it once")
+    return paths
+
+
+def _expand_one(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(str(file) for file in path.rglob("*") if _kind(file) and file.is_file())
+        missing = f"input folder {name} holds no {', '.join(SUFFIXES)} file"
+    elif glob.has_magic(name) and not path.exists():
+        found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
+        missing = f"input pattern {name} matches no file"
+    else:
+        found = [name] * path.exists()
+        missing = f"input file {name} does not exist"
+    if not found:
+        raise ValueError(f"{missing}; check --input")
+    for file in found:
+        if not _kind(Path(file)):
+            raise ValueError(f"input {file} must end in one of {', '.join(SUFFIXES)}")
+    return found
+
+
+def _kind(path: Path) -> Kind | None:
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        return None
+    plain = Path(name.removesuffix(".gz").removesuffix(".zst"))
+    return _KINDS[plain.suffix]
+
+
+class InputFile:
+    """One input, read from front to back.
+
+    `size` in bytes and `sha256` describe the file as it lies on disk, and are final when `blocks`
+    is exhausted.
+
+    Args:
+        path: the file.
+        index: its place among the inputs.
+        columns: what to read of a table.
+    """
+
+    def __init__(self, path: str, index: int, columns: Sequence[str]) -> None:
+        self.path, self.index, self.columns = path, index, columns
+        kind = _kind(Path(path))
+        assert kind is not None, "`expand` lets no other file through"
+        self.kind: Kind = kind
+        self.size = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the bytes read so far."""
+        return self._digest.hexdigest()
+
+    def blocks(self, start: Position) -> Iterator[Block]:
+        """Blocks from `start`, a position in this file, to the end.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if self.kind == "rows":
+            return self._row_blocks(start)
+        return self._line_blocks(start) if self.kind == "lines" else self._text_block(start)
+
+    def _block(self, first: int, content: Any, size: int, records: int, offset: int) -> Block:
+        end = Position(self.index, first - 1 + records, offset)
+        return Block(self.path, self.kind, first, content, size, end)
+
+    def _text_block(self, start: Position) -> Iterator[Block]:
+        if text := b"".join(self._bytes()):
+            if not start.records:
+                yield self._block(1, text, len(text), 1, len(text))
+
+    def _line_blocks(self, start: Position) -> Iterator[Block]:
+        offset, records = start.offset, start.records
+        for content in _whole_lines(_after(start.offset, self._bytes())):
+            # A last line may lack its end.
+            lines = content.count(b"\n") + (not content.endswith(b"\n"))
+            offset += len(content)
+            yield self._block(records + 1, content, len(content), lines, offset)
+            records += lines
+
+    def _row_blocks(self, start: Position) -> Iterator[Block]:
+        parquet = _parquet(self.path, self.columns)
+        records = 0
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if records + rows <= start.records:
+                records += rows
+                continue
+            batches = parquet.iter_batches(
+                _BLOCK_ROWS, row_groups=[group], columns=list(self.columns)
+            )
+            for batch in batches:
+                skipped = min(max(start.records - records, 0), batch.num_rows)
+                rest = batch.slice(skipped)
+                records += skipped
+                if rest.num_rows:
+                    yield self._block(records + 1, rest, rest.nbytes, rest.num_rows, 0)
+                records += rest.num_rows
+        for _ in self._raw():  # a table is not read in the order of its bytes
+            pass
+
+    def _bytes(self) -> Iterator[bytes]:
+        """The decompressed bytes in pieces."""
+        name = self.path.lower()
+        if name.endswith(".zst"):
+            import zstandard
+
+            # The largest window allows files packed with `zstd --long`.
+            unzstd = zstandard.ZstdDecompressor(max_window_size=2**31)
+            return self._unpack(unzstd.decompressobj, "zstd", zstandard.ZstdError)
+        if name.endswith(".gz"):
+            return self._unpack(lambda: zlib.decompressobj(wbits=31), "gzip", zlib.error)
+        return self._raw()
+
+    def _raw(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            while chunk := file.read(_READ_BYTES):
+                self.size += len(chunk)
+                self._digest.update(chunk)
+                yield chunk
+
+    def _unpack(self, start_frame: Any, form: str, damaged: type[Exception]) -> Iterator[bytes]:
+        # Frames are walked by hand because the libraries' own readers take a truncated file, or
+        # one of several frames, for a complete one.
+        frame = None
+        try:
+            for chunk in self._raw():
+                while chunk:
+                    frame = frame or start_frame()
+                    yield frame.decompress(chunk)
+                    chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        except damaged as error:
+            raise ValueError(f"input {self.path} is not valid {form} data: {error}") from error
+        if frame is not None:
+            raise ValueError(f"input {self.path} is truncated: its last {form} frame has no end")
+
+
+def _parquet(path: str, columns: Sequence[str]) -> Any:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"input {path} needs pyarrow; install it: pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"input {path} is not a whole Parquet file: {error}") from error
+    for column in columns:
+        if column not in file.schema_arrow.names:
+            raise ValueError(
+                f"input {path} has no column {column!r} but {', '.join(file.schema_arrow.names)}; "
+                "check --json-keys"
+            )
+    return file
+
+
+def _after(offset: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces without their first `offset` bytes."""
+    for piece in pieces:
+        if rest := piece[offset:]:
+            yield rest
+        offset = max(0, offset - len(piece))
+
+
+def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Blocks that end where a line does, of about `_BLOCK_BYTES` or one longer line."""
+    held: list[bytes] = []  # joined once: one line may be most of the file
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        end = piece.rfind(b"\n") + 1 if size >= _BLOCK_BYTES else 0
+        if end:
+            yield b"".join([*held[:-1], piece[:end]])
+            held = [piece[end:]]
+            size = len(held[0])
+    if last := b"".join(held):
+        yield last
