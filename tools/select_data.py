@@ -22,29 +22,11 @@ from megatron_let import cpu  # noqa: E402
 
 cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
 
-from megatron.training import training  # noqa: E402
-
-from megatron_let import entry  # noqa: E402
+from megatron_let.data.run_data import build_datasets, parse_run  # noqa: E402
 from megatron_let.data.select import SelectConfig, select  # noqa: E402
 from megatron_let.data.selection import number_wanted  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
-from megatron_let.methods.base import Method  # noqa: E402
-from megatron_let.run import Run  # noqa: E402
 from megatron_let.teacher.load import DTYPES  # noqa: E402
-
-PARALLELISM = {
-    "--tensor-model-parallel-size": 1,
-    "--pipeline-model-parallel-size": 1,
-    "--num-layers-per-virtual-pipeline-stage": 1,
-    "--num-virtual-stages-per-pipeline-rank": 1,
-    "--decoder-first-pipeline-num-layers": 1,
-    "--decoder-last-pipeline-num-layers": 1,
-    "--expert-model-parallel-size": 1,
-    "--expert-tensor-parallel-size": 1,
-    "--sequence-parallel": 0,
-    "--use-distributed-optimizer": 0,
-}
-"""Flags of the run, with the number of their values, that the selection does not depend on."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,36 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def without_parallelism(words: Sequence[str]) -> list[str]:
-    """The run's flags without those of its layout: every process here reads all of the data."""
-    kept, skip = [], 0
-    for word in words:
-        if skip:
-            skip -= 1
-            continue
-        flag, equals, _ = word.partition("=")
-        if flag in PARALLELISM:
-            skip = 0 if equals else PARALLELISM[flag]
-            continue
-        kept.append(word)
-    return kept
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
     options, flags = parser.parse_known_args(arguments)
-    sys.argv = [parser.prog, *without_parallelism(flags)]
     try:
         config = SelectConfig(**vars(options))
-        entry.use_prebuilt_helpers()
-        args = entry.parse_arguments()
+        args = parse_run(parser.prog, flags)
         number_wanted(args)
-        model_config = entry.model_config(args, Method(args))
-        training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
-        run = Run(args, model_config, Method(args), log=None)
-        numbers = training.get_train_valid_test_num_samples()
-        selection = select(config, args, run.build_datasets(numbers)[0])
+        selection = select(config, args, build_datasets(args)[0])
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if selection is None:  # not the first rank

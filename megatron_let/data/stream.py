@@ -19,8 +19,8 @@ from megatron_let.data.workplace import State, Workplace, add_counts
 COMMIT_SECONDS = 5.0
 """What a killed run loses at most, besides what is under way in the workers."""
 
-MAX_DATASETS = 1000
-"""That --split-by-meta may open."""
+MAX_DATASETS = 400
+"""That --split-by-meta may open, two files each: a process may usually have 1,024."""
 
 
 class Stream:
@@ -146,6 +146,8 @@ class _Progress:
             self._log(after * self._log_interval)
 
     def _log(self, documents: int) -> None:
+        if not documents:
+            return
         seconds = time.monotonic() - self._start
         rate, megabytes = self._documents / seconds, self._bytes / seconds / 1024**2
         message = f"Processed {documents} documents ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
@@ -153,3 +155,4 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
+        self._log(self._documents)

@@ -246,58 +246,12 @@ def test_eod_is_the_eos_token(tokenizer_model: str) -> None:
 def test_progress_is_logged(config: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(PreprocessConfig(**config, log_interval=15))
     error = capsys.readouterr().err
-    assert error.startswith("Processed 15 documents (") and error.endswith(" MB/s).\n")
-    assert error.count("\n") == 1  # nothing else, no bar
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (b'{"text": "cut', "not a JSON object in UTF-8"),
-        (b"", "not a JSON object in UTF-8"),
-        (b'{"text": "\xff"}', "not a JSON object in UTF-8"),
-        (b"[" * 100_000, "not a JSON object in UTF-8"),
-        (b'["text"]', "expected a JSON object, found list"),
-        (b'{"body": "x"}', "no key 'text'; check --json-keys"),
-        (b'{"text": null}', "the value of 'text' must be a string, found NoneType"),
-        (b'{"text": "\\ud800"}', "the value of 'text' is not valid Unicode"),
-    ],
-)
-def test_bad_line_is_named(
-    tmp_path: Path, config: dict[str, object], line: bytes, message: str
-) -> None:
-    good = (tmp_path / "in.jsonl").read_bytes() * 10
-    (tmp_path / "in.jsonl").write_bytes(good + line + b"\n" + good)
-    assert_refused(config, f"{tmp_path / 'in.jsonl'}:201: ", message)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"input": ("absent.jsonl",)}, "input file absent.jsonl does not exist"),
-        ({"input": (__file__,)}, "test_preprocess.py must end in one of .jsonl, .json, .txt"),
-        ({"input": ()}, "--input and --json-keys must each name at least one"),
-        ({"json_keys": ("text", "text")}, "names a key twice"),
-        ({"tokenizer_type": "NullTokenizer"}, "--tokenizer-type NullTokenizer is not"),
-        ({"tokenizer_model": "./no/such/folder"}, "./no/such/folder"),
-        ({"workers": 0}, "--workers 0"),
-        ({"log_interval": 0}, "--log-interval 0"),
-    ],
-)
-def test_bad_argument_is_named(
-    config: dict[str, object], change: dict[str, object], message: str
-) -> None:
-    assert_refused(config | change, message)
-
-
-def test_absent_output_folder_is_named(tmp_path: Path, config: dict[str, object]) -> None:
-    config["output_prefix"] = str(tmp_path / "absent" / "out")
-    assert_refused(config, str(tmp_path / "absent"), "create it first")
-
-
-def test_text_free_input_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
-    (tmp_path / "in.jsonl").write_text("")
-    assert_refused(config, "no text was found for")
+    lines = error.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        "Processed 15 documents",
+        "Processed 20 documents",
+    ]  # nothing else, no bar
+    assert all(line.endswith(" MB/s).") for line in lines)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
@@ -306,26 +260,6 @@ def test_existing_output_is_kept(tmp_path: Path, config: dict[str, object], suff
     existing.write_text("precious")
     assert_refused(config, str(existing), "choose another --output-prefix")
     assert existing.read_text() == "precious"
-
-
-def test_eod_without_such_a_token_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
-    config["tokenizer_model"] = save_tokenizer(tmp_path / "no_eos", eos=None)
-    assert_refused(config | {"append_eod": True}, "no_eos has no eos_token")
-    preprocess(PreprocessConfig(**config))
-
-
-@pytest.mark.parametrize(
-    "damage, message", [("cut", "is truncated"), ("garbage", "is not valid zstd data")]
-)
-def test_damaged_compressed_file_is_refused(
-    tmp_path: Path, config: dict[str, object], damage: str, message: str
-) -> None:
-    # Without its last bytes (the checksum) every line is still there, yet the file is not whole.
-    compressor = zstandard.ZstdCompressor(write_checksum=True)
-    whole = compressor.compress((tmp_path / "in.jsonl").read_bytes())
-    source = tmp_path / "damaged.jsonl.zst"
-    source.write_bytes(whole[:-2] if damage == "cut" else whole + b"garbage")
-    assert_refused(config | {"input": (str(source),)}, str(source), message)
 
 
 def test_tool_runs_with_megatrons_flags(

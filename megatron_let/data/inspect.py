@@ -1,0 +1,196 @@
+"""Look into a .bin/.idx pair: is it whole, how long are its documents, what do they say."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+_HEAD = struct.Struct("<9sQBQQ")
+_SCANNED_BYTES = 32 * 1024**2
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dataset whose index agrees with itself and with its tokens' size."""
+
+    prefix: str
+    dtype: np.dtype
+    lengths: np.ndarray
+    """Tokens of each sequence, `[sequences]`; a view of the file."""
+    pointers: np.ndarray
+    """Byte at which each sequence begins, `[sequences]`."""
+    documents: np.ndarray
+    """Sequence at which each document begins, and behind the last one, `[documents + 1]`."""
+    sidecar: dict[str, Any]
+    """What `tools/preprocess_data.py` wrote beside it; empty without."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def empty_documents(self) -> int:
+        """Documents without a sequence."""
+        return int((np.diff(self.documents) == 0).sum())
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of one document."""
+        first, last = self.documents[index : index + 2]
+        size = int(self.lengths[first:last].sum(dtype=np.int64))
+        start = int(self.pointers[first]) if size else 0
+        return np.fromfile(f"{self.prefix}.bin", self.dtype, size, offset=start)
+
+
+def open_pair(prefix: str) -> Pair:
+    """Read the index of `prefix`.idx and compare it with itself and with `prefix`.bin.
+
+    Raises:
+        ValueError: the pair is damaged; the message says how.
+    """
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, tokens):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; give a prefix without .bin or .idx")
+    dtype, sequences, boundaries = _read_head(index)
+    arrays = np.memmap(index, np.uint8, "r", offset=_HEAD.size)
+    ends = np.cumsum([4 * sequences, 8 * sequences, 8 * boundaries])
+    if len(arrays) != ends[-1]:
+        raise ValueError(
+            f"{index} has {_HEAD.size + len(arrays)} bytes and should have {_HEAD.size + ends[-1]} "
+            f"for {sequences} sequences: it was cut off or is not complete"
+        )
+    lengths, pointers, documents = (
+        part.view(kind)
+        for part, kind in zip(np.split(arrays, ends[:-1]), ("<i4", "<i8", "<i8"), strict=True)
+    )
+    _check(index, tokens, lengths, pointers, documents, dtype.itemsize)
+    sidecar = Path(f"{prefix}.json")
+    about = json.loads(sidecar.read_text()) if sidecar.exists() else {}
+    return Pair(prefix, dtype, lengths, pointers, documents, about)
+
+
+def _read_head(index: Path) -> tuple[np.dtype, int, int]:
+    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
+
+    head = index.open("rb").read(_HEAD.size)
+    if len(head) < _HEAD.size or not head.startswith(_INDEX_HEADER):
+        raise ValueError(f"{index} is no index of Megatron's: it does not begin with MMIDIDX")
+    _, version, code, sequences, boundaries = _HEAD.unpack(head)
+    if version != 1 or code not in [kind.value for kind in DType]:
+        raise ValueError(f"{index} has version {version} and token type {code}, which are unknown")
+    return np.dtype(DType.dtype_from_code(code)), sequences, boundaries
+
+
+def _check(
+    index: Path,
+    tokens: Path,
+    lengths: np.ndarray,
+    pointers: np.ndarray,
+    documents: np.ndarray,
+    itemsize: int,
+) -> None:
+    if (lengths < 0).any():
+        raise ValueError(f"{index} has a sequence of negative length")
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
+    if not np.array_equal(pointers, np.concatenate([[0], ends[:-1]])[: len(ends)]):
+        raise ValueError(f"{index} has sequences that do not follow each other in {tokens.name}")
+    ordered = len(documents) and documents[0] == 0 and (np.diff(documents) >= 0).all()
+    if not ordered or documents[-1] != len(lengths):
+        raise ValueError(f"{index} has documents that do not cover its {len(lengths)} sequences")
+    wanted, there = int(ends[-1]) if len(ends) else 0, tokens.stat().st_size
+    if wanted != there:
+        raise ValueError(f"{tokens} has {there} bytes and {index.name} speaks of {wanted}")
+
+
+def check_tokens(pair: Pair, vocab_size: int) -> None:
+    """Read all tokens and compare them with the vocabulary, and the counts with the sidecar's.
+
+    Raises:
+        ValueError: an id lies outside, or a count differs.
+    """
+    counted = {
+        "documents": len(pair.documents) - 1,
+        "empty_documents": pair.empty_documents,
+        "tokens": pair.tokens,
+    }
+    for name, count in counted.items():
+        if pair.sidecar.get(name, count) != count:
+            raise ValueError(
+                f"{pair.prefix} has {count:,} {name} and {pair.prefix}.json says "
+                f"{pair.sidecar[name]:,}: one of them was replaced"
+            )
+    for first, ids in _scan(pair):
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if len(wrong):
+            raise ValueError(
+                f"{pair.prefix}.bin has the id {ids[wrong[0]]} at token {first + wrong[0]:,}, but "
+                f"the vocabulary has {vocab_size:,} tokens"
+            )
+
+
+def _scan(pair: Pair) -> Iterator[tuple[int, np.ndarray]]:
+    first = 0
+    path = Path(f"{pair.prefix}.bin")
+    with (
+        path.open("rb") as file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        while len(ids := np.fromfile(file, pair.dtype, _SCANNED_BYTES // pair.dtype.itemsize)):
+            yield first, ids
+            first += len(ids)
+            bar.update(ids.nbytes)
+
+
+def checksum(pair: Pair) -> dict[str, str]:
+    """SHA-256 of both files, to compare copies."""
+    found = {}
+    for suffix in (".bin", ".idx"):
+        with open(pair.prefix + suffix, "rb") as file:
+            found[suffix] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def summary(pair: Pair) -> str:
+    """Counts, and a histogram of the documents' lengths by powers of two; fits a screen."""
+    sizes = _document_lengths(pair)
+    lines = [
+        pair.prefix,
+        f"{len(sizes):,} documents ({pair.empty_documents:,} empty), "
+        f"{pair.tokens:,} tokens of {pair.dtype.name}",
+    ]
+    if len(sizes):
+        low, mid, high = np.percentile(sizes, [10, 50, 90]).astype(int)
+        lines.append(
+            f"tokens a document: mean {sizes.mean():,.0f}, 10 % {low:,}, median {mid:,}, "
+            f"90 % {high:,}, longest {sizes.max():,}"
+        )
+    if "tokenizer_fingerprint" in (about := pair.sidecar):
+        lines.append(
+            f"made with the tokenizer {about['tokenizer_fingerprint'][:12]} of "
+            f"{about['vocab_size']:,} tokens, end of document {about['eod_id']}, "
+            f"{sum(about.get('skipped', {}).values()):,} records left out"
+        )
+    return "\n".join([*lines, "", *_histogram(sizes)])
+
+
+def _document_lengths(pair: Pair) -> np.ndarray:
+    sums = np.concatenate([[0], np.cumsum(pair.lengths, dtype=np.int64)])
+    return np.diff(sums[pair.documents])
+
+
+def _histogram(sizes: np.ndarray) -> list[str]:
+    powers = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)
+    counts = np.bincount(powers) if len(sizes) else np.zeros(0, int)
+    first = int(np.flatnonzero(counts)[0]) if len(counts) else 0
+    return [
+        f"  up to {2**power:>11,} {count:>13,} {'#' * round(40 * count / counts.max())}"
+        for power, count in enumerate(counts)
+        if power >= first
+    ]

@@ -1,0 +1,68 @@
+"""Join .bin/.idx pairs into one."""
+
+import json
+import os
+from pathlib import Path
+
+from megatron_let import __version__
+from megatron_let.data.inspect import Pair, open_pair
+
+SAME = ("tokenizer_fingerprint", "vocab_size", "eod_id")
+"""What the sidecars must agree on."""
+ADDED = ("documents", "empty_documents", "tokens", "text_bytes")
+
+
+def merge(prefixes: list[str], output: str) -> None:
+    """Write the documents of all `prefixes`, in their order, to `output`.bin, .idx and .json.
+
+    Nothing appears at the final paths before everything has succeeded.
+
+    Raises:
+        ValueError: a pair is damaged, two do not go together, or the output exists.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    paths = {suffix: Path(output + suffix) for suffix in (".bin", ".json", ".idx")}
+    for path in paths.values():
+        if path.exists():
+            raise ValueError(f"output {path} exists already and is not overwritten")
+    pairs = [open_pair(prefix) for prefix in prefixes]
+    _check_together(pairs)
+    partial = {suffix: path.with_name(path.name + ".tmp") for suffix, path in paths.items()}
+    try:
+        builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=pairs[0].dtype.type)
+        for prefix in prefixes:
+            builder.add_index(prefix)
+        builder.finalize(str(partial[".idx"]))
+        partial[".json"].write_text(json.dumps(_sidecar(pairs), indent=2))
+        for suffix, path in paths.items():  # the index last: a reader opens it first
+            os.rename(partial[suffix], path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def _check_together(pairs: list[Pair]) -> None:
+    first = pairs[0]
+    for pair in pairs[1:]:
+        if pair.dtype != first.dtype:
+            raise ValueError(
+                f"{pair.prefix} holds {pair.dtype.name} and {first.prefix} {first.dtype.name}: "
+                "they were made with tokenizers of different sizes"
+            )
+        for key in SAME:
+            ours, theirs = pair.sidecar.get(key), first.sidecar.get(key)
+            if pair.sidecar and first.sidecar and ours != theirs:
+                raise ValueError(
+                    f"{pair.prefix} has {key} {ours} and {first.prefix} {theirs}: they were made "
+                    "with different tokenizers"
+                )
+
+
+def _sidecar(pairs: list[Pair]) -> dict[str, object]:
+    """What the sidecars have in common, and their sums; a pair without one says nothing."""
+    about: dict[str, object] = {"tool_version": __version__}
+    if all(pair.sidecar for pair in pairs):
+        about |= {key: pairs[0].sidecar[key] for key in SAME}
+        about |= {key: sum(pair.sidecar[key] for pair in pairs) for key in ADDED}
+    return about | {"merged": [pair.prefix for pair in pairs]}
