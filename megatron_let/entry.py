@@ -20,6 +20,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_let import arguments
 from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 
@@ -107,6 +108,15 @@ def _megatron_arguments() -> Namespace:
 
 def _data_prefixes(args: Namespace) -> Iterator[str]:
     given = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    try:
+        if args.data_args_path is not None:
+            given.append(Path(args.data_args_path).read_text().split())
+        if args.per_split_data_args_path is not None:
+            given += json.loads(Path(args.per_split_data_args_path).read_text()).values()
+    except (OSError, ValueError) as error:
+        flag = "--data-args-path" if args.data_args_path else "--per-split-data-args-path"
+        path = args.data_args_path or args.per_split_data_args_path
+        raise UsageError(f"{flag} {path} cannot be read: {error}") from error
     return (word for paths in given for word in paths or [] if not _is_number(word))
 
 
@@ -140,7 +150,7 @@ def _check_needed(args: Namespace) -> None:
 
 def _check_data_tokenizer(args: Namespace) -> None:
     """Refuse data that was preprocessed with another tokenizer, where its sidecar tells."""
-    ids = _student_token_ids(args)
+    ids = {} if "Null" in args.tokenizer_type else token_ids(get_tokenizer())
     for prefix in _data_prefixes(args):
         sidecar = Path(f"{prefix}.json")
         if not ids or not sidecar.exists():
@@ -149,7 +159,7 @@ def _check_data_tokenizer(args: Namespace) -> None:
         if made_with is not None and made_with != tokenizer_fingerprint(ids):
             raise UsageError(
                 f"{prefix} was made with another tokenizer (fingerprint {made_with[:12]}) than "
-                f"--tokenizer-model {args.tokenizer_model} "
+                f"--tokenizer-model {args.tokenizer_model or args.vocab_file} "
                 f"({tokenizer_fingerprint(ids)[:12]}). Use that tokenizer, or preprocess again."
             )
 

@@ -232,23 +232,24 @@ class _Job:
 
     def complete(self, workplace: Workplace, state: State) -> None:
         """Write what belongs to the tokens, and decide where everything goes."""
-        if not state.counts or not all(counts["tokens"] for counts in state.counts.values()):
-            empty = [name for name, counts in state.counts.items() if not counts["tokens"]]
+        empty = [name for name, counts in state.counts.items() if not counts["tokens"]]
+        # One of several subsets may well be empty; the blend leaves it out.
+        if len(empty) == len(state.counts) or (empty and not self.config.split_by_meta):
             raise ValueError(
                 f"no text was found for {', '.join(empty) or self.config.output_prefix}; check "
                 "--input and --json-keys"
             )
         record = self._record(state)
         prefix, indices = self.config.output_prefix, {}
-        moves = self._lists(workplace.folder, state)
+        moves: dict[str, str] = {}
         for name, counts in state.counts.items():
             made = self._finished(workplace.folder / name)
             (workplace.folder / f"{name}.json").write_text(json.dumps(record | counts, indent=2))
             moves |= {made.name + ".bin": f"{prefix}_{name}.bin"}
             moves |= {name + ".json": f"{prefix}_{name}.json"}
             indices[made.name + ".idx"] = f"{prefix}_{name}.idx"
-        # An index comes last: a reader opens it first.
-        state.moves = moves | indices
+        # An index comes after what it speaks of, and a list of datasets after them.
+        state.moves = moves | indices | self._lists(workplace.folder, state)
         workplace.save(state)
 
     def _finished(self, prefix: Path) -> Path:
@@ -277,8 +278,12 @@ class _Job:
         if state.skipped:
             moves["skipped.jsonl"] = f"{prefix}_skipped.jsonl"
         for key in self.config.json_keys if self.config.split_by_meta else ():
-            names = [name for name in state.counts if name.endswith(dataset_name("", key))]
-            blend = " ".join(f"{state.counts[name]['tokens']} {prefix}_{name}" for name in names)
+            sizes = {
+                name: counts["tokens"]
+                for name, counts in state.counts.items()
+                if name.endswith(f"_{dataset_name('', key)}") and counts["tokens"]
+            }
+            blend = " ".join(f"{tokens} {prefix}_{name}" for name, tokens in sizes.items())
             (folder / f"{key}_blend.txt").write_text(blend + "\n")
             moves[f"{key}_blend.txt"] = f"{prefix}_{key}_blend.txt"
         return moves

@@ -6,6 +6,7 @@ They go through `entry`, in one worker, up to the point where the model would be
 import re
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
@@ -112,6 +113,24 @@ MISTAKES = {
         f"{STEPS} --train-data-path 0.5 TMP/one 0.5 TMP/absent",
         "No data at TMP/absent: absent.bin",
     ),
+    "no data in a list of data": (
+        f"{STEPS} --data-args-path TMP/list",
+        "No data at TMP/absent: absent.bin",
+    ),
+    "no such list of data": (
+        f"{STEPS} --data-args-path TMP/absent.txt",
+        "--data-args-path TMP/absent.txt cannot be read: .*No such file",
+    ),
+    "data of another tokenizer": (
+        f"{STEPS} --data-path TMP/one --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model TMP/tokenizer",
+        r"TMP/one was made with another tokenizer \(fingerprint 0123456789ab\) than .*TMP",
+    ),
+    "data of another SentencePiece model": (
+        f"{STEPS} --data-path TMP/one --tokenizer-type SentencePieceTokenizer "
+        "--tokenizer-model TMP/sp.model",
+        "TMP/one was made with another tokenizer .*TMP/sp.model",
+    ),
     "no tokenizer in the folder": (
         f"{PLAIN} --tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/empty",
         "Megatron-LM refuses these flags: .*TMP/empty",
@@ -198,6 +217,13 @@ def save_tokenizer(folder, *words):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(folder)
 
 
+def save_sentencepiece(folder):
+    (folder / "text").write_text("a few words\nand a few more\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=16, minloglevel=2
+    )
+
+
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -211,6 +237,9 @@ def tmp(tmp_path_factory):
     (folder / "empty").mkdir()
     for ending in ("bin", "idx"):
         (folder / f"one.{ending}").touch()
+    (folder / "one.json").write_text('{"tokenizer_fingerprint": "0123456789abcdef"}')
+    (folder / "list").write_text(f"0.5 {folder}/one 0.5 {folder}/absent")
+    save_sentencepiece(folder)
     return str(folder)
 
 
