@@ -22,9 +22,8 @@ from megatron.core.utils import (
 from megatron.training import get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_let.methods.base import Method
+from megatron_let.methods.base import WHOLE, Batch, Method
 
-Batch = dict[str, torch.Tensor]
 Report = dict[str, torch.Tensor]
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -51,7 +50,7 @@ class Run:
         self._step = -1
         self._left: dict[int | None, int] = {}
         """Micro-batches that each chunk of this rank has not run yet in this step."""
-        self._ahead: dict[int | None, deque[dict[str, Any]]] = defaultdict(deque)
+        self._ahead: dict[int | None, deque[Batch]] = defaultdict(deque)
         """Micro-batches that a chunk has drawn and not run yet."""
 
     # --- data ---------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ class Run:
 
     # --- a micro-batch ------------------------------------------------------------------------
 
-    def batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> dict[str, Any]:
+    def batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
         """Return this chunk's next micro-batch `[b, s]`; what a stage does not need is None.
 
         Every stage that reads draws the same samples from an iterator of its own.
@@ -162,9 +161,9 @@ class Run:
         timers("batch-generator").stop()
         return batch
 
-    def _drawn_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> dict[str, Any]:
+    def _drawn_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
         args = self.args
-        batch: dict[str, Any] = {}
+        batch: Batch = {}
         if mpu.get_tensor_model_parallel_rank() == 0:
             drawn = next(data_iterator)
             batch = {
@@ -188,9 +187,11 @@ class Run:
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
         )
         if args.context_parallel_size > 1:
+            whole = dict(batch)
             batch = get_batch_on_this_cp_rank(
                 batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
             )
+            batch[WHOLE] = whole
         return batch
 
     def forward_step(
@@ -210,9 +211,7 @@ class Run:
         )
         return output, functools.partial(self.loss, batch["loss_mask"])
 
-    def _training_batch(
-        self, data_iterator: Iterator[Batch], vp_stage: int | None
-    ) -> dict[str, Any]:
+    def _training_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
         """Return the chunk's next micro-batch; the method has seen it, perhaps with coming ones.
 
         Coming ones of this step only: Megatron may repeat a step, and saves between steps.

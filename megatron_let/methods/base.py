@@ -5,6 +5,13 @@ from typing import Any
 
 import torch
 
+Batch = dict[str, Any]
+"""Tensors `[b, s, ...]` of a micro-batch by name; None where a stage does not need one.
+
+Under context parallelism they are this rank's part of the sequence, and `WHOLE` holds them whole.
+"""
+WHOLE = "whole"
+
 
 class Method:
     """Plain next-token training; the other methods override what they need.
@@ -46,7 +53,7 @@ class Method:
         """How many micro-batches of the step `before_forward` wants together, where it can."""
         return 1
 
-    def before_forward(self, batches: list[dict[str, torch.Tensor]], vp_stage: int | None) -> None:
+    def before_forward(self, batches: list[Batch], vp_stage: int | None) -> None:
         """Called on a chunk that `reads_batch` before the first forward pass of `batches`.
 
         These are the next micro-batches of this step in their order: `micro_batches_at_once`, or

@@ -29,7 +29,8 @@ from megatron_let.distillation.cross_entropy import (
     TokenLosses,
     distilled_cross_entropy,
 )
-from megatron_let.methods.signal import Batch, Signal
+from megatron_let.methods.base import Batch
+from megatron_let.methods.signal import Signal
 from megatron_let.schedules import distillation_weight
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher

@@ -19,7 +19,8 @@ from megatron_let.alignment.layer import aligned_block_spec
 from megatron_let.alignment.losses import LOSSES
 from megatron_let.alignment.resize import ResizeConfig
 from megatron_let.errors import UsageError
-from megatron_let.methods.signal import Batch, Signal
+from megatron_let.methods.base import Batch
+from megatron_let.methods.signal import Signal
 from megatron_let.schedules import guidance_factor
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.split import own_slice
@@ -37,7 +38,6 @@ REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_encoded_json": (None,),
     "experimental_attention_variant": (None,),
     "mtp_num_layers": (None,),
-    "context_parallel_size": (1,),
 }
 
 

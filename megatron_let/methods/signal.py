@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_let.errors import UsageError
+from megatron_let.methods.base import Batch
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
-
-Batch = dict[str, torch.Tensor]
 
 
 class Signal:

@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
-from megatron_let.methods.base import Method
-from megatron_let.methods.signal import Batch, Signal
+from megatron_let.methods.base import WHOLE, Batch, Method
+from megatron_let.methods.signal import Signal
 from megatron_let.planning.teacher_work import micro_batches_at_once
 from megatron_let.teacher.clock import Clock
 from megatron_let.teacher.load import (
@@ -26,7 +26,7 @@ from megatron_let.teacher.load import (
     read_token_ids,
     untrained_causal_lm,
 )
-from megatron_let.teacher.split import own_slice, states_SBD
+from megatron_let.teacher.split import needed_positions, own_slice, states_SBD
 from megatron_let.teacher.stage import Rows, Teacher, near_random
 
 CONTROLS = {
@@ -181,10 +181,10 @@ class TeacherMethod(Method):
             signal.start_step()
 
     def micro_batches_at_once(self) -> int:
-        """So many that their rows can be dealt evenly over the tensor-parallel ranks."""
+        """So many that their rows can be dealt evenly over the ranks that share them."""
         if not self.is_guided:
             return 1
-        ranks = mpu.get_tensor_model_parallel_world_size()
+        ranks = mpu.get_tensor_and_context_parallel_world_size()
         return micro_batches_at_once(self.args.micro_batch_size, ranks)
 
     def before_forward(self, batches: list[Batch], vp_stage: int | None) -> None:
@@ -206,16 +206,18 @@ class TeacherMethod(Method):
 
         Args:
             batches: the chunk's next micro-batches.
-            sliced: whether this rank needs its slice of the sequence only.
+            sliced: whether this rank needs its slice under sequence parallelism only.
         """
         assert self.teacher is not None
-        with self.clock.running(batches[0]["tokens"].device):
-            states = states_SBD(
-                self.teacher,
-                self._rows(batches),
-                mpu.get_tensor_model_parallel_group(),
-                sliced,
-            )
+        rows, group = self._rows(batches), mpu.get_tensor_and_context_parallel_group()
+        positions_RS = needed_positions(
+            self.args.seq_length,
+            mpu.get_tensor_model_parallel_world_size(),
+            mpu.get_context_parallel_world_size(),
+            sliced,
+        )
+        with self.clock.running(rows["tokens"].device):
+            states = states_SBD(self.teacher, rows, group, positions_RS)
         return list(states.split(self.args.micro_batch_size, dim=1))
 
     def language_model_losses(self) -> torch.Tensor | None:
@@ -228,7 +230,8 @@ class TeacherMethod(Method):
         keys = ["tokens"]
         keys += ["position_ids"] * self.args.reset_position_ids
         keys += ["attention_mask"] * self.args.reset_attention_mask
-        return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
+        wholes = [batch.get(WHOLE, batch) for batch in batches]
+        return {key: torch.cat([whole[key] for whole in wholes]) for key in keys}
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Sum the step's records over all ranks; release the teacher after its last use."""

@@ -103,13 +103,13 @@ def contract(teacher: str) -> Check:
     references: dict[tuple[object, ...], Gradients] = {}
 
     def reference(
-        layer: int, batch: int, shape: list[str], precision: list[str], resize: str
+        layer: int, batch: int, shape: list[str], precision: list[str], resize: str, cp: int
     ) -> Gradients:
-        key = (layer, batch, *shape, *precision, resize)
+        key = (layer, batch, *shape, *precision, resize, cp)
         if key not in references:
             [references[key]] = run_distributed(
                 "tests.distributed.contract:reference_gradients",
-                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize),
+                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize, cp),
             )
         return references[key]
 
@@ -126,6 +126,8 @@ def contract(teacher: str) -> Check:
         actual = layout_gradients(world_size, words, batch, {"let_weight": WEIGHT}, fault)
         precision = [word for word in words if word in ("--bf16", "--fp16")]
         resize = "linear" if "--let-resize linear" in flags else "interpolate"
-        return agreement(actual, reference(layer, batch, shape_flags(words), precision, resize))
+        cp = 2 if "--context-parallel-size 2" in flags else 1
+        shape = shape_flags(words)
+        return agreement(actual, reference(layer, batch, shape, precision, resize, cp))
 
     return check

@@ -36,6 +36,7 @@ from megatron_let.run import Run
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
 from megatron_let.testing import forget_last_run
 from tests.distributed.faults import DISTILLATION_FAULTS, FAULTS
+from tests.distributed.gathered_attention import context_parallel_attention
 
 SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
 MODEL_FLAGS = (
@@ -76,11 +77,12 @@ def build_student(flags: list[str], global_batch: int, rounding: torch.dtype) ->
     config = entry.model_config(args, method)
     run = Run(args, config, method, log=None)
     training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
-    chunks, optimizer, _ = training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, config),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    with context_parallel_attention(args.context_parallel_size > 1):
+        chunks, optimizer, _ = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(args, config),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
     for chunk in chunks:
         chunk.train()
         _fill(chunk, rounding)
@@ -273,7 +275,7 @@ def _gather_distributed_shards(chunk: Any) -> None:
     """With the distributed optimizer a rank holds the reduced gradients of its shard only."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
-    group = mpu.get_data_parallel_group()
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
     for buffer in chunk.buffers:
         for bucket in buffer.buckets:
             shards = list(bucket.grad_data.chunk(group.size()))
@@ -294,12 +296,14 @@ def reference_gradients(
     teacher: str,
     precision: list[str],
     resize: str,
+    context_parallel: int,
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
 
     Keys are `("lm" | "part", global name)`. With --calculate-per-token-loss: both sums over all
     micro-batches, divided by all tokens. `flags` are the student's shape, `precision` the flag of
-    the layout's, to whose values the weights are rounded.
+    the layout's, to whose values the weights are rounded. Under context parallelism Megatron takes
+    the mean of each rank's part of a micro-batch for itself.
     """
     rounding = _precision(precision)
     student = build_student(flags, global_batch, rounding)
@@ -322,18 +326,20 @@ def reference_gradients(
         losses = module(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
         )
-        lm_sum = (losses * batch["loss_mask"]).sum()
         target, hidden = _teacher_states(base, batch["tokens"], index, documents), states.pop()
         if resize == "linear":
             resized = target @ parameters[name].T
         else:
             resized = interpolate(target, hidden.size(-1))
         aligned = 1 - F.cosine_similarity(hidden, resized, dim=-1)
-        let_sum = (aligned * batch["loss_mask"].transpose(0, 1)).sum()
-        per_token = "--calculate-per-token-loss" in flags
-        tokens = all_tokens if per_token else batch["loss_mask"].sum() * len(batches)
-        lm_total = lm_total + lm_sum / tokens
-        let_total = let_total + weight * let_sum / tokens
+        for own in parts_of_a_sequence(context_parallel):
+            mask = batch["loss_mask"][:, own]
+            means = len(batches) * context_parallel
+            per_token = "--calculate-per-token-loss" in flags
+            tokens = all_tokens if per_token else mask.sum() * means
+            lm_total = lm_total + (losses[:, own] * mask).sum() / tokens
+            let_sum = (aligned.transpose(0, 1)[:, own] * mask).sum()
+            let_total = let_total + weight * let_sum / tokens
     gradients: Gradients = {}
     for part, loss in (("lm", lm_total), ("part", let_total)):
         values = torch.autograd.grad(
@@ -343,6 +349,13 @@ def reference_gradients(
             value = torch.zeros_like(parameter) if value is None else value
             gradients[part, name] = value.numpy()
     return gradients
+
+
+def parts_of_a_sequence(ranks: int) -> list[list[int]]:
+    """The positions of each context-parallel rank, one chunk from each end."""
+    size = SEQ // (2 * ranks)
+    chunks = [list(range(i * size, (i + 1) * size)) for i in range(2 * ranks)]
+    return [chunks[rank] + chunks[2 * ranks - 1 - rank] for rank in range(ranks)]
 
 
 def _teacher_states(

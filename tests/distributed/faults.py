@@ -131,6 +131,35 @@ def _rows_of_another_rank(method: Any, chunks: list[Any]) -> None:
     method.teacher_states = lambda *batches: [states.roll(1, dims=1) for states in right(*batches)]
 
 
+def _tokens_of_the_whole_sequence(method: Any, chunks: list[Any]) -> None:
+    """Divide by the micro-batch's tokens on all context-parallel ranks, not by this rank's."""
+    signal = method.signals[0]
+    right = signal._loss_scale
+
+    def whole(num_tokens: torch.Tensor) -> torch.Tensor:
+        everyones = num_tokens.clone()
+        torch.distributed.all_reduce(everyones, group=mpu.get_context_parallel_group())
+        return right(everyones)
+
+    signal._loss_scale = whole
+
+
+def _contiguous_context_slices(method: Any, chunks: list[Any]) -> None:
+    """Cut the sequence into contiguous parts, where Megatron pairs chunks of both ends."""
+    rank, ranks = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+    right = method.teacher_states
+
+    def cut(batches: list[Any], sliced: bool) -> list[torch.Tensor]:
+        states = torch.stack(right(batches, sliced))
+        parts = [torch.empty_like(states) for _ in range(ranks)]
+        torch.distributed.all_gather(parts, states, group=mpu.get_context_parallel_group())
+        ends = [part.chunk(2, dim=1) for part in parts]
+        whole = [ends[i][0] for i in range(ranks)] + [ends[i][1] for i in reversed(range(ranks))]
+        return list(torch.cat(whole, dim=1).chunk(ranks, dim=1)[rank].contiguous())
+
+    method.teacher_states = cut
+
+
 def _documents_ignored(method: Any, chunks: list[Any]) -> None:
     """The teacher reads a row as one document where the student keeps two apart."""
     method._rows = lambda batches: {"tokens": torch.cat([batch["tokens"] for batch in batches])}
@@ -157,6 +186,9 @@ DISTILLATION_FAULTS: dict[str, Fault] = {
 FAULTS: dict[str, Fault] = {
     "micro_batch_factor": _scaled(lambda: float(get_num_microbatches())),
     "tensor_parallel_factor": _scaled(lambda: 1 / mpu.get_tensor_model_parallel_world_size()),
+    "context_parallel_factor": _scaled(lambda: 1 / mpu.get_context_parallel_world_size()),
+    "tokens_of_the_whole_sequence": _tokens_of_the_whole_sequence,
+    "contiguous_context_slices": _contiguous_context_slices,
     "mean_over_the_slice": _mean_over_the_slice,
     "unmarked_norm": _unmarked_norm,
     "counted_twice": _counted_twice,

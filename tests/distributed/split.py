@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
-from megatron_let.teacher.split import states_SBD
+from megatron_let.teacher.split import needed_positions, states_SBD
 from megatron_let.teacher.stage import Rows, Teacher
 
 
@@ -17,15 +17,17 @@ class _CountingTeacher(Teacher):
 
 
 def own_states(
-    folder: str, rows: int, sequence_parallel: bool, dtype: str
+    folder: str, rows: int, context_parallel: int, sequence_parallel: bool, dtype: str
 ) -> tuple[np.ndarray, int]:
-    """This rank's states of some rows of 8 tokens, and how many rows it ran the teacher on."""
+    """This rank's states of some rows of 16 tokens, and how many rows it ran the teacher on."""
     config = read_teacher_config(folder)
     model = load_causal_lm(config, getattr(torch, dtype), torch.device("cpu"))
     teacher = _CountingTeacher(model, config.context)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (rows, 8), generator=generator)
+    tokens = torch.randint(0, config.vocab_size, (rows, 16), generator=generator)
     group = torch.distributed.group.WORLD
-    states = states_SBD(teacher, {"tokens": tokens}, group, sequence_parallel)
+    tensor_parallel = group.size() // context_parallel
+    needed = needed_positions(16, tensor_parallel, context_parallel, sequence_parallel)
+    states = states_SBD(teacher, {"tokens": tokens}, group, needed)
     assert states.is_contiguous()
     return states.float().numpy(), teacher.rows_run

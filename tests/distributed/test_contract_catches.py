@@ -7,6 +7,7 @@ from megatron_let.testing import run_distributed
 PART_TOLERANCE, TOTAL_TOLERANCE = 1e-3, 1e-5
 
 TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel"
+CP2 = "--context-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 PP2_FULL = f"{PP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -25,6 +26,9 @@ CASES = {
     "no_loss_mask": (2, PP2, 2, 8),
     "view_from_the_last_layer": (2, PP2, 2, 8),
     "rows_of_another_rank": (2, TP2_SP, 2, 8),
+    "context_parallel_factor": (2, CP2, 2, 8),
+    "tokens_of_the_whole_sequence": (2, CP2, 2, 8),
+    "contiguous_context_slices": (2, CP2, 2, 8),
     "documents_ignored": (1, "--reset-position-ids --reset-attention-mask", 2, 8),
 }
 # These do not get as far as a wrong gradient: replicas disagree, or Megatron stops.
