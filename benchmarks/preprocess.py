@@ -313,7 +313,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
-    parser.add_argument("--megabytes", type=int, default=200, help="of text (default 200)")
+    parser.add_argument("--megabytes", type=int, default=400, help="of text (default 400)")
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

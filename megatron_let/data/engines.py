@@ -5,13 +5,17 @@ Both give what Megatron's `tokenize` gives for one text at a time. The library d
 while it runs.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from megatron_let.data.characters import cut_differently, pattern_of, remembered, revealing
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "gigatoken", "tokenizers")
 """`tokenizers` stands for the tokenizer's own library; `auto` tries gigatoken and falls back."""
 
-_CACHE_GROWTH_BYTES = 512 * 1024**2
+_CACHE_GROWTH_BYTES = 128 * 1024**2
 """What gigatoken's table of words seen may take before it starts anew."""
 
 
@@ -95,6 +99,9 @@ def _fast_backend(tokenizer: "MegatronTokenizerText") -> Any:
 class Gigatoken:
     """gigatoken, on one thread: preprocessing spreads over processes.
 
+    Texts with a character that it cuts differently from the tokenizer's own library, because its
+    Unicode tables are newer, go to the library.
+
     Raises:
         Unsuited: it is not installed, or does not know this kind of tokenizer.
     """
@@ -103,15 +110,27 @@ class Gigatoken:
 
     def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
         self._load = _gigatoken_loader(tokenizer)
+        self._library = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
         try:
             self._tokenizer = self._load()
         except Exception as error:  # its binding raises several kinds
             raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
         self._memory_at_start: int | None = None
+        self._unsafe = _unsafe_characters(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Tokens of all texts, in order."""
+        unsafe = [index for index, text in enumerate(texts) if self._is_unsafe(text)]
+        if not unsafe:
+            return self._encode(texts)
+        tokens = self._encode(["" if i in set(unsafe) else text for i, text in enumerate(texts)])
+        return _replaced(tokens, unsafe, self._library.encode([texts[i] for i in unsafe]))
+
+    def _is_unsafe(self, text: str) -> bool:
+        return self._unsafe is not None and not text.isascii() and bool(self._unsafe.search(text))
+
+    def _encode(self, texts: Sequence[str]) -> Tokens:
         self._bound_memory()
         rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(rows.offsets.data)
@@ -147,6 +166,25 @@ def _gigatoken_loader(tokenizer: "MegatronTokenizerText") -> Callable[[], Any]:
     return partial(gigatoken.Tokenizer.from_json, backend.to_str())
 
 
+def _unsafe_characters(tokenizer: "MegatronTokenizerText") -> re.Pattern[str] | None:
+    import tokenizers
+
+    source = revealing(_fast_backend(tokenizer).to_str())
+    key = f"{tokenizers.__version__} {version('gigatoken')} {source}"
+    return pattern_of(remembered(key, lambda: _compare_characters(source)))
+
+
+def _compare_characters(source: str) -> list[int]:
+    import gigatoken
+    from tokenizers import Tokenizer
+
+    library, other = Tokenizer.from_str(source), gigatoken.Tokenizer.from_json(source)
+    return cut_differently(
+        lambda texts: [r.ids for r in library.encode_batch_fast(texts, add_special_tokens=False)],
+        lambda texts: other.encode_batch_list(texts, parallel=False),
+    )
+
+
 def _added_around(tokenizer: "MegatronTokenizerText") -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and behind a text, such as BOS."""
     backend = _fast_backend(tokenizer)
@@ -180,6 +218,16 @@ def _around(tokens: Tokens, prefix: list[int], suffix: list[int], where: np.ndar
             is_text[places + offset] = False
     ids[is_text] = tokens.ids
     return Tokens(ids, lengths)
+
+
+def _replaced(tokens: Tokens, places: list[int], others: Tokens) -> Tokens:
+    """The tokens with those of the texts at `places` taken from `others`."""
+    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
+    lengths = tokens.lengths.copy()
+    for which, place in enumerate(places):
+        rows[place] = others.of(which)
+        lengths[place] = len(rows[place])
+    return Tokens(np.concatenate(rows), lengths)
 
 
 def _resident_bytes() -> int:

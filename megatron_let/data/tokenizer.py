@@ -1,8 +1,9 @@
 """Megatron's tokenizers, as its own flags describe them, for preprocessing."""
 
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -15,6 +16,9 @@ TOKENIZER_TYPES = (
     "Llama2Tokenizer",
     "TikTokenizer",
 )
+
+
+GPT2_END_OF_DOCUMENT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +46,7 @@ def load_tokenizer(config: TokenizerConfig) -> "MegatronTokenizerText":
         ValueError: it cannot be loaded.
     """
     _check(config)
-    # Imported here because it takes seconds, which a mistyped argument should not cost.
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    build_tokenizer = _megatrons_builder()
 
     flags = Namespace(
         **{field.name: getattr(config, field.name) for field in fields(TokenizerConfig)}
@@ -53,10 +56,47 @@ def load_tokenizer(config: TokenizerConfig) -> "MegatronTokenizerText":
     flags.chat_template = flags.metadata_path = None
     flags.pad_vocab_size = False
     try:
+        if config.tokenizer_type == "GPT2BPETokenizer":
+            return _from_gpt2_files(flags, build_tokenizer)
         return build_tokenizer(flags)
     except Exception as error:  # each library has its own kinds
         name = config.tokenizer_model or config.vocab_file
         raise ValueError(f"the tokenizer {name} cannot be loaded: {error}") from error
+
+
+def _megatrons_builder() -> Any:
+    """Megatron's `build_tokenizer`, imported here since it takes seconds.
+
+    A third of them would go into `torch.compile`, which kernels call while they are imported and
+    text does not need.
+    """
+    import torch
+
+    right = torch.compile
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore
+    try:
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    finally:
+        torch.compile = right
+    return build_tokenizer
+
+
+def _from_gpt2_files(flags: Namespace, build_tokenizer: Any) -> "MegatronTokenizerText":
+    """GPT-2's tokenizer from its two files alone; Megatron's also asks the hub for a `gpt2`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE.from_file(flags.vocab_file, flags.merge_file))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    with tempfile.TemporaryDirectory() as folder:
+        end = GPT2_END_OF_DOCUMENT
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
+        ).save_pretrained(folder)
+        flags.tokenizer_type, flags.tokenizer_model = "HuggingFaceTokenizer", folder
+        flags.vocab_file = flags.merge_file = None
+        return build_tokenizer(flags)
 
 
 def _check(config: TokenizerConfig) -> None:

@@ -105,8 +105,14 @@ class Workplace:
     def publish(self, state: State) -> None:
         """Move what is complete to its final places, then remove the folder."""
         for name, target in state.moves.items():
-            if (self.folder / name).exists():  # else an interrupted call moved it
-                os.rename(self.folder / name, target)
+            if not (self.folder / name).exists():  # an interrupted call moved it
+                continue
+            if os.path.exists(target):
+                raise ValueError(
+                    f"output {target} exists already and is not overwritten; move it away and call "
+                    "again"
+                )
+            os.rename(self.folder / name, target)
         shutil.rmtree(self.folder)
 
     def close(self, keep: bool) -> None:

@@ -162,6 +162,29 @@ def test_gigatoken_is_the_library(family) -> None:
     assert different == []
 
 
+def test_texts_with_new_characters_go_to_the_library(tmp_path: Path) -> None:
+    """U+A7CF is a letter since Unicode 17: gigatoken knows, the tokenizers library does not yet."""
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
+    engine, library = Gigatoken(tokenizer), Library(tokenizer)
+    texts = ["plain", 'a "\ua7cf", b', "", "\ua7cfa\ua7cf", "Gr\u00fc\u00dfe"]
+    assert [engine._is_unsafe(text) for text in texts] == [False, True, False, True, False]
+    assert rows(engine.encode(texts)) == rows(library.encode(texts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama3"], indirect=True)
+def test_no_other_character_is_cut_differently(family) -> None:
+    """Every character in more contexts than a start looks at."""
+    _, tokenizer = family
+    engine, library = Gigatoken(tokenizer), Library(tokenizer)
+    points = [chr(p) for p in range(0x80, 0x110000) if not 0xD800 <= p < 0xE000]
+    texts = [
+        "".join(f"a{c}a1{c}1 {c} {c}{c}\n{c}\n'{c}'s{c}\u0301{c}\t" for c in points[i : i + 32])
+        for i in range(0, len(points), 32)
+    ]
+    assert np.array_equal(engine.encode(texts).ids, library.encode(texts).ids)
+
+
 def test_auto_says_why_it_falls_back(family) -> None:
     name, tokenizer = family
     said: list[str] = []

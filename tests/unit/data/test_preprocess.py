@@ -1,28 +1,39 @@
 """The preprocessing tool writes what Megatron's own would, or says what is wrong and nothing."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow
 import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import megatron_let
+from megatron_let.data import sources
+from megatron_let.data.engines import Gigatoken, Tokens
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 EOD = "<|endoftext|>"
+GOLDEN = [
+    "0083d4886d2136cd5589849ba951d5d9ebaf99b17b335c0fe9378a8ef09718e7",
+    "014cdbea818f47536c2ede674f686d79e8832fa289ab420de832510b5e359dd6",
+]
+"""SHA-256 of .bin and .idx that Megatron-LM v0.19's tools/preprocess_data.py --append-eod wrote."""
 WORDS = "the quick brown fox jumps over a lazy dog while it rains in Spain".split()
 
 
@@ -180,6 +191,132 @@ def test_compressed_files_give_the_same_pair(tmp_path: Path, config: dict[str, o
     config |= {"input": (str(tmp_path / "in.jsonl.zst"),), "output_prefix": str(tmp_path / "zst")}
     (compressed,) = preprocess(PreprocessConfig(**config))
     assert dataset_bytes(compressed) == dataset_bytes(plain)
+
+
+def write_as(folder: Path, form: str) -> str:
+    """The records of in.jsonl in another form."""
+    content = (folder / "in.jsonl").read_bytes()
+    path = folder / f"same.{form}"
+    if form == "jsonl.gz":  # two members, as `cat a.gz b.gz` leaves them
+        path.write_bytes(gzip.compress(content[:700]) + gzip.compress(content[700:]))
+    elif form == "parquet":
+        rows = [json.loads(line) for line in content.splitlines()]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=300)
+    else:
+        path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl.gz", "parquet"])
+def test_other_forms_give_the_same_pair(
+    tmp_path: Path, config: dict[str, object], form: str
+) -> None:
+    config["input"] = (write_jsonl(tmp_path / "in.jsonl", make_records(1500)),)
+    (plain,) = preprocess(PreprocessConfig(**config))
+    config |= {"input": (write_as(tmp_path, form),), "output_prefix": str(tmp_path / "other")}
+    (other,) = preprocess(PreprocessConfig(**config, workers=2))
+    assert dataset_bytes(other) == dataset_bytes(plain)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path, config: dict[str, object]) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = ["one\ntwo\n", "", "three"]
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    config |= {"input": (str(folder),)}
+    (prefix,) = preprocess(PreprocessConfig(**config))
+    expected = megatron_bytes(
+        tmp_path, str(config["tokenizer_model"]), ["one\ntwo\n", "three"], False
+    )
+    assert dataset_bytes(prefix) == expected  # an empty file holds no document
+
+
+def test_numbers_that_json_does_not_know_are_read(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    """Python's json writes NaN, and Megatron's tool reads it."""
+    (tmp_path / "in.jsonl").write_text(
+        '{"text": "a", "score": NaN}\n{"text": "b", "x": Infinity}\n'
+    )
+    (prefix,) = preprocess(PreprocessConfig(**config))
+    assert len(IndexedDataset(prefix)) == 2
+
+
+@pytest.mark.parametrize("document, fraction", [(30, 0.0), (450, 1.0)])
+def test_an_engine_that_differs_is_found_out(
+    tmp_path: Path,
+    config: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    document: int,
+    fraction: float,
+) -> None:
+    """Among the first hundred, or with that part of the others looked at."""
+    records = make_records(500)
+    records[document]["text"] = "fox Spain fox"
+    config["input"] = (write_jsonl(tmp_path / "in.jsonl", records),)
+    right = Gigatoken.encode
+
+    def wrong(self: Gigatoken, texts: list[str]) -> Tokens:
+        tokens = right(self, texts)
+        ids = tokens.ids.copy()
+        for index in (i for i, text in enumerate(texts) if text == "fox Spain fox"):
+            ids[int(tokens.lengths[:index].sum())] += 1
+        return Tokens(ids, tokens.lengths)
+
+    monkeypatch.setattr(Gigatoken, "encode", wrong)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 2000)
+    fault = f"gigatoken gives other tokens than the tokenizer's own library for .*:{document + 1} "
+    with pytest.raises(ValueError, match=fault):
+        preprocess(PreprocessConfig(**config, engine="gigatoken", verify_fraction=fraction))
+    assert not list(tmp_path.glob("out*"))
+    (prefix,) = preprocess(PreprocessConfig(**config, verify_fraction=fraction))
+    assert re.search(fault + ".*starting over", capsys.readouterr().err)
+    assert json.loads(Path(f"{prefix}.json").read_text())["engine"] == "tokenizers"
+    texts = [str(record["text"]) for record in records]
+    expected = megatron_bytes(tmp_path, str(config["tokenizer_model"]), texts, False)
+    assert dataset_bytes(prefix) == expected
+
+
+def test_gpt2_files_are_that_tokenizer(tmp_path: Path, config: dict[str, object]) -> None:
+    folder = Path(str(config["tokenizer_model"]))
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (expected,) = preprocess(PreprocessConfig(**config, append_eod=True))
+    config |= {"tokenizer_model": None, "tokenizer_type": "GPT2BPETokenizer"}
+    config |= {"output_prefix": str(tmp_path / "gpt2"), "append_eod": True}
+    config |= {"vocab_file": str(tmp_path / "vocab.json")}
+    config |= {"merge_file": str(tmp_path / "merges.txt")}
+    (prefix,) = preprocess(PreprocessConfig(**config))
+    assert dataset_bytes(prefix) == dataset_bytes(expected)
+
+
+def golden_input(folder: Path) -> dict[str, object]:
+    """Unicode, empty, very long and one-token documents, and a tokenizer that no trainer made."""
+    texts = ["", "a", "Sch\u00f6ne \u4f60\u597d \U0001f98a", EOD, "x " * 20_000, "the quick fox"]
+    source = write_jsonl(folder / "in.jsonl", [{"text": text} for text in texts])
+    merges = [("t", "h"), ("th", "e"), ("q", "u"), ("x", "\u0120"), ("\u0120", "f")]
+    tokens = [EOD, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOD)
+    fast.save_pretrained(folder / "golden")
+    return {"input": (source,), "tokenizer_model": str(folder / "golden")}
+
+
+def test_golden_bytes(tmp_path: Path, config: dict[str, object]) -> None:
+    """The pair of Megatron-LM v0.19's tool on these documents, by its hash."""
+    config |= golden_input(tmp_path)
+    for engine in ("gigatoken", "tokenizers"):
+        config |= {"engine": engine, "output_prefix": str(tmp_path / engine), "append_eod": True}
+        (prefix,) = preprocess(PreprocessConfig(**config))
+        digests = [hashlib.sha256(part).hexdigest() for part in dataset_bytes(prefix)]
+        assert digests == GOLDEN
 
 
 def test_several_inputs_follow_each_other(tmp_path: Path, config: dict[str, object]) -> None:
