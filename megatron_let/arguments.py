@@ -80,8 +80,9 @@ class LetArguments:
     """Course of the weight: linear or cosine to zero at the stop step, step: full weight until
     there, constant: full weight during the whole run."""
 
-    let_loss: Literal["cosine"] = "cosine"
-    """Loss between student and teacher states of a token: cosine is 1 - cos."""
+    let_loss: Literal["cosine", "logsum"] = "cosine"
+    """Loss between student and teacher states: cosine is 1 - cos of each token; logsum, a variant
+    of ours, is log(sum of (c - 1)^4), c the correlation of a feature over the micro-batch."""
 
     let_resize: Literal["interpolate", "linear"] = "interpolate"
     """How states of another width are brought to one width: interpolate along the features

@@ -7,12 +7,13 @@ gradient is computed at once, so that neither teacher states nor a graph wait fo
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from megatron_let.alignment.losses import Loss
 from megatron_let.alignment.resize import Resize
 
 
@@ -27,6 +28,8 @@ class Target:
     scale: torch.Tensor | None
     """Factor of the summed loss: weight x loss scale / (tokens x micro-batches); None: the loss is
     recorded, and nothing is added."""
+    group: Any = None
+    """The ranks among which the sequence is cut; None if it lies here whole."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Alignment:
     out, which holds for every schedule of Megatron within one model chunk.
     """
 
-    def __init__(self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, loss: Loss) -> None:
         self.loss = loss
         self.record = Record()
         self._targets: deque[Target] = deque()
@@ -127,8 +130,8 @@ class Alignment:
         weights: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
         leaf = activation_SBH.detach().requires_grad_()
-        loss_SB = self.loss(*resize(leaf, target.states_SBT))
-        total = (loss_SB * target.mask_SB).sum()
+        student_SBH, teacher_SBH = resize(leaf, target.states_SBT)
+        total = self.loss(student_SBH, teacher_SBH, target.mask_SB, target.group)
         self.record.micro_batches += 1
         self.record.add(loss=total, tokens=target.mask_SB.sum())
         scale = 0.0 if target.scale is None else target.scale

@@ -62,6 +62,11 @@ class Let(Signal):
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
         _resolve_teacher_layer(args, teacher.num_layers)
+        if args.let_loss == "logsum" and args.context_parallel_size > 1:
+            raise UsageError(
+                f"--let-loss logsum with --context-parallel-size {args.context_parallel_size} is "
+                "not supported: its correlations are over whole rows. Use --let-loss cosine."
+            )
         self.alignment = Alignment(LOSSES[args.let_loss])
         self._transformer: TransformerConfig
 
@@ -129,10 +134,12 @@ class Let(Signal):
         for batch, states_SBT in zip(batches, states_SBD, strict=True):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
             scale = self.weight * self._loss_scale(mask_SB.sum())
+            group = None
             if self.slices_sequence():
-                mask_SB = own_slice(mask_SB, mpu.get_tensor_model_parallel_group())
+                group = mpu.get_tensor_model_parallel_group()
+                mask_SB = own_slice(mask_SB, group)
             self.alignment.push(
-                Target(states_SBT, mask_SB, scale=None if self.is_control else scale)
+                Target(states_SBT, mask_SB, None if self.is_control else scale, group)
             )
 
     @property
@@ -169,8 +176,9 @@ class Let(Signal):
     def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The mean loss, its weight, and the gradients' ratio."""
         loss, tokens, lm_square, let_square = sums
+        name = "let loss" if self.args.let_loss == "cosine" else f"let {self.args.let_loss} loss"
         return {
-            "let loss": loss / tokens.clamp(min=1),
+            name: loss / tokens.clamp(min=1),
             "let weight": torch.full_like(loss, 0.0 if self.is_control else self.weight),
             "let gradient ratio": (let_square / lm_square.clamp(min=1e-30)).sqrt(),
         }

@@ -103,13 +103,19 @@ def contract(teacher: str) -> Check:
     references: dict[tuple[object, ...], Gradients] = {}
 
     def reference(
-        layer: int, batch: int, shape: list[str], precision: list[str], resize: str, cp: int
+        layer: int,
+        batch: int,
+        shape: list[str],
+        precision: list[str],
+        resize: str,
+        loss: str,
+        cp: int,
     ) -> Gradients:
-        key = (layer, batch, *shape, *precision, resize, cp)
+        key = (layer, batch, *shape, *precision, resize, loss, cp)
         if key not in references:
             [references[key]] = run_distributed(
                 "tests.distributed.contract:reference_gradients",
-                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize, cp),
+                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize, loss, cp),
             )
         return references[key]
 
@@ -128,6 +134,7 @@ def contract(teacher: str) -> Check:
         resize = "linear" if "--let-resize linear" in flags else "interpolate"
         cp = 2 if "--context-parallel-size 2" in flags else 1
         shape = shape_flags(words)
-        return agreement(actual, reference(layer, batch, shape, precision, resize, cp))
+        loss = "logsum" if "--let-loss logsum" in flags else "cosine"
+        return agreement(actual, reference(layer, batch, shape, precision, resize, loss, cp))
 
     return check

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_let.alignment.attach import Alignment, Target
-from megatron_let.alignment.losses import cosine
+from megatron_let.alignment.losses import cosine_sum
 from megatron_let.alignment.resize import Resize, ResizeConfig, interpolate
 
 S, B, H, T = 5, 2, 8, 12
@@ -27,6 +27,10 @@ def make_resize(kind="interpolate", side="teacher"):
 def exact_cosine(student_SBH, teacher_SBH):
     """The loss in float64; the library's own is float32."""
     return 1 - F.cosine_similarity(student_SBH, teacher_SBH, dim=-1)
+
+
+def exact_sum(student_SBH, teacher_SBH, mask_SB, group):
+    return (exact_cosine(student_SBH, teacher_SBH) * mask_SB).sum()
 
 
 def make_target(seed=10, scale=3.0):
@@ -88,7 +92,7 @@ def assert_equal(actual, expected):
 
 
 def make_alignment(*targets):
-    alignment = Alignment(exact_cosine)
+    alignment = Alignment(exact_sum)
     for target in targets:
         alignment.push(target)
     return alignment
@@ -139,7 +143,7 @@ def test_values_are_unchanged_bit_for_bit():
     x_SBH = randn(2, S, B, H).float().requires_grad_()
     target = make_target()
     target.states_SBT = target.states_SBT.float()
-    alignment = Alignment(cosine)
+    alignment = Alignment(cosine_sum)
     alignment.push(target)
     assert torch.equal(alignment.attach(x_SBH, make_resize().float()), x_SBH)
 
