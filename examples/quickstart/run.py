@@ -73,7 +73,7 @@ FULL = Recipe(
         "pass": Model(layers=2, hidden=128, heads=4, ffn=344, steps=350, lr=4e-3),
     },
     let_flags="--let-layer 2 --let-weight 10 --let-decay linear --let-stop-step 300",
-    kd_flags="--kd-weight 0.9 --kd-stop-step 300",
+    kd_flags="--kd-weight 1 --kd-stop-step 300",
 )
 # A smoke of the same path: too short for a result.
 FAST = Recipe(

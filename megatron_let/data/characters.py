@@ -8,9 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 # The planes with characters; the others are empty or private, alike in all versions.
 _CODE_POINTS = [
@@ -46,9 +47,24 @@ def revealing(source: str) -> str:
     return json.dumps(tokenizer)
 
 
-def pattern_of(points: Sequence[int]) -> re.Pattern[str] | None:
-    """What finds one of the characters in a text; None for no characters."""
-    return re.compile("[" + "".join(map(chr, points)) + "]") if points else None
+class Characters:
+    """A set of characters that is looked for in a text at some hundred megabytes a second.
+
+    A regular expression takes a thousand times as long: characters beyond U+FFFF are compared one
+    by one.
+    """
+
+    def __init__(self, points: Sequence[int]) -> None:
+        self._is_in = np.zeros(0x110000, bool)
+        self._is_in[list(points)] = True
+
+    def occur_in(self, text: str) -> bool:
+        """Whether one of them does."""
+        return not text.isascii() and bool(self._is_in[_code_points(text)].any())
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def remembered(key: str, compute: Callable[[], list[int]]) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_let.data.documents import Documents, Skipped, parse
 from megatron_let.data.engines import Engine, Library, Tokens, with_end
+from megatron_let.data.indexed import MAX_LENGTH
 from megatron_let.data.sources import Block, Position
 
 VERIFIED_FIRST = 100
@@ -82,6 +83,12 @@ class BlockEncoder:
         if self.engine.name != self.library.name:
             self._verify(tokens, key, block, documents)
         tokens = with_end(tokens, self.eod, self.dtype)
+        if tokens.lengths.max(initial=0) > MAX_LENGTH:
+            record = documents.records[int(tokens.lengths.argmax())]
+            raise ValueError(
+                f"{block.path}:{record}: a document of more than the {MAX_LENGTH} tokens that "
+                "Megatron's index can hold; split it"
+            )
         groups, sizes = np.array(documents.groups), np.array(documents.text_bytes[key], np.int64)
         for group in dict.fromkeys(documents.groups):
             chosen = groups == group

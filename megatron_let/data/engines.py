@@ -5,7 +5,6 @@ Both give what Megatron's `tokenize` gives for one text at a time. The library d
 while it runs.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_let.data.characters import cut_differently, pattern_of, remembered, revealing
+from megatron_let.data.characters import Characters, cut_differently, remembered, revealing
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -117,18 +116,18 @@ class Gigatoken:
         except Exception as error:  # its binding raises several kinds
             raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
         self._memory_at_start: int | None = None
-        self._unsafe = _unsafe_characters(tokenizer)
+        self._unsafe = Characters(_unsafe_characters(tokenizer))
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Tokens of all texts, in order."""
-        unsafe = [index for index, text in enumerate(texts) if self._is_unsafe(text)]
+        unsafe = [index for index, text in enumerate(texts) if self._unsafe.occur_in(text)]
         if not unsafe:
             return self._encode(texts)
-        tokens = self._encode(["" if i in set(unsafe) else text for i, text in enumerate(texts)])
-        return _replaced(tokens, unsafe, self._library.encode([texts[i] for i in unsafe]))
-
-    def _is_unsafe(self, text: str) -> bool:
-        return self._unsafe is not None and not text.isascii() and bool(self._unsafe.search(text))
+        kept = list(texts)
+        for index in unsafe:
+            kept[index] = ""
+        others = self._library.encode([texts[index] for index in unsafe])
+        return _replaced(self._encode(kept), unsafe, others)
 
     def _encode(self, texts: Sequence[str]) -> Tokens:
         self._bound_memory()
@@ -166,12 +165,12 @@ def _gigatoken_loader(tokenizer: "MegatronTokenizerText") -> Callable[[], Any]:
     return partial(gigatoken.Tokenizer.from_json, backend.to_str())
 
 
-def _unsafe_characters(tokenizer: "MegatronTokenizerText") -> re.Pattern[str] | None:
+def _unsafe_characters(tokenizer: "MegatronTokenizerText") -> list[int]:
     import tokenizers
 
     source = revealing(_fast_backend(tokenizer).to_str())
     key = f"{tokenizers.__version__} {version('gigatoken')} {source}"
-    return pattern_of(remembered(key, lambda: _compare_characters(source)))
+    return remembered(key, lambda: _compare_characters(source))
 
 
 def _compare_characters(source: str) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _LENGTH = np.dtype("<i4")
+MAX_LENGTH = np.iinfo(_LENGTH).max
 _CHUNK = 1 << 20
 """Documents in memory at once while the index is made."""
 
@@ -31,9 +32,7 @@ class PairWriter:
         self._files = [_open_at(path, committed) for path in pair_files(prefix)]
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents; one of length 0 keeps its place but holds no sequence."""
-        if len(lengths) and int(lengths.max()) > np.iinfo(_LENGTH).max:
-            raise ValueError(f"a document of {int(lengths.max())} tokens: the index holds 2^31 - 1")
+        """Append documents of at most `MAX_LENGTH` tokens; an empty one holds no sequence."""
         tokens, sizes = self._files
         tokens.write(ids.tobytes())
         sizes.write(lengths.astype(_LENGTH).tobytes())

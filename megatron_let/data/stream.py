@@ -76,9 +76,10 @@ class Stream:
             yield from file.blocks(here)
 
     def _write(self, encoded: EncodedBlock) -> None:
-        for part in encoded.parts:
+        # All names first: what they can raise must not leave half a block behind.
+        names = [self._dataset(part.group, part.key) for part in encoded.parts]
+        for name, part in zip(names, encoded.parts, strict=True):
             lengths = part.tokens.lengths
-            name = self._dataset(part.group, part.key)
             self._writers[name].add(part.tokens.ids, lengths)
             counts = {
                 "documents": len(lengths),

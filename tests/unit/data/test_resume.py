@@ -145,6 +145,27 @@ def test_resumed_with_skip_behind_a_bad_record(tmp_path: Path, config: dict[str,
     assert len(prefixes) == 6
 
 
+def test_a_name_that_clashes_leaves_no_half_block(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    """The call that follows must not write the block's first documents twice."""
+    (tmp_path / "out").mkdir()
+    lines = [
+        {"text": f"fox {n}", "title": "x", "meta": {"pile_set_name": "a b"}} for n in range(400)
+    ]
+    lines[-1]["meta"] = {"pile_set_name": "a-b"}
+    source = tmp_path / "clash.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config["input"] = (str(source),)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="would share the name"):
+            preprocess(PreprocessConfig(**config))
+        state = json.loads((tmp_path / "out" / "pile.partial" / "state.json").read_text())
+        done = state["counts"]["a-b_text_document"]["documents"]
+        assert done == state["position"]["records"] < 400
+        assert state["sizes"]["a-b_text_document"][".lengths"] == 4 * done
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -1,0 +1,34 @@
+"""The benchmarks run in their short form, which has no targets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *flags: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--fast", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_teacher_cost() -> None:
+    said = run("teacher_cost.py", "--pairs", "3")
+    assert said.count("0 teacher calls") == 3 and "a smoke, no targets" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preprocess() -> None:
+    """Identical pairs of both engines, and of Megatron-LM where a checkout is at hand."""
+    checkout = os.environ.get("MEGATRON_LM_PATH")
+    said = run("preprocess.py", *(["--megatron-lm", checkout] if checkout else []))
+    assert said.count("identical, sha256") == 2
+    assert ("theirs_text_document.bin" in said) == bool(checkout)
