@@ -296,8 +296,8 @@ def reference_gradients(
     teacher: str,
     precision: list[str],
     resize: str,
-    loss: str,
-    context_parallel: int,
+    loss: str = "cosine",
+    context_parallel: int = 1,
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
 
