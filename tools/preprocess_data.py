@@ -89,7 +89,6 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     group.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    group.add_argument("--vocab-size", type=int, help="of TikTokenizer")
     group.add_argument("--tokenizer-special-tokens", nargs="+", dest="special_tokens")
     group.add_argument("--tokenizer-hf-no-use-fast", action="store_true")
     group.add_argument(
@@ -98,8 +97,6 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         help="leave out what the tokenizer adds around a text, such as BOS",
     )
     group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true")
-    group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])
-    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with a tokenizer"
     )

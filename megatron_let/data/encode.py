@@ -49,11 +49,11 @@ class BlockEncoder:
 
     Raises:
         ValueError: a record is no document, and `on_error` is "stop".
-        EngineDiffers: `library` disagrees with `engine` on a document.
+        EngineDiffers: `reference` disagrees with `engine` on a document.
     """
 
     engine: Engine
-    library: Library
+    reference: Library
     """What `engine` is compared with."""
     verify_fraction: float
     """Of the documents behind the first ones, the part that is compared."""
@@ -80,7 +80,7 @@ class BlockEncoder:
 
     def _parts(self, key: str, block: Block, documents: Documents) -> Iterator[Part]:
         tokens = self.engine.encode(documents.texts[key])
-        if self.engine.name != self.library.name:
+        if self.engine.name != self.reference.name:
             self._verify(tokens, key, block, documents)
         tokens = with_end(tokens, self.eod, self.dtype)
         if tokens.lengths.max(initial=0) > MAX_LENGTH:
@@ -106,7 +106,7 @@ class BlockEncoder:
         if block.end.file == 0:
             wanted |= records <= VERIFIED_FIRST
         texts = [documents.texts[key][index] for index in np.flatnonzero(wanted).tolist()]
-        expected = self.library.encode(texts)
+        expected = self.reference.encode(texts)
         for place, index in enumerate(np.flatnonzero(wanted).tolist()):
             if not np.array_equal(expected.of(place), tokens.of(index)):
                 raise EngineDiffers(f"{block.path}:{records[index]} (key {key!r})")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from megatron_let.data.characters import Characters, cut_differently, remembered, revealing
+from megatron_let.data.tokenizer import hugging_face
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -89,10 +90,8 @@ def _library_batch(
 
 def _fast_backend(tokenizer: "MegatronTokenizerText") -> Any:
     """Hugging Face's compiled tokenizer behind Megatron's wrapper, or None."""
-    if tokenizer.library not in ("huggingface", "megatron"):
-        return None
-    hugging_face = tokenizer._tokenizer.tokenizer
-    return hugging_face.backend_tokenizer if hugging_face.is_fast else None
+    inner = hugging_face(tokenizer)
+    return inner.backend_tokenizer if inner is not None and inner.is_fast else None
 
 
 class Gigatoken:
@@ -109,7 +108,7 @@ class Gigatoken:
 
     def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
         self._load = _gigatoken_loader(tokenizer)
-        self._library = Library(tokenizer)
+        self._own_library = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
         try:
             self._tokenizer = self._load()
@@ -126,7 +125,7 @@ class Gigatoken:
         kept = list(texts)
         for index in unsafe:
             kept[index] = ""
-        others = self._library.encode([texts[index] for index in unsafe])
+        others = self._own_library.encode([texts[index] for index in unsafe])
         return _replaced(self._encode(kept), unsafe, others)
 
     def _encode(self, texts: Sequence[str]) -> Tokens:
@@ -161,7 +160,7 @@ def _gigatoken_loader(tokenizer: "MegatronTokenizerText") -> Callable[[], Any]:
     if backend is None:
         # A SentencePiece model it would take, but then reads "</s>" in a text as the end token and
         # normalizes U+0085 and some combined letters differently.
-        raise Unsuited(f"gigatoken does not take a tokenizer of the library {tokenizer.library}")
+        raise Unsuited(f"gigatoken does not take this kind of tokenizer: {tokenizer.path}")
     return partial(gigatoken.Tokenizer.from_json, backend.to_str())
 
 

@@ -196,8 +196,8 @@ def _tokenized(job: "_Job", workplace: Workplace, identity: dict[str, Any]) -> S
         if config.engine == "gigatoken":
             raise ValueError(f"{fault}; use --engine auto or tokenizers") from error
         _tell(f"{fault}: starting over with the library")
-        state = workplace.start(identity, job.library.name)
-        job.stream(job.library, workplace, state).run(config.workers, config.log_interval)
+        state = workplace.start(identity, job.reference.name)
+        job.stream(job.reference, workplace, state).run(config.workers, config.log_interval)
     return state
 
 
@@ -208,7 +208,7 @@ class _Job:
         self, config: PreprocessConfig, paths: list[str], tokenizer: "MegatronTokenizerText"
     ) -> None:
         self.config, self.paths, self.tokenizer = config, paths, tokenizer
-        self.library = Library(tokenizer)
+        self.reference = Library(tokenizer)
         self.dtype = token_dtype(tokenizer)
         name = config.tokenizer_model or str(config.vocab_file)
         self.eod = end_of_document(tokenizer, name) if config.append_eod else None
@@ -219,7 +219,7 @@ class _Job:
         columns = [*config.json_keys, *([GROUP_PARENT] if config.split_by_meta else [])]
         encoder = BlockEncoder(
             engine=engine,
-            library=self.library,
+            reference=self.reference,
             verify_fraction=config.verify_fraction,
             keys=config.json_keys,
             group_key=config.split_by_meta,

@@ -14,10 +14,7 @@ TOKENIZER_TYPES = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
-    "TikTokenizer",
 )
-
-
 GPT2_END_OF_DOCUMENT = "<|endoftext|>"
 
 
@@ -29,13 +26,10 @@ class TokenizerConfig:
     tokenizer_model: str | None = None
     vocab_file: str | None = None
     merge_file: str | None = None
-    vocab_size: int | None = None
     special_tokens: tuple[str, ...] | None = None
     tokenizer_hf_no_use_fast: bool = False
     tokenizer_hf_no_include_special_tokens: bool = False
     tokenizer_sentencepiece_legacy: bool = False
-    tiktoken_pattern: str | None = None
-    tiktoken_num_special_tokens: int = 1000
     trust_remote_code: bool = False
 
 
@@ -130,8 +124,17 @@ def end_of_document(tokenizer: "MegatronTokenizerText", name: str) -> int:
     return int(eod)
 
 
+def hugging_face(tokenizer: "MegatronTokenizerText") -> Any:
+    """The Hugging Face tokenizer behind Megatron's wrapper, or None."""
+    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
+
+    wrapper = tokenizer._tokenizer
+    return wrapper.tokenizer if isinstance(wrapper, HuggingFaceTokenizer) else None
+
+
 def token_ids(tokenizer: "MegatronTokenizerText") -> dict[str, int]:
     """Every token's id: what `tokenizer_fingerprint` identifies a tokenizer by."""
-    if tokenizer.library in ("huggingface", "megatron"):
-        return tokenizer._tokenizer.tokenizer.get_vocab()
+    inner = hugging_face(tokenizer)
+    if inner is not None:
+        return inner.get_vocab()
     return {str(token): index for index, token in enumerate(tokenizer.vocab)}
