@@ -93,6 +93,11 @@ def _refuse_ignored(args: Namespace) -> None:
             f"--rampup-batch-size {given} has no effect in Megatron-Core 0.19. Use "
             "--step-batch-size-schedule, pairs of tokens and batch size such as 0:256,1B:512."
         )
+    if args.openai_gelu:
+        raise UsageError(
+            "--openai-gelu has no effect in Megatron-Core 0.19. Leave it out: with biases GELU is "
+            "computed in that form (tanh), and with --no-bias-gelu-fusion in the exact one."
+        )
 
 
 def _megatron_arguments() -> Namespace:
@@ -151,6 +156,8 @@ def _check_needed(args: Namespace) -> None:
 def _check_data_tokenizer(args: Namespace) -> None:
     """Refuse data that was preprocessed with another tokenizer, where its sidecar tells."""
     ids = {} if "Null" in args.tokenizer_type else token_ids(get_tokenizer())
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        args.tokenizer_fingerprint = tokenizer_fingerprint(ids)  # for who exports the checkpoint
     for prefix in _data_prefixes(args):
         sidecar = Path(f"{prefix}.json")
         if not ids or not sidecar.exists():
@@ -175,9 +182,16 @@ def _is_number(word: str) -> bool:
 
 def model_config(args: Namespace, method: Method) -> Any:
     """Return Megatron's `GPTModelConfig` with what the method changes in it."""
-    config = gpt_config_from_args(args)
+    config = gpt_config(args)
     method.check_tokens(_student_token_ids(args))
     method.configure(config)
+    return config
+
+
+def gpt_config(args: Namespace) -> Any:
+    """Return Megatron's `GPTModelConfig`, with a flag that upstream loses on the way."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
     return config
 
 

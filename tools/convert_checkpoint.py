@@ -1,13 +1,17 @@
-"""Convert checkpoints; `to-hf` writes a run's checkpoint as a Hugging Face folder, on CPU."""
+"""Convert checkpoints between Megatron and Hugging Face, on CPU, a layer at a time."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.conversion.checkpoint import find_checkpoint  # noqa: E402
+from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model  # noqa: E402
 from megatron_let.conversion.to_hf import DTYPES, ExportConfig, export, sample  # noqa: E402
+from megatron_let.conversion.verify import verify  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 
 
@@ -20,39 +24,66 @@ def build_parser() -> argparse.ArgumentParser:
     to_hf = commands.add_parser(
         "to-hf", help="Megatron's torch_dist to a Hugging Face folder", allow_abbrev=False
     )
-    _add_to_hf_flags(to_hf)
+    to_hf.add_argument("--load", type=Path, required=True, metavar="DIR", help="the run's --save")
+    to_hf.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: latest)")
+    to_hf.add_argument(
+        "--tokenizer-model", metavar="FOLDER", help="folder or hub id (default: the run's own)"
+    )
+    to_hf.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
+    )
+    to_hf.add_argument(
+        "--sample", metavar="PROMPT", help="load the result and print how it goes on after this"
+    )
+    from_hf = commands.add_parser(
+        "from-hf", help="a Hugging Face model to Megatron's torch_dist", allow_abbrev=False
+    )
+    from_hf.add_argument("--hf-model", required=True, metavar="FOLDER", help="folder or hub id")
+    from_hf.add_argument("--revision", help="branch, tag or commit on the hub")
+    for command in (to_hf, from_hf):
+        command.add_argument(
+            "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
+        )
+        command.add_argument("--dtype", choices=list(DTYPES), help="default: as saved")
+        command.add_argument(
+            "--verify", action="store_true", help="compare both models' logits on a text"
+        )
     return parser
 
 
-def _add_to_hf_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the run's --save")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: latest)")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
-    )
-    parser.add_argument(
-        "--tokenizer-model", metavar="FOLDER", help="folder or hub id (default: the run's own)"
-    )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as saved")
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--sample", metavar="PROMPT", help="load the result and print how it goes on after this"
-    )
+def to_hf(values: dict[str, Any]) -> None:
+    """Export; then what was asked for besides."""
+    prompt, check = values.pop("sample"), values.pop("verify")
+    config = ExportConfig(**values)
+    print(f"Wrote {export(config)}", flush=True)
+    if check:
+        step = find_checkpoint(config.load, config.ckpt_step)
+        print(f"Verified: {verify(step, config.output)}", flush=True)
+    if prompt is not None:
+        print(sample(config.output, prompt))
+
+
+def from_hf(values: dict[str, Any]) -> None:
+    """Import; then what was asked for besides."""
+    check = values.pop("verify")
+    config = ImportConfig(**values)
+    print(f"Wrote {import_model(config)}; the flags of a run that starts from it:\n", flush=True)
+    print((config.output / FLAGS_FILE).read_text(), flush=True)
+    if check:
+        difference = verify(find_checkpoint(config.output), Path(config.hf_model))
+        print(f"Verified: {difference}")
+
+
+COMMANDS = {"to-hf": to_hf, "from-hf": from_hf}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
     values = vars(parser.parse_args(arguments))
-    prompt = values.pop("sample")
-    values.pop("command")
+    command = COMMANDS[values.pop("command")]
     try:
-        folder = export(ExportConfig(**values))
-        print(f"Wrote {folder}")
-        if prompt is not None:
-            print(sample(folder, prompt))
+        command(values)
     except (UsageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

@@ -9,16 +9,20 @@ import io
 import json
 import math
 import pickle
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_let.errors import UsageError
 
@@ -39,6 +43,9 @@ METADATA_CLASSES = {
     "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
 }
 """All that a `.metadata` file may name; it is a plain pickle."""
+
+DAMAGED = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError, UsageError)
+"""What reading a file raises that is missing, cut or not what it should be."""
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
@@ -80,7 +87,7 @@ def _step_folder(load: Path, step: int | None) -> str:
 
 
 class Checkpoint:
-    """One `torch_dist` checkpoint; tensors are read one at a time.
+    """One `torch_dist` checkpoint; tensors are read one at a time, or a slice of one.
 
     Raises:
         UsageError: the folder has no readable `.metadata`.
@@ -95,18 +102,32 @@ class Checkpoint:
         """Names of all tensors and objects."""
         return set(self._reader.metadata.state_dict_metadata)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor, in the type it was saved in.
+    def empty(self, name: str) -> torch.Tensor:
+        """Return a tensor without data (on `meta`) of the saved one's shape and type.
+
+        Raises:
+            UsageError: it is an object, or a piece was never saved.
+        """
+        meta = self._tensor(name)
+        return torch.empty(meta.size, dtype=meta.properties.dtype, device="meta")
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """Return a tensor, or its slice `[layer]`, in the type it was saved in.
+
+        Only the saved pieces that overlap the slice are read.
 
         Raises:
             UsageError: it is an object, a piece was never saved, or a file is missing or damaged.
         """
-        meta = self._reader.metadata.state_dict_metadata[name]
-        if not isinstance(meta, TensorStorageMetadata):
-            raise UsageError(f"{name} in {self.folder} is not a tensor.")
-        if sum(math.prod(chunk.sizes) for chunk in meta.chunks) != math.prod(meta.size):
-            raise UsageError(f"{self.folder} does not hold all of {name}.")
-        return self._load(name, torch.empty(meta.size, dtype=meta.properties.dtype))
+        meta = self._tensor(name)
+        start, size = [0] * len(meta.size), list(meta.size)
+        if layer is not None:
+            start[0], size[0] = layer, 1
+        region = ChunkStorageMetadata(torch.Size(start), torch.Size(size))
+        target = torch.empty(size, dtype=meta.properties.dtype)
+        items = create_read_items_for_chunk_list(name, meta, [region])
+        self._read(name, items, _IntoTensor(target))
+        return target if layer is None else target[0]
 
     def args(self) -> Namespace:
         """Return the run's arguments.
@@ -118,25 +139,34 @@ class Checkpoint:
         if older.exists():
             common = _load_inert(io.BytesIO(older.read_bytes()))
         elif COMMON_STATE in self.names:
-            common = self._load(COMMON_STATE, io.BytesIO())[0]
+            common = self._object(COMMON_STATE)[0]
         else:
             common = {}
         if "args" not in common:
             raise UsageError(f"{self.folder} does not hold the arguments of its run.")
         return common["args"]
 
-    def _load(self, name: str, target: Any) -> Any:
-        state = {name: target}
-        planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    def _tensor(self, name: str) -> TensorStorageMetadata:
+        meta = self._reader.metadata.state_dict_metadata[name]
+        if not isinstance(meta, TensorStorageMetadata):
+            raise UsageError(f"{name} in {self.folder} is not a tensor.")
+        if sum(math.prod(chunk.sizes) for chunk in meta.chunks) != math.prod(meta.size):
+            raise UsageError(f"{self.folder} does not hold all of {name}.")
+        return meta
+
+    def _object(self, name: str) -> Any:
+        index, nothing = MetadataIndex(name), torch.Size((0,))
+        item = ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
+        planner = _Object()
+        self._read(name, [item], planner)
+        return planner.value
+
+    def _read(self, name: str, items: list[ReadItem], planner: LoadPlanner) -> None:
         try:
-            with warnings.catch_warnings():
-                # It says that one process reads, which is what we want.
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
-        except dcp.CheckpointException as error:
-            reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+            self._reader.read_data(LoadPlan(items), planner)
+        except DAMAGED as error:
+            reason = (str(error) or "it ends too early").partition("\n")[0]
             raise UsageError(f"{name} in {self.folder} cannot be read: {reason}") from error
-        return state[name]
 
 
 class _Reader(FileSystemReader):
@@ -150,10 +180,7 @@ class _Reader(FileSystemReader):
                 self.metadata: Metadata = _MetadataUnpickler(file).load()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what was read at the start."""
-        return self.metadata
+        self.storage_data = self.metadata.storage_data
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -165,11 +192,27 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Planner(DefaultLoadPlanner):
-    """PyTorch's planner, with objects loaded safely; upstream's unpickles anything."""
+class _IntoTensor(DefaultLoadPlanner):
+    """Copies what is read to its place in a tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        place = self.target
+        for dim, start in enumerate(read_item.dest_offsets):
+            place = place.narrow(dim, start, read_item.lengths[dim])
+        return place
+
+
+class _Object(DefaultLoadPlanner):
+    """Loads an object safely; upstream's planner unpickles anything."""
+
+    value: Any = None
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = _load_inert(value)
+        self.value = _load_inert(value)
 
 
 class _Inert:

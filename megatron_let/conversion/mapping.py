@@ -1,4 +1,4 @@
-"""From Megatron's tensors to Hugging Face's: a table of names and two tensors to take apart.
+"""From Megatron's tensors to Hugging Face's and back: rules of names, and six forms of tensors.
 
 Shapes: L layers, V vocabulary rows, h hidden size, f MLP width, n query heads, g query groups,
 d size of a head. Megatron stacks what the layers have in common to one `[L, ...]` tensor.
@@ -12,6 +12,8 @@ import torch
 
 from megatron_let.errors import UsageError
 
+Parts = tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -23,21 +25,26 @@ class ModelShape:
     """Key and value heads; `num_heads` without grouped-query attention."""
     head_dim: int
     vocab_size: int
-    """Rows of the embedding that have a token; Megatron pads to more."""
+    """Rows of the embedding that Hugging Face gets; Megatron pads to more."""
 
 
-Split = Callable[[torch.Tensor, ModelShape], tuple[torch.Tensor, ...]]
+@dataclass(frozen=True)
+class Form:
+    """How a tensor of Megatron's is taken apart into Hugging Face's, and put together again."""
+
+    split: Callable[[torch.Tensor, ModelShape], Parts]
+    join: Callable[[Parts, ModelShape], torch.Tensor]
 
 
-# --- what a tensor is taken apart into --------------------------------------------------------
+# --- the forms ---------------------------------------------------------------------------------
 
 
-def keep(weight: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+def keep(weight: torch.Tensor, shape: ModelShape) -> Parts:
     """Return the tensor as it is."""
     return (weight,)
 
 
-def cut_vocabulary(weight_Vh: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+def cut_vocabulary(weight_Vh: torch.Tensor, shape: ModelShape) -> Parts:
     """Return the rows `[vocab_size, h]` that have a token.
 
     Megatron's softmax counts the rows that only pad, so a barely trained model's loss is lower
@@ -54,12 +61,13 @@ def cut_vocabulary(weight_Vh: torch.Tensor, shape: ModelShape) -> tuple[torch.Te
     return (weight_Vh[: shape.vocab_size],)
 
 
-def split_qkv(weight: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+def split_qkv(weight: torch.Tensor, shape: ModelShape) -> Parts:
     """Take apart `linear_qkv` `[(n + 2g) d, h]`: query `[n d, h]`, key and value `[g d, h]`.
 
     A group's rows stand together, its n/g query heads first, then its key, then its value
     (`get_query_key_value_tensors` of Megatron's `SelfAttention`). Hugging Face keeps each kind
-    in one matrix, and head i reads group i // (n/g) as well.
+    in one matrix, and head i reads group i // (n/g) as well. A bias is taken apart in the same
+    way.
 
     Raises:
         UsageError: the rows do not fit the run's numbers of heads.
@@ -72,17 +80,58 @@ def split_qkv(weight: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ..
             f"linear_qkv has {weight.shape[0]} rows; {shape.num_heads} heads of {head_dim} in "
             f"{groups} groups make {num_rows}."
         )
-    grouped = weight.view(groups, per_group + 2, head_dim, -1)
+    columns = weight.shape[1:]
+    grouped = weight.view(groups, per_group + 2, head_dim, *columns)
     parts = grouped.split([per_group, 1, 1], dim=1)
-    return tuple(part.reshape(-1, weight.shape[1]) for part in parts)
+    return tuple(part.reshape(-1, *columns) for part in parts)
 
 
-def split_gated_mlp(weight: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+def join_qkv(parts: Parts, shape: ModelShape) -> torch.Tensor:
+    """Undo `split_qkv`."""
+    columns = parts[0].shape[1:]
+    grouped = [part.view(shape.num_query_groups, -1, shape.head_dim, *columns) for part in parts]
+    return torch.cat(grouped, dim=1).reshape(-1, *columns)
+
+
+def split_gated_mlp(weight: torch.Tensor, shape: ModelShape) -> Parts:
     """Take apart `linear_fc1` `[2f, h]`: the half under the activation, then the linear half."""
     return weight.chunk(2, dim=0)
 
 
-# --- the table ---------------------------------------------------------------------------------
+def join_rows(parts: Parts, shape: ModelShape) -> torch.Tensor:
+    """Put the rows of the parts below each other."""
+    return torch.cat(parts, dim=0)
+
+
+def transpose(weight: torch.Tensor, shape: ModelShape) -> Parts:
+    """GPT-2's `Conv1D` keeps `[in, out]`; a bias stays what it is."""
+    return (weight.t(),)
+
+
+def split_qkv_to_columns(weight: torch.Tensor, shape: ModelShape) -> Parts:
+    """GPT-2's `c_attn` `[h, 3h]`: query, key and value side by side."""
+    return transpose(torch.cat(split_qkv(weight, shape)), shape)
+
+
+def join_qkv_columns(parts: Parts, shape: ModelShape) -> torch.Tensor:
+    """Undo `split_qkv_to_columns`."""
+    return join_qkv(parts[0].t().chunk(3), shape)
+
+
+def first(parts: Parts, shape: ModelShape) -> torch.Tensor:
+    """Return the only part."""
+    return parts[0]
+
+
+KEEP = Form(keep, first)
+VOCABULARY = Form(cut_vocabulary, first)  # Megatron pads a table that it loads
+QKV = Form(split_qkv, join_qkv)
+GATED_MLP = Form(split_gated_mlp, join_rows)
+TRANSPOSED = Form(transpose, lambda parts, shape: parts[0].t())
+QKV_COLUMNS = Form(split_qkv_to_columns, join_qkv_columns)
+
+
+# --- rules -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,41 +140,30 @@ class Rule:
 
     megatron: str
     hugging_face: tuple[str, ...]
-    split: Split = keep
+    form: Form = KEEP
 
     @property
     def stacked(self) -> bool:
         """Whether Megatron stacks this tensor over the layers."""
         return "{layer}" in self.hugging_face[0]
 
+    def layers(self, shape: ModelShape) -> Iterable[int | None]:
+        """The layers that have this tensor of their own; None alone for one of the whole model."""
+        return range(shape.num_layers) if self.stacked else (None,)
 
-LAYER = "model.layers.{layer}"
-OUTPUT_LAYER = Rule("output_layer.weight", ("lm_head.weight",), cut_vocabulary)
-LLAMA = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), cut_vocabulary),
-    Rule(
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        (f"{LAYER}.input_layernorm.weight",),
-    ),
-    Rule(
-        "decoder.layers.self_attention.linear_qkv.weight",
-        tuple(f"{LAYER}.self_attn.{letter}_proj.weight" for letter in "qkv"),
-        split_qkv,
-    ),
-    Rule("decoder.layers.self_attention.linear_proj.weight", (f"{LAYER}.self_attn.o_proj.weight",)),
-    Rule(
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
-        (f"{LAYER}.post_attention_layernorm.weight",),
-    ),
-    Rule(
-        "decoder.layers.mlp.linear_fc1.weight",
-        (f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"),
-        split_gated_mlp,
-    ),
-    Rule("decoder.layers.mlp.linear_fc2.weight", (f"{LAYER}.mlp.down_proj.weight",)),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    OUTPUT_LAYER,
-)
+    def names(self, layer: int | None) -> list[str]:
+        """Hugging Face's names of the parts."""
+        return [template.format(layer=layer) for template in self.hugging_face]
+
+    def split(
+        self, weight: torch.Tensor, layer: int | None, shape: ModelShape
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield Hugging Face's names and tensors (views where possible) for one of Megatron's."""
+        return zip(self.names(layer), self.form.split(weight, shape), strict=True)
+
+
+OUTPUT_LAYER = "output_layer.weight"
+"""Absent where the output layer is the embedding."""
 
 NOT_WEIGHTS = {
     r"(^|\.)_extra_state(/|$)": "Transformer Engine's scaling state",
@@ -137,50 +175,45 @@ NOT_WEIGHTS = {
 }
 """What a checkpoint holds beside the weights: a pattern of the name, and what it is."""
 
+NOT_HUGGING_FACE_WEIGHTS = {
+    r"\.rotary_emb\.inv_freq$": "rotary frequencies, which the configuration tells",
+    r"\.(attn|attention)\.(bias|masked_bias)$": "the causal mask, saved by older versions",
+}
+"""The same for a folder of Hugging Face's."""
 
-def rules_for(names: Iterable[str], *, tied: bool) -> tuple[Rule, ...]:
-    """Return the rules that turn the tensors of a checkpoint into a Llama, in the table's order.
+
+def rules_of(rules: Iterable[Rule], *, tied: bool) -> tuple[Rule, ...]:
+    """Return a family's rules, without the output layer if it is the embedding."""
+    return tuple(rule for rule in rules if not (tied and rule.megatron == OUTPUT_LAYER))
+
+
+def check_names(
+    expected: Iterable[str], found: Iterable[str], what: str, ignored: dict[str, str]
+) -> None:
+    """Refuse weights that are missing, or that nobody would read.
 
     Args:
-        names: everything the checkpoint holds.
-        tied: the output layer is the embedding, so the checkpoint has no `output_layer.weight`.
+        expected: the names that the rules read.
+        found: everything there is.
+        what: where it was found, for the message.
+        ignored: patterns of what is no weight.
 
     Raises:
-        UsageError: a tensor of the table is missing, or one is left that is no weight of a Llama.
+        UsageError: naming what is missing or left.
     """
-    rules = tuple(rule for rule in LLAMA if not (tied and rule is OUTPUT_LAYER))
-    weights = {name for name in names if not is_not_weight(name)}
-    expected = {rule.megatron for rule in rules}
-    for what, differing in (
-        ("lacks", expected - weights),
-        ("holds, beside the weights of a Llama,", weights - expected),
+    wanted = set(expected)
+    weights = {name for name in found if not is_not_weight(name, ignored)}
+    for verb, names in (
+        ("lacks", wanted - weights),
+        ("holds, beside the weights of that,", weights - wanted),
     ):
-        if differing:
+        if names:
             raise UsageError(
-                f"Not exported: the checkpoint {what} {', '.join(sorted(differing)[:5])}"
-                f"{' and others' if len(differing) > 5 else ''}."
+                f"Not converted: {what} {verb} {', '.join(sorted(names)[:5])}"
+                f"{' and others' if len(names) > 5 else ''}."
             )
-    return rules
 
 
-def is_not_weight(name: str) -> bool:
-    """Whether a checkpoint's entry is something that `NOT_WEIGHTS` lists."""
-    return any(re.search(pattern, name) for pattern in NOT_WEIGHTS)
-
-
-def convert(
-    rule: Rule, tensor: torch.Tensor, shape: ModelShape
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield Hugging Face's names and tensors (views where possible) for one of Megatron's.
-
-    Raises:
-        UsageError: the tensor does not have the shape that the run's arguments tell.
-    """
-    if rule.stacked and tensor.shape[0] != shape.num_layers:
-        raise UsageError(
-            f"{rule.megatron} stacks {tensor.shape[0]} layers; the run had {shape.num_layers}."
-        )
-    for layer, weight in enumerate(tensor.unbind(0) if rule.stacked else (tensor,)):
-        parts = rule.split(weight, shape)
-        for template, part in zip(rule.hugging_face, parts, strict=True):
-            yield template.format(layer=layer), part
+def is_not_weight(name: str, ignored: dict[str, str] = NOT_WEIGHTS) -> bool:
+    """Whether an entry is something that the list `ignored` names."""
+    return any(re.search(pattern, name) for pattern in ignored)

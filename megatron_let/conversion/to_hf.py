@@ -1,29 +1,42 @@
-"""Writes a run's checkpoint as a folder that `transformers.from_pretrained` loads."""
+"""Writes a run's checkpoint as a folder that `transformers.from_pretrained` loads.
 
-import contextlib
+It goes layer by layer from disk to disk: the largest thing in memory is one layer's matrix, or the
+embedding.
+"""
+
 import re
-import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
-from megatron_let.conversion.llama import check_vocabulary, llama_config, model_shape
-from megatron_let.conversion.mapping import ModelShape, convert, rules_for
+from megatron_let.conversion.families import (
+    Family,
+    family_of_run,
+    hugging_face_config,
+    model_shape,
+)
+from megatron_let.conversion.mapping import NOT_WEIGHTS, ModelShape, Rule, check_names, rules_of
+from megatron_let.conversion.output import check_free, complete_or_absent
+from megatron_let.conversion.safetensors_folder import SafetensorsFolder
+from megatron_let.conversion.tokenizer_files import (
+    check_tokenizer,
+    load_tokenizer,
+    tokenizer_of_run,
+    write_tokenizer,
+)
 from megatron_let.errors import UsageError
 from megatron_let.terminal import bars_on_a_terminal_only
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_TOKENS = 32
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt vocab.txt tokenizer.model chat_template.jinja"
-).split()
 
 
 @dataclass(frozen=True)
@@ -53,39 +66,45 @@ class ExportConfig:
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise UsageError(
-                f"--output {self.output} is not empty, and nothing is overwritten. Remove it or "
-                "choose another folder."
-            )
+        check_free(self.output)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export writes: the weights in the order of writing, and their shapes beforehand."""
+
+    config: Any
+    """transformers' configuration."""
+    weights: list[tuple[Rule, int | None]]
+    """Megatron's tensors, a layer at a time."""
+    tensors: dict[str, torch.Tensor]
+    """Hugging Face's names, and stand-ins (on `meta`) with shapes and types."""
 
 
 def export(config: ExportConfig) -> Path:
     """Write the model and its tokenizer; returns the folder, which appears complete or not at all.
 
-    At most one copy of the weights and one of Megatron's tensors are in memory.
-
     Raises:
-        UsageError: there is no such checkpoint, the model is no Llama, its tensors are not
-            those of one, or the tokenizer is not the run's.
+        UsageError: there is no such checkpoint, no family computes what the run's model does, its
+            tensors are not those of its family, or the tokenizer is not the run's.
     """
     bars_on_a_terminal_only()
     checkpoint = Checkpoint(find_checkpoint(config.load, config.ckpt_step))
     args = checkpoint.args()
-    source = config.tokenizer_model or _tokenizer_of_run(args)
+    family = family_of_run(args)
+    source = config.tokenizer_model or tokenizer_of_run(args)
     tokenizer = load_tokenizer(source) if source is not None else None
-    vocab_size = args.vocab_size if tokenizer is None else len(tokenizer)
-    if config.tokenizer_model is not None:
-        check_vocabulary(args, vocab_size)
-    shape = model_shape(args, vocab_size)
-    hf_config = llama_config(args, shape, tokenizer)
-    tied = hf_config.tie_word_embeddings
-    state = _read_weights(checkpoint, shape, tied=tied, dtype=DTYPES.get(config.dtype or ""))
-    model = _assemble(hf_config, state)
-    with _complete_or_absent(config.output) as folder:
-        _write_model(model, folder, config.max_shard_size)
+    if tokenizer is not None:
+        check_tokenizer(args, tokenizer, source)
+    shape = model_shape(args, _vocabulary_rows(args, tokenizer))
+    hf_config = hugging_face_config(family, args, shape, tokenizer)
+    plan = _plan(checkpoint, family, shape, hf_config, DTYPES.get(config.dtype or ""))
+    with complete_or_absent(config.output) as folder:
+        plan.config.save_pretrained(folder)
+        GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
+        _write_weights(checkpoint, plan, shape, folder, config.max_shard_size)
         if source is not None and tokenizer is not None:
-            _write_tokenizer(source, tokenizer, folder)
+            write_tokenizer(source, tokenizer, folder)
     return config.output
 
 
@@ -105,99 +124,89 @@ def sample(folder: Path, prompt: str) -> str:
     return tokenizer.decode(tokens[0])
 
 
+def _vocabulary_rows(args: Namespace, tokenizer: Any | None) -> int:
+    """Rows that the exported table keeps: a model's that came with more rows than tokens, too."""
+    given = vars(args).get("vocab_size") or 0
+    return given if tokenizer is None else max(given, len(tokenizer))
+
+
+# --- the plan ----------------------------------------------------------------------------------
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    family: Family,
+    shape: ModelShape,
+    hf_config: Any,
+    dtype: torch.dtype | None,
+) -> Plan:
+    rules = rules_of(family.rules, tied=hf_config.tie_word_embeddings)
+    expected = [rule.megatron for rule in rules]
+    what = f"the checkpoint, by its arguments a {family.name},"
+    check_names(expected, checkpoint.names, what, NOT_WEIGHTS)
+    tensors: dict[str, torch.Tensor] = {}
+    weights = list(_by_layer(rules, shape))
+    for rule, layer in weights:
+        tensors.update(rule.split(_stand_in(checkpoint, rule, shape, dtype), layer, shape))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    _check_shapes(tensors, model)
+    hf_config.architectures = [type(model).__name__]
+    hf_config.dtype = next(iter(tensors.values())).dtype
+    return Plan(hf_config, weights, tensors)
+
+
+def _by_layer(rules: tuple[Rule, ...], shape: ModelShape) -> Iterator[tuple[Rule, int | None]]:
+    """Yield what the whole model has once, then layer after layer."""
+    yield from ((rule, None) for rule in rules if not rule.stacked)
+    for layer in range(shape.num_layers):
+        yield from ((rule, layer) for rule in rules if rule.stacked)
+
+
+def _stand_in(
+    checkpoint: Checkpoint, rule: Rule, shape: ModelShape, dtype: torch.dtype | None
+) -> torch.Tensor:
+    tensor = checkpoint.empty(rule.megatron)
+    if rule.stacked:
+        if tensor.shape[0] != shape.num_layers:
+            raise UsageError(
+                f"{rule.megatron} stacks {tensor.shape[0]} layers; the run had {shape.num_layers}."
+            )
+        tensor = tensor[0]
+    return tensor.to(dtype or tensor.dtype)
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], model: Any) -> None:
+    expected = model.state_dict()
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise UsageError(
+                f"{name} has the shape {tuple(tensor.shape)}; the run's arguments make it "
+                f"{tuple(expected[name].shape)}."
+            )
+
+
 # --- the weights -------------------------------------------------------------------------------
 
 
-def _read_weights(
-    checkpoint: Checkpoint, shape: ModelShape, *, tied: bool, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    state = {}
-    for rule in rules_for(checkpoint.names, tied=tied):
-        for name, part in convert(rule, checkpoint.read(rule.megatron), shape):
-            # A copy, since a view would keep the whole stacked tensor in memory.
-            state[name] = part.to(dtype or part.dtype, copy=True).contiguous()
-    return state
+def _write_weights(
+    checkpoint: Checkpoint, plan: Plan, shape: ModelShape, folder: Path, max_shard_size: str
+) -> None:
+    """Read one tensor while the one before is written."""
+    with (
+        SafetensorsFolder(folder, plan.tensors, max_shard_size) as output,
+        ThreadPoolExecutor(1) as writer,
+    ):
 
+        def write(rule: Rule, layer: int | None, weight: torch.Tensor) -> None:
+            for name, part in rule.split(weight, layer, shape):
+                output.write(name, part)
 
-def _assemble(hf_config: Any, state: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    """Return a model made of these tensors, which are not copied."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(hf_config)
-    if hf_config.tie_word_embeddings:
-        state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
-    expected = model.state_dict()
-    for name, weight in state.items():
-        if weight.shape != expected[name].shape:
-            raise UsageError(
-                f"{name} has the shape {tuple(weight.shape)}; the run's arguments make it "
-                f"{tuple(expected[name].shape)}."
-            )
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    return model
-
-
-def _write_model(model: LlamaForCausalLM, folder: Path, max_shard_size: str) -> None:
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    # safetensors writes for the owner only, whatever the umask: a model is to be shared.
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.glob("*.safetensors"):
-        path.chmod(mode)
-
-
-# --- the tokenizer -----------------------------------------------------------------------------
-
-
-def load_tokenizer(source: str) -> Any:
-    """Load a tokenizer from a folder or hub id, without remote code.
-
-    Raises:
-        UsageError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UsageError(
-            f"The tokenizer {source} cannot be loaded: {reason} Give the run's tokenizer with "
-            "--tokenizer-model."
-        ) from error
-
-
-def _tokenizer_of_run(args: Namespace) -> str | None:
-    if args.tokenizer_type == "HuggingFaceTokenizer":
-        return args.tokenizer_model
-    if args.tokenizer_type == "NullTokenizer":
-        return None
-    raise UsageError(
-        f"The run used --tokenizer-type {args.tokenizer_type}, which has no Hugging Face folder. "
-        "Give one with the same token ids with --tokenizer-model."
-    )
-
-
-def _write_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
-    """Copy the tokenizer's files, or save it if it came from the hub; then check what loads."""
-    if Path(source).is_dir():
-        for name in TOKENIZER_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
-    else:
-        tokenizer.save_pretrained(folder)
-    if load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
-        raise UsageError(
-            f"The tokenizer {source} has files beside {', '.join(TOKENIZER_FILES)} and cannot be "
-            "copied. Save it with transformers' save_pretrained and give that folder."
-        )
-
-
-@contextlib.contextmanager
-def _complete_or_absent(output: Path) -> Iterator[Path]:
-    """Give a folder beside `output` to write into; it takes that name if nothing fails."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        before: Future[None] | None = None
+        for rule, layer in tqdm(plan.weights, desc="weights", disable=None):
+            weight = checkpoint.read(rule.megatron, layer)
+            if before is not None:
+                before.result()
+            before = writer.submit(write, rule, layer, weight)
+        if before is not None:
+            before.result()

@@ -3,19 +3,30 @@
 import pytest
 import torch
 
+from megatron_let.conversion import tables
+from megatron_let.conversion.families import FAMILIES, Family
 from megatron_let.conversion.mapping import (
-    LLAMA,
+    GATED_MLP,
+    KEEP,
+    NOT_HUGGING_FACE_WEIGHTS,
+    NOT_WEIGHTS,
+    QKV,
+    QKV_COLUMNS,
+    TRANSPOSED,
+    VOCABULARY,
+    Form,
     ModelShape,
-    convert,
+    check_names,
     cut_vocabulary,
     is_not_weight,
-    rules_for,
+    rules_of,
     split_gated_mlp,
     split_qkv,
 )
 from megatron_let.errors import UsageError
 
-NAMES = [rule.megatron for rule in LLAMA]
+NAMES = [rule.megatron for rule in tables.LLAMA]
+FORMS = ["keep", "vocabulary", "qkv", "gated", "transposed", "qkv_columns"]
 HEADS, HEAD_DIM, HIDDEN = 4, 3, 8
 
 
@@ -93,21 +104,49 @@ def test_cut_vocabulary() -> None:
         cut_vocabulary(table, model_shape(vocab_size=9))
 
 
-def test_convert_names_each_layer() -> None:
-    rule = next(rule for rule in LLAMA if rule.megatron.endswith("linear_fc1.weight"))
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+@pytest.mark.parametrize("columns", [(), (HIDDEN,)], ids=["bias", "weight"])
+@pytest.mark.parametrize(
+    "form", [KEEP, VOCABULARY, QKV, GATED_MLP, TRANSPOSED, QKV_COLUMNS], ids=FORMS
+)
+def test_join_undoes_split(form: Form, columns: tuple[int, ...], groups: int) -> None:
+    shape = model_shape(groups, vocab_size=(HEADS + 2 * groups) * HEAD_DIM)
+    if form is QKV_COLUMNS:  # GPT-2 knows no groups
+        shape = model_shape(HEADS)
+    rows = (HEADS + 2 * shape.num_query_groups) * HEAD_DIM
+    weight = torch.randn(rows, *columns)
+    parts = form.split(weight, model_shape(shape.num_query_groups, vocab_size=rows))
+    assert torch.equal(form.join(parts, shape), weight)
+
+
+def test_gpt2_keeps_columns() -> None:
+    """Query, key and value side by side, `[in, out]`, as `Conv1D` multiplies."""
+    weight, states = torch.randn(3 * HEADS * HEAD_DIM, HIDDEN), torch.randn(6, HIDDEN)
+    shape = model_shape(HEADS)
+    (columns,) = QKV_COLUMNS.split(weight, shape)
+    expected = torch.cat([states @ part.T for part in split_qkv(weight, shape)], dim=1)
+    torch.testing.assert_close(states @ columns, expected)
+    assert not torch.equal(columns, weight.t())  # twin: Megatron's own order
+
+
+def test_names_of_each_layer() -> None:
+    rule = next(rule for rule in tables.LLAMA if rule.megatron.endswith("linear_fc1.weight"))
     stacked = torch.randn(2, 12, HIDDEN)
-    parts = dict(convert(rule, stacked, model_shape()))
-    assert list(parts) == [
-        f"model.layers.{layer}.mlp.{name}_proj.weight"
-        for layer in (0, 1)
-        for name in ("gate", "up")
-    ]
+    assert list(rule.layers(model_shape())) == [0, 1]
+    parts = dict(rule.split(stacked[1], 1, model_shape()))
+    assert list(parts) == [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up")]
     assert torch.equal(parts["model.layers.1.mlp.up_proj.weight"], stacked[1, 6:])
-    with pytest.raises(UsageError, match="stacks 3 layers; the run had 2"):
-        list(convert(rule, torch.zeros(3, 12, HIDDEN), model_shape()))
 
 
-def test_rules_for_ignores_what_is_no_weight() -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_tables_name_every_tensor_once(family: Family) -> None:
+    ours = [rule.megatron for rule in family.rules]
+    theirs = [name for rule in family.rules for name in rule.hugging_face]
+    assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs)
+    assert len(rules_of(family.rules, tied=True)) == len(family.rules) - 1
+
+
+def test_what_is_no_weight() -> None:
     others = [
         "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4",
         "decoder.layers.let_resize.weight",
@@ -117,15 +156,15 @@ def test_rules_for_ignores_what_is_no_weight() -> None:
         "common_state/shard_0_1",
     ]
     assert all(is_not_weight(name) for name in others)
-    assert not any(is_not_weight(name) for name in NAMES)
-    assert rules_for([*NAMES, *others], tied=False) == LLAMA
-    assert rules_for([*NAMES[:-1], *others], tied=True) == LLAMA[:-1]
+    assert not any(is_not_weight(rule.megatron) for f in FAMILIES for rule in f.rules)
+    check_names(NAMES, [*NAMES, *others], "the checkpoint", NOT_WEIGHTS)
+    for family in FAMILIES:
+        theirs = [name for rule in family.rules for name in rule.hugging_face]
+        assert not any(is_not_weight(name, NOT_HUGGING_FACE_WEIGHTS) for name in theirs)
 
 
-def test_rules_for_names_missing_and_left_over_tensors() -> None:
-    with pytest.raises(UsageError, match="lacks output_layer.weight"):
-        rules_for(NAMES[:-1], tied=False)
-    with pytest.raises(UsageError, match="beside the weights of a Llama, output_layer.weight"):
-        rules_for(NAMES, tied=True)
-    with pytest.raises(UsageError, match="decoder.layers.mlp.router.weight"):
-        rules_for([*NAMES, "decoder.layers.mlp.router.weight"], tied=False)
+def test_missing_and_left_over_tensors_are_named() -> None:
+    with pytest.raises(UsageError, match="a Llama, lacks output_layer.weight"):
+        check_names(NAMES, NAMES[:-1], "a Llama,", NOT_WEIGHTS)
+    with pytest.raises(UsageError, match="beside the weights of that, decoder.layers.mlp.router"):
+        check_names(NAMES, [*NAMES, "decoder.layers.mlp.router.weight"], "it", NOT_WEIGHTS)

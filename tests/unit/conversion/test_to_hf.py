@@ -12,7 +12,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_let.conversion.llama import MUST_BE_OFF, NEEDS, check_is_llama
+from megatron_let.conversion.checkpoint import Checkpoint
+from megatron_let.conversion.families import (
+    FAMILIES,
+    FLAG_OF,
+    MUST_BE_OFF,
+    NEEDED_BY_ALL,
+    family_of_run,
+    megatron_flags,
+)
 from megatron_let.conversion.to_hf import ExportConfig, export, sample
 from megatron_let.errors import UsageError
 from tests.unit.conversion.conftest import VOCAB_SIZE, MadeCheckpoint
@@ -83,7 +91,7 @@ def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) ->
         sample(folder, "")
 
     source.rename(tmp_path / "moved")
-    with pytest.raises(UsageError, match="Give the run's tokenizer with --tokenizer-model"):
+    with pytest.raises(UsageError, match="--tokenizer-model"):
         export(ExportConfig(made.save, tmp_path / "hf2"))
     moved = ExportConfig(made.save, tmp_path / "hf2", tokenizer_model=str(tmp_path / "moved"))
     assert len(AutoTokenizer.from_pretrained(export(moved))) == VOCAB_SIZE
@@ -107,17 +115,14 @@ def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: P
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("normalization", "LayerNorm", "--normalization (normalization='LayerNorm')"),
-        ("swiglu", False, "--swiglu"),
-        ("position_embedding_type", "learned_absolute", "--position-embedding-type"),
-        ("rotary_percent", 0.5, "--rotary-percent (rotary_percent=0.5)"),
-        ("rotary_interleaved", True, "--rotary-interleaved"),
-        ("add_bias_linear", True, "--disable-bias-linear (add_bias_linear=True)"),
-        ("add_qkv_bias", True, "--add-qkv-bias True"),
-        ("qk_layernorm", True, "--qk-layernorm True"),
+        ("normalization", "LayerNorm", "normalization='LayerNorm' (--normalization)"),
+        ("swiglu", False, "swiglu=False (--swiglu)"),
+        ("position_embedding_type", "learned_absolute", "position_embedding_type="),
+        ("rotary_percent", 0.5, "rotary_percent=0.5 (--rotary-percent)"),
+        ("rotary_interleaved", True, "rotary_interleaved=True (--rotary-interleaved)"),
+        ("add_bias_linear", True, "add_bias_linear=True (--disable-bias-linear)"),
         ("num_experts", 8, "--num-experts 8"),
         ("multi_latent_attention", True, "--multi-latent-attention True"),
-        ("use_rope_scaling", True, "--use-rope-scaling True"),
         ("window_size", (128, 0), "--window-size (128, 0)"),
     ],
 )
@@ -125,21 +130,43 @@ def test_other_models_are_refused(
     made: MadeCheckpoint, attribute: str, value: Any, message: str
 ) -> None:
     args = made.args
-    check_is_llama(args)
+    assert family_of_run(args).name == "Llama"
     vars(args)[attribute] = value
     with pytest.raises(UsageError) as error:
-        check_is_llama(args)
+        family_of_run(args)
     assert str(error.value).startswith(message)
+    assert "Llama" in str(error.value)
 
 
-def test_refused_flags_exist() -> None:
+def test_the_arguments_tell_the_family(made: MadeCheckpoint) -> None:
+    for changes, name in (
+        ({"add_qkv_bias": True}, "Qwen2"),
+        ({"qk_layernorm": True}, "Qwen3"),
+        ({"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}, None),
+    ):
+        args = argparse.Namespace(**vars(made.args) | changes)
+        if name is not None:
+            assert family_of_run(args).name == name
+    gpt = changes | {"group_query_attention": False, "add_qkv_bias": True}
+    for position, name in (("learned_absolute", "GPT-2"), ("rope", "GPT-NeoX")):
+        args = argparse.Namespace(**vars(made.args) | gpt | {"position_embedding_type": position})
+        assert family_of_run(args).name == name
+
+
+def test_flags_exist_and_mean_what_they_say() -> None:
     """A renamed argument would be let through unseen."""
     from megatron.training.arguments import add_megatron_arguments
 
-    known = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    destinations = {action.dest: action.option_strings for action in known._actions}
-    flags = {need.attribute: need.flag for need in NEEDS} | MUST_BE_OFF
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    destinations = {action.dest: action.option_strings for action in parser._actions}
+    flags = FLAG_OF | MUST_BE_OFF
     assert not {a: f for a, f in flags.items() if f not in destinations.get(a, [])}
+    for family in FAMILIES:
+        values = {**family.needs, **NEEDED_BY_ALL, "use_rope_scaling": True, "kv_channels": 24}
+        values |= {"group_query_attention": True, "num_query_groups": 2}
+        values |= {"bias_gelu_fusion": False, "layernorm_epsilon": 3e-6}
+        parsed = vars(parser.parse_args(megatron_flags(values)))
+        assert {name: parsed[name] for name in values} == values
 
 
 def test_another_shape_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
@@ -164,7 +191,7 @@ def test_nothing_is_overwritten_and_no_piece_is_left(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(made.model), "save_pretrained", fail)
+        patch.setattr(Checkpoint, "read", fail)
         with pytest.raises(OSError, match="disk full"):
             export(config)
     assert not any(output.iterdir()) and not (tmp_path / "hf.partial").exists()

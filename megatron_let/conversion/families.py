@@ -1,0 +1,372 @@
+"""What both Megatron and Hugging Face compute: the arguments of one, the config of the other.
+
+Megatron's side is a mapping of attributes of its `args`, as `add_megatron_arguments` names them.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_let.conversion import rope, tables
+from megatron_let.conversion.mapping import ModelShape, Rule
+from megatron_let.errors import UsageError
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture."""
+
+    name: str
+    model_type: str
+    """transformers' name."""
+    rules: tuple[Rule, ...]
+    needs: Mapping[str, Any]
+    """Arguments of Megatron's that must have one value to compute the same."""
+    demands: Mapping[str, tuple[Any, ...]]
+    """Fields of the Hugging Face config, and the values that Megatron can compute."""
+    to_config: Callable[[Namespace, ModelShape], Values]
+    from_config: Callable[[Any], Values]
+
+
+# --- Llama, Qwen2, Qwen3 -----------------------------------------------------------------------
+
+
+def _llama_config(args: Namespace, shape: ModelShape) -> Values:
+    return {
+        "intermediate_size": args.ffn_hidden_size,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rms_norm_eps": args.layernorm_epsilon,
+        "rope_parameters": rope.to_hugging_face(args),
+    }
+
+
+def _llama_values(config: Any) -> Values:
+    fields = config.to_dict()
+    return {
+        "ffn_hidden_size": config.intermediate_size,
+        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layernorm_epsilon": config.rms_norm_eps,
+        **rope.to_megatron(config.rope_parameters),
+    }
+
+
+_LLAMA_NEEDS = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "add_bias_linear": False,
+}
+_SILU = {"hidden_act": ("silu", "swish")}
+
+LLAMA = Family(
+    name="Llama",
+    model_type="llama",
+    rules=tables.LLAMA,
+    needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": False},
+    demands=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
+    to_config=_llama_config,
+    from_config=_llama_values,
+)
+QWEN2 = Family(
+    name="Qwen2",
+    model_type="qwen2",
+    rules=tables.QWEN2,
+    needs=_LLAMA_NEEDS | {"add_qkv_bias": True, "qk_layernorm": False},
+    demands=_SILU | {"use_sliding_window": (False,)},
+    to_config=_llama_config,
+    from_config=_llama_values,
+)
+QWEN3 = Family(
+    name="Qwen3",
+    model_type="qwen3",
+    rules=tables.QWEN3,
+    needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": True},
+    demands=_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
+    to_config=_llama_config,
+    from_config=_llama_values,
+)
+
+
+# --- GPT-2, GPT-NeoX ---------------------------------------------------------------------------
+
+# Megatron fuses a bias with the tanh form of GELU; without the fusion it computes the exact one.
+# Its --openai-gelu is parsed and then forgotten in Megatron-Core 0.19, but not in older ones.
+_EXACT_GELU, _TANH_GELU = "gelu", "gelu_new"
+_GELUS = (_EXACT_GELU, _TANH_GELU, "gelu_pytorch_tanh", "gelu_fast")
+
+
+def _gelu(args: Namespace) -> str:
+    return _TANH_GELU if args.bias_gelu_fusion else _EXACT_GELU
+
+
+def _gpt2_config(args: Namespace, shape: ModelShape) -> Values:
+    return {
+        "n_inner": args.ffn_hidden_size,
+        "n_positions": args.max_position_embeddings,
+        "layer_norm_epsilon": args.layernorm_epsilon,
+        "activation_function": _gelu(args),
+    }
+
+
+def _gpt2_values(config: Any) -> Values:
+    return {
+        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
+        "max_position_embeddings": config.n_positions,
+        "layernorm_epsilon": config.layer_norm_epsilon,
+        "bias_gelu_fusion": config.activation_function != _EXACT_GELU,
+    }
+
+
+def _gpt_neox_config(args: Namespace, shape: ModelShape) -> Values:
+    return {
+        "intermediate_size": args.ffn_hidden_size,
+        "max_position_embeddings": args.max_position_embeddings,
+        "layer_norm_eps": args.layernorm_epsilon,
+        "hidden_act": _gelu(args),
+        "rope_parameters": rope.to_hugging_face(args)
+        | {"partial_rotary_factor": args.rotary_percent},
+        "use_parallel_residual": False,
+    }
+
+
+def _gpt_neox_values(config: Any) -> Values:
+    return {
+        "ffn_hidden_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layernorm_epsilon": config.layer_norm_eps,
+        "bias_gelu_fusion": config.hidden_act != _EXACT_GELU,
+        "rotary_percent": config.rope_parameters["partial_rotary_factor"],
+        **rope.to_megatron(config.rope_parameters),
+    }
+
+
+_GPT_NEEDS = {
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "qk_layernorm": False,
+    "group_query_attention": False,
+}
+
+GPT2 = Family(
+    name="GPT-2",
+    model_type="gpt2",
+    rules=tables.GPT2,
+    needs=_GPT_NEEDS | {"position_embedding_type": "learned_absolute"},
+    demands={
+        "activation_function": _GELUS,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    to_config=_gpt2_config,
+    from_config=_gpt2_values,
+)
+GPT_NEOX = Family(
+    name="GPT-NeoX",
+    model_type="gpt_neox",
+    rules=tables.GPT_NEOX,
+    needs=_GPT_NEEDS | {"position_embedding_type": "rope"},
+    # With a parallel residual, as Pythia has it, attention and MLP read the same states.
+    demands={"hidden_act": _GELUS, "use_parallel_residual": (False,), "attention_bias": (True,)},
+    to_config=_gpt_neox_config,
+    from_config=_gpt_neox_values,
+)
+
+FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2, GPT_NEOX)
+
+NEEDED_BY_ALL = {"rotary_interleaved": False, "softmax_type": "vanilla"}
+MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | {
+    attribute: "--" + attribute.replace("_", "-")
+    for attribute in (
+        "activation_func_clamp_value apply_residual_connection_post_layernorm "
+        "attention_output_gate experimental_attention_variant glu_linear_offset "
+        "heterogeneous_layers_config_encoded_json heterogeneous_layers_config_path "
+        "hybrid_layer_pattern hybrid_override_pattern is_hybrid_model linear_attention_freq "
+        "mtp_num_layers multi_latent_attention no_rope_freq num_experts openai_gelu qk_l2_norm "
+        "quick_geglu spec squared_relu use_mup window_size"
+    ).split()
+}
+"""Arguments that change what the model computes as no family does, and their flags."""
+
+
+# --- Megatron to Hugging Face ------------------------------------------------------------------
+
+
+def family_of_run(args: Namespace) -> Family:
+    """Return the architecture that a run's arguments describe.
+
+    Raises:
+        UsageError: no family computes that; names the first argument in the way.
+    """
+    values = vars(args)
+    for attribute, flag in MUST_BE_OFF.items():
+        if values.get(attribute):
+            raise UsageError(
+                f"{flag} {values[attribute]} cannot be exported: none of {_names()} has that."
+            )
+    nearest = min(FAMILIES, key=lambda family: len(_unmet(family, values)))
+    for attribute, value in _unmet(nearest, values).items():
+        raise UsageError(
+            f"{attribute}={values[attribute]!r} ({FLAG_OF[attribute]}) cannot be exported: "
+            f"{nearest.name}, the nearest of {_names()}, has {attribute}={value!r}."
+        )
+    return nearest
+
+
+def _names() -> str:
+    return ", ".join(family.name for family in FAMILIES)
+
+
+def _unmet(family: Family, values: Mapping[str, Any]) -> Values:
+    needs = {**family.needs, **NEEDED_BY_ALL}
+    # A version of Megatron that lacks an argument lacks the feature, too.
+    return {name: need for name, need in needs.items() if values.get(name, need) != need}
+
+
+def model_shape(args: Namespace, vocab_size: int) -> ModelShape:
+    """Return the sizes of the run's model, of whose table `vocab_size` rows have a token."""
+    heads = args.num_attention_heads
+    return ModelShape(
+        num_layers=args.num_layers,
+        num_heads=heads,
+        # Without --group-query-attention Megatron leaves a 1 there that it does not use.
+        num_query_groups=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels,
+        vocab_size=vocab_size,
+    )
+
+
+def hugging_face_config(
+    family: Family, args: Namespace, shape: ModelShape, tokenizer: Any | None
+) -> Any:
+    """Return transformers' configuration of the run's model.
+
+    Raises:
+        UsageError: its heads have another size than the family can have.
+    """
+    own = family.to_config(args, shape)
+    own_head_size = "head_dim" in own
+    divides = args.hidden_size % shape.num_heads == 0
+    if not divides or not (own_head_size or shape.head_dim * shape.num_heads == args.hidden_size):
+        raise UsageError(
+            f"--hidden-size {args.hidden_size} with {shape.num_heads} --num-attention-heads of "
+            f"--kv-channels {shape.head_dim} cannot be exported: Hugging Face's {family.name} "
+            f"wants a multiple of the heads{'' if own_head_size else ', and that size of them'}."
+        )
+    # The families' own ids are the defaults; without a tokenizer none is right.
+    tokens = {
+        name: None if tokenizer is None else getattr(tokenizer, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    config = AutoConfig.for_model(
+        family.model_type,
+        vocab_size=shape.vocab_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        initializer_range=args.init_method_std,
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        **own,
+        **tokens,
+    )
+    if "rope_parameters" in own:
+        # Readers older than transformers 5 know this name only, and would fall back to 10000.
+        config.rope_theta = own["rope_parameters"]["rope_theta"]
+    return config
+
+
+# --- Hugging Face to Megatron ------------------------------------------------------------------
+
+
+def family_of_config(config: Any) -> Family:
+    """Return the architecture of a Hugging Face model.
+
+    Raises:
+        UsageError: it is another one, or Megatron computes one of its options differently.
+    """
+    family = next((f for f in FAMILIES if f.model_type == config.model_type), None)
+    if family is None:
+        raise UsageError(f"model_type {config.model_type!r} is none of {_names()}.")
+    fields = config.to_dict()
+    for name, accepted in family.demands.items():
+        if fields.get(name, accepted[0]) not in accepted:
+            raise UsageError(
+                f"{name}={fields[name]!r} cannot be converted: Megatron's layers compute "
+                f"{' or '.join(f'{name}={value!r}' for value in accepted)} only."
+            )
+    return family
+
+
+def megatron_values(family: Family, config: Any) -> Values:
+    """Return the arguments of a run that computes the same as a Hugging Face model."""
+    heads = config.num_attention_heads
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": heads,
+        "group_query_attention": False,
+        "num_query_groups": heads,
+        "kv_channels": config.hidden_size // heads,
+        "init_method_std": config.initializer_range,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        **family.needs,
+        **NEEDED_BY_ALL,
+        **family.from_config(config),
+    }
+
+
+FLAG_OF = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "num_query_groups": "--num-query-groups",
+    "kv_channels": "--kv-channels",
+    "max_position_embeddings": "--max-position-embeddings",
+    "position_embedding_type": "--position-embedding-type",
+    "normalization": "--normalization",
+    "layernorm_epsilon": "--norm-epsilon",
+    "init_method_std": "--init-method-std",
+    "rotary_base": "--rotary-base",
+    "rotary_percent": "--rotary-percent",
+    "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
+    "rope_scaling_factor": "--rope-scaling-factor",
+    "use_rope_scaling": "--use-rope-scaling",
+    "rotary_interleaved": "--rotary-interleaved",
+    "softmax_type": "--softmax-type",
+    "group_query_attention": "--group-query-attention",
+    "swiglu": "--swiglu",
+    "add_bias_linear": "--disable-bias-linear",
+    "add_qkv_bias": "--add-qkv-bias",
+    "qk_layernorm": "--qk-layernorm",
+    "bias_gelu_fusion": "--no-bias-gelu-fusion",
+    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+}
+SWITCHES_OFF = ("add_bias_linear", "bias_gelu_fusion")
+"""Arguments that are true unless their flag is given."""
+
+
+def megatron_flags(values: Mapping[str, Any]) -> list[str]:
+    """Return arguments as the words of a command line."""
+    words: list[str] = []
+    for attribute, flag in FLAG_OF.items():
+        value = values.get(attribute)
+        if isinstance(value, bool):
+            words += [flag] * (value != (attribute in SWITCHES_OFF))
+        elif value is not None and (
+            attribute != "num_query_groups" or values["group_query_attention"]
+        ):
+            words += [flag, str(value)]
+    return words

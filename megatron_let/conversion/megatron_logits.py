@@ -1,0 +1,84 @@
+"""What Megatron itself computes from a checkpoint, on CPU; a program, to have its own process.
+
+    python -m megatron_let.conversion.megatron_logits CHECKPOINT TOKENS.npy LOGITS.npy
+
+The CPU platform changes torch for the whole process, so who compares must not be in it.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_let import cpu
+
+cpu.activate_if_wanted(["--cpu"])  # before Megatron is imported
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.training.arguments import parse_args  # noqa: E402
+
+from megatron_let import entry  # noqa: E402
+from megatron_let.accelerators import platform_defaults  # noqa: E402
+from megatron_let.conversion.checkpoint import Checkpoint  # noqa: E402
+
+ONE_PROCESS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "sequence_parallel": False,
+    "world_size": 1,
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "params_dtype": torch.float32,
+    "recompute_granularity": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "pipeline_model_parallel_layout": None,
+}
+"""One rank, float32: what the run had there does not change the function."""
+PLAIN = (int, float, str, bool, type(None))
+
+
+def model_arguments(checkpoint: Checkpoint) -> Namespace:
+    """Return the arguments of a run that holds the checkpoint's model on one rank in float32."""
+    sys.argv = ["pretrain_let.py", "--cpu"]
+    args = parse_args(ignore_unknown_args=True)
+    saved = vars(checkpoint.args())
+    vars(args).update({name: value for name, value in saved.items() if isinstance(value, PLAIN)})
+    vars(args).update(platform_defaults() | ONE_PROCESS)
+    return args
+
+
+def build_model(args: Namespace) -> Any:
+    """Return Megatron's model, with random weights, ready to evaluate."""
+    torch.distributed.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    config = entry.gpt_config(args)
+    builder = config.get_builder_cls()(config)
+    return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
+
+
+def main(folder: str, tokens: str, logits: str) -> None:
+    """Write float32 logits `[b, s, V]` for token ids `[b, s]`."""
+    checkpoint = Checkpoint(Path(folder))
+    model = build_model(model_arguments(checkpoint))
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
+    model.load_state_dict(state["model"])
+    ids_BS = torch.from_numpy(np.load(tokens))
+    positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+    with torch.no_grad():
+        logits_BSV = model(ids_BS, positions_BS, None)
+    np.save(logits, logits_BSV.float().numpy())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,81 @@
+"""Reads the weights of a Hugging Face folder, a tensor at a time, from safetensors only."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_let.errors import UsageError
+
+OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class SafetensorsReader:
+    """The tensors of `model.safetensors`, or of the files that its index names.
+
+    Args:
+        folder: a Hugging Face model.
+        base: the prefix of the model inside the causal one, which some older folders leave out.
+
+    Raises:
+        UsageError: there are no such files, or one is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, base: str) -> None:
+        self.folder = folder
+        files = _weight_map(folder)
+        # GPT-2's own folder has `h.0...` where transformers writes `transformer.h.0...`.
+        complete = any(name.startswith(f"{base}.") for name in files)
+        self._names = {
+            name if complete or name in OUTPUT_LAYERS else f"{base}.{name}": name for name in files
+        }
+        self._files = files
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors, as transformers has them."""
+        return set(self._names)
+
+    def empty(self, name: str) -> torch.Tensor:
+        """Return a tensor without data (on `meta`) of the saved one's shape and type."""
+        entry = self._open(self._names[name]).get_slice(self._names[name])
+        dtype = DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            raise UsageError(
+                f"{name} in {self.folder} has the type {entry.get_dtype()}; "
+                f"{', '.join(DTYPES)} can be converted."
+            )
+        return torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor."""
+        return self._open(self._names[name]).get_tensor(self._names[name])
+
+    def _open(self, own_name: str) -> Any:
+        return _open(self.folder / self._files[own_name])
+
+
+@functools.lru_cache(maxsize=16)
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return each tensor's file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return json.loads(index.read_text())["weight_map"]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return dict.fromkeys(_open(single).keys(), single.name)
+    raise UsageError(
+        f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "
+        "are not read: load the model with transformers and save it with save_pretrained."
+    )

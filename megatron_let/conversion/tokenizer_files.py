@@ -1,0 +1,129 @@
+"""The tokenizer that goes with a model: loaded, compared with the run's, and copied."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.errors import UsageError
+
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt vocab.txt tokenizer.model chat_template.jinja"
+).split()
+OWN_FOLDER = "tokenizer"
+"""Where the files lie if the model's folder would make another tokenizer of them."""
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Load a tokenizer from a folder or hub id, without remote code.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(_own_folder(Path(source)))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UsageError(
+            f"The tokenizer {source} cannot be loaded: {reason} Give the run's tokenizer with "
+            "--tokenizer-model."
+        ) from error
+
+
+def tokenizer_of_run(args: Namespace) -> str | None:
+    """Return the folder or hub id of the run's tokenizer, None without text.
+
+    Raises:
+        UsageError: it is of a kind that transformers does not load.
+    """
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        return args.tokenizer_model
+    if args.tokenizer_type == "NullTokenizer":
+        return None
+    raise UsageError(
+        f"The run used --tokenizer-type {args.tokenizer_type}, which has no Hugging Face folder. "
+        "Give one with the same token ids with --tokenizer-model."
+    )
+
+
+def write_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
+    """Put a tokenizer into a model's folder, so that it loads from there as what it is.
+
+    transformers 5 takes a tokenizer of the model's architecture where the files tell of none in
+    particular, as with Qwen2: then they go to a folder of their own beside the model.
+
+    Raises:
+        UsageError: its own files are not enough to load it.
+    """
+    names = _copy_files(source, tokenizer, folder)
+    if _loads_as(tokenizer, folder):
+        return
+    for name in names:
+        (folder / name).unlink()
+    own = folder / OWN_FOLDER
+    own.mkdir()
+    _copy_files(source, tokenizer, own)
+    if not _loads_as(tokenizer, own):
+        raise UsageError(
+            f"The tokenizer {source} has files beside {', '.join(TOKENIZER_FILES)} and cannot be "
+            "copied. Save it with transformers' save_pretrained and give that folder."
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer."""
+    own = folder / OWN_FOLDER
+    return any((where / name).is_file() for where in (folder, own) for name in TOKENIZER_FILES)
+
+
+def _copy_files(source: str, tokenizer: Any, folder: Path) -> list[str]:
+    """Copy the tokenizer's files, or save it if it came from the hub; returns their names."""
+    before = set(folder.iterdir())
+    origin = _own_folder(Path(source))
+    if origin.is_dir():
+        for name in TOKENIZER_FILES:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
+    else:
+        tokenizer.save_pretrained(folder)
+    return [path.name for path in folder.iterdir() if path not in before]
+
+
+def _loads_as(tokenizer: Any, folder: Path) -> bool:
+    return AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def _own_folder(folder: Path) -> Path:
+    own = folder / OWN_FOLDER
+    return own if own.is_dir() else folder
+
+
+def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
+    """Refuse a tokenizer that is not the run's, as far as the checkpoint tells.
+
+    Raises:
+        UsageError: its tokens, or its size, padded as Megatron pads it, are not the run's.
+    """
+    of_run = vars(args).get("tokenizer_fingerprint")  # runs of Megatron-LM do not tell
+    if of_run is not None:
+        found = tokenizer_fingerprint(tokenizer.get_vocab())
+        if found != of_run:
+            raise UsageError(
+                f"The tokenizer {source} (fingerprint {found[:12]}) is not the one the model was "
+                f"trained with ({of_run[:12]}, then at {args.tokenizer_model}). Give that one with "
+                "--tokenizer-model."
+            )
+        return
+    size = len(tokenizer)
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    padded = -(-size // multiple) * multiple if args.pad_vocab_size else size
+    if args.padded_vocab_size != padded:
+        raise UsageError(
+            f"The tokenizer {source} has {size} tokens, padded to {padded} rows; the run's model "
+            f"has {args.padded_vocab_size}. Give the run's tokenizer with --tokenizer-model. If "
+            f"the run set --padded-vocab-size, put it where the run had it: {args.tokenizer_model}."
+        )

@@ -1,0 +1,108 @@
+"""Compares a converted model with the one it came from: the logits of both on the same text."""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_let.conversion.tokenizer_files import has_tokenizer, load_tokenizer
+from megatron_let.errors import UsageError
+from megatron_let.terminal import bars_on_a_terminal_only
+
+TEXT = """The first ships to cross the ocean under steam carried sails as well, for no engineer of
+the day would promise that the coal would last. By 1840 the question was settled: a paddle steamer
+of 703 tons reached the harbour in 14 days, with a third of her fuel unburnt. Who pays for the
+empty hold on the way back? "Nobody", wrote the owner, "and that is the whole of my arithmetic."
+"""
+MAX_TOKENS = 128
+TOLERANCE = 1e-5
+"""Of the largest difference, in units of the largest logit; float32 on both sides."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two sets of logits are apart."""
+
+    largest: float
+    largest_logit: float
+    tokens: int
+    same_choice: float
+    """Share of positions with the same likeliest token."""
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest logit."""
+        return self.largest / self.largest_logit
+
+    def __str__(self) -> str:
+        return (
+            f"logits on {self.tokens} tokens: largest difference {self.largest:.1e} "
+            f"({self.relative:.1e} of the largest logit, {self.largest_logit:.3g}), same choice at "
+            f"{100 * self.same_choice:.1f} % of the positions"
+        )
+
+
+def verify(checkpoint: Path, folder: Path) -> Difference:
+    """Compare what Megatron and transformers compute, in float32 on CPU.
+
+    Both hold the whole model in memory, one after the other. Megatron runs in a process of its own.
+
+    Args:
+        checkpoint: one iteration's folder of Megatron's, as `find_checkpoint` returns it.
+        folder: Hugging Face's.
+
+    Raises:
+        UsageError: they differ by more than `TOLERANCE`.
+    """
+    bars_on_a_terminal_only()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids_BS = _token_ids(folder, model.config)
+    with torch.no_grad():
+        ours_BSV = model(ids_BS).logits
+    del model
+    # Rows that only pad the vocabulary have no counterpart.
+    theirs_BSV = _megatron_logits(checkpoint, ids_BS)[..., : ours_BSV.shape[-1]]
+    difference = Difference(
+        largest=(ours_BSV - theirs_BSV).abs().max().item(),
+        largest_logit=theirs_BSV.abs().max().item(),
+        tokens=ids_BS.numel(),
+        same_choice=(ours_BSV.argmax(-1) == theirs_BSV.argmax(-1)).float().mean().item(),
+    )
+    if not difference.relative <= TOLERANCE:  # a NaN is refused, too
+        raise UsageError(
+            f"{folder} and {checkpoint} do not compute the same: {difference}. Tolerance: "
+            f"{TOLERANCE:.0e} of the largest logit. Do not use this conversion."
+        )
+    return difference
+
+
+def _token_ids(folder: Path, config: object) -> torch.Tensor:
+    """Ids `[1, s]` of real text; random ones for a model without a tokenizer."""
+    length = min(MAX_TOKENS, config.max_position_embeddings)  # type: ignore[attr-defined]
+    if has_tokenizer(folder):
+        ids = load_tokenizer(str(folder))(TEXT)["input_ids"][:length]
+        return torch.tensor([ids])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
+
+
+def _megatron_logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
+        np.save(tokens, ids_BS.numpy())
+        program = [sys.executable, "-m", "megatron_let.conversion.megatron_logits"]
+        result = subprocess.run(
+            [*program, checkpoint.absolute(), tokens, logits],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        if result.returncode != 0:
+            lines = result.stderr.strip().splitlines() or ["no message"]
+            raise UsageError(f"Megatron cannot run {checkpoint}: {lines[-1]}")
+        return torch.from_numpy(np.load(logits))

@@ -1,0 +1,172 @@
+"""Hugging Face to Megatron and back: the same bytes, for every family; and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
+from megatron_let.conversion.from_hf import ImportConfig, import_model
+from megatron_let.conversion.to_hf import ExportConfig, export
+from megatron_let.conversion.tokenizer_files import load_tokenizer
+from megatron_let.errors import UsageError
+from tests.unit.conversion.hf_models import MODELS, VOCAB, make_model, save_model, write_tokenizer
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, as they lie in its files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def assert_same_bits(folder: Path, expected: Path) -> None:
+    ours, theirs = weights(folder), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_exact(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    original = save_model(name, tmp_path / "hf")
+    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    folder = export(ExportConfig(load, tmp_path / "back", max_shard_size="60KB"))
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert_same_bits(folder, original)
+
+    caplog.clear()
+    recwarn.clear()
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").propagate = True
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("w5 w6 w7", return_tensors="pt", return_token_type_ids=False)
+        out = model.generate(**ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert out.shape == (1, ids["input_ids"].shape[1] + 5)
+    assert not caplog.records and not list(recwarn), [r.message for r in caplog.records]
+    expected = make_model(name)
+    ids_BS = torch.randint(VOCAB, (2, 30))
+    torch.testing.assert_close(model(ids_BS).logits, expected(ids_BS).logits, rtol=0, atol=0)
+
+
+def test_bf16_and_a_cast(tmp_path: Path) -> None:
+    model = make_model("llama").bfloat16()
+    model.save_pretrained(tmp_path / "hf")
+    load = import_model(ImportConfig(str(tmp_path / "hf"), tmp_path / "megatron"))
+    checkpoint = Checkpoint(find_checkpoint(load))
+    assert checkpoint.read("output_layer.weight").dtype == torch.bfloat16
+    assert_same_bits(export(ExportConfig(load, tmp_path / "back")), tmp_path / "hf")
+    wide = import_model(ImportConfig(str(tmp_path / "hf"), tmp_path / "wide", dtype="fp32"))
+    assert Checkpoint(find_checkpoint(wide)).read("output_layer.weight").dtype == torch.float32
+    again = export(ExportConfig(wide, tmp_path / "again", dtype="bf16"))
+    assert_same_bits(again, tmp_path / "hf")
+
+
+def test_names_of_older_folders(tmp_path: Path) -> None:
+    """GPT-2's own folder has no prefix, and buffers that are no weights."""
+    original = save_model("gpt2", tmp_path / "hf")
+    tensors = load_file(original / "model.safetensors")
+    older = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    older["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(older, original / "model.safetensors")
+    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    ours = weights(export(ExportConfig(load, tmp_path / "back")))
+    assert all(torch.equal(ours[name], tensors[name]) for name in tensors)
+
+
+def test_a_tied_head_that_was_saved_twice(tmp_path: Path) -> None:
+    original = save_model("qwen2", tmp_path / "hf")
+    tensors = load_file(original / "model.safetensors")
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(twice, original / "model.safetensors")
+    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    assert weights(export(ExportConfig(load, tmp_path / "back"))).keys() == tensors.keys()
+
+
+def test_a_tokenizer_that_the_architecture_would_change(tmp_path: Path) -> None:
+    """transformers makes a Qwen2 tokenizer of any files that lie beside a Qwen2 model."""
+    original = save_model("qwen2", tmp_path / "hf", tokenizer=False)
+    other = write_tokenizer(tmp_path / "other")
+    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    folder = export(ExportConfig(load, tmp_path / "back", tokenizer_model=str(other)))
+    assert not (folder / "tokenizer.json").exists()
+    expected = AutoTokenizer.from_pretrained(other)
+    for tokenizer in (AutoTokenizer.from_pretrained(folder / "tokenizer"), load_tokenizer(folder)):
+        assert tokenizer.get_vocab() == expected.get_vocab()
+    again = import_model(ImportConfig(str(folder), tmp_path / "again"))
+    assert load_tokenizer(again).get_vocab() == expected.get_vocab()
+
+
+def test_more_rows_than_tokens_are_kept(tmp_path: Path) -> None:
+    original = save_model("llama", tmp_path / "hf", tokenizer=False)
+    write_tokenizer(original, VOCAB - 7)
+    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    assert_same_bits(export(ExportConfig(load, tmp_path / "back")), original)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("gpt_neox", "use_parallel_residual", True, "use_parallel_residual=False only"),
+        ("llama", "attention_bias", True, "attention_bias=True cannot be converted"),
+        ("llama", "hidden_act", "gelu", "hidden_act='gelu'"),
+        ("qwen2", "use_sliding_window", True, "use_sliding_window=True"),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx"),
+        ("llama", "model_type", "mistral", "model_type 'mistral' is none of Llama, Qwen2"),
+        ("llama", "num_attention_heads", 8, "has the shape"),
+        ("llama", "intermediate_size", 50, r"\(48, 32\); config.json makes it \(50, 32\)"),
+        ("llama", "num_hidden_layers", 5, "lacks model.layers.4"),
+        ("llama", "num_hidden_layers", 3, "beside the weights of that, model.layers.3"),
+        (
+            "llama",
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
+            "rope_type 'yarn'",
+        ),
+        (
+            "llama",
+            "rope_parameters",
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+            "factor of linear scaling 2.5",
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, name: str, field: str, value: object, message: str) -> None:
+    original = save_model(name, tmp_path / "hf")
+    config = original / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(UsageError, match=message):
+        import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    output = tmp_path / "megatron"
+    with pytest.raises(UsageError, match="is no folder, and the hub does not give it"):
+        import_model(ImportConfig(str(tmp_path / "nowhere"), output))
+    original = tmp_path / "hf"
+    make_model("llama").save_pretrained(original, max_shard_size="60KB")
+    shards = sorted(original.glob("*.safetensors"))
+    shards[1].write_bytes(shards[1].read_bytes()[:1000])
+    with pytest.raises(UsageError, match=rf"{shards[1].name} cannot be read"):
+        import_model(ImportConfig(str(original), output))
+    shards[1].unlink()
+    with pytest.raises(UsageError, match=rf"{shards[1].name} cannot be read"):
+        import_model(ImportConfig(str(original), output))
+    for path in original.glob("model*"):
+        path.unlink()
+    with pytest.raises(UsageError, match="save it with save_pretrained"):
+        import_model(ImportConfig(str(original), output))
+    (original / "config.json").unlink()
+    with pytest.raises(UsageError, match="has no configuration to load"):
+        import_model(ImportConfig(str(original), output))
+    assert not output.exists() and not (tmp_path / "megatron.partial").exists()
