@@ -1,6 +1,5 @@
 """Reads the weights of a Hugging Face folder, a tensor at a time, from safetensors only."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,24 +41,26 @@ class SafetensorsReader:
 
     def empty(self, name: str) -> torch.Tensor:
         """Return a tensor without data (on `meta`) of the saved one's shape and type."""
-        entry = self._open(self._names[name]).get_slice(self._names[name])
-        dtype = DTYPES.get(entry.get_dtype())
-        if dtype is None:
+        with self._file(name) as file:
+            entry = file.get_slice(self._names[name])
+            kind, shape = entry.get_dtype(), entry.get_shape()
+        if kind not in DTYPES:
             raise UsageError(
-                f"{name} in {self.folder} has the type {entry.get_dtype()}; "
-                f"{', '.join(DTYPES)} can be converted."
+                f"{name} in {self.folder} has the type {kind}; only {', '.join(DTYPES)} can be "
+                "converted."
             )
-        return torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=DTYPES[kind], device="meta")
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor."""
-        return self._open(self._names[name]).get_tensor(self._names[name])
+        with self._file(name) as file:
+            return file.get_tensor(self._names[name])
 
-    def _open(self, own_name: str) -> Any:
-        return _open(self.folder / self._files[own_name])
+    def _file(self, name: str) -> Any:
+        """Open the tensor's file; one left open keeps all that was read of it in memory."""
+        return _open(self.folder / self._files[self._names[name]])
 
 
-@functools.lru_cache(maxsize=16)
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -74,7 +75,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return json.loads(index.read_text())["weight_map"]
     single = folder / "model.safetensors"
     if single.is_file():
-        return dict.fromkeys(_open(single).keys(), single.name)
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single.name)
     raise UsageError(
         f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "
         "are not read: load the model with transformers and save it with save_pretrained."
