@@ -136,7 +136,7 @@ forget_half_installed() {
 
 install() {
     say "installing torch, Megatron-Core and the rest, once: about 6 GB on disk, 4 minutes or more"
-    (cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[data,plot,dev]') ||
+    (cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[data,eval,plot,dev]') ||
         die "the installation did not finish; pip says why above. The next call continues it."
 }
 

@@ -94,7 +94,7 @@ def export(config: ExportConfig) -> Path:
     family = family_of_run(args)
     source = config.tokenizer_model or tokenizer_of_run(args)
     tokenizer = load_tokenizer(source) if source is not None else None
-    if tokenizer is not None:
+    if source is not None and tokenizer is not None:
         check_tokenizer(args, tokenizer, source)
     shape = model_shape(args, _vocabulary_rows(args, tokenizer))
     hf_config = hugging_face_config(family, args, shape, tokenizer)

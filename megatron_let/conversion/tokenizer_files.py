@@ -25,7 +25,7 @@ def load_tokenizer(source: str | Path) -> Any:
         UsageError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(_own_folder(Path(source)))
+        return AutoTokenizer.from_pretrained(own_folder(Path(source)))
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UsageError(
@@ -83,7 +83,7 @@ def has_tokenizer(folder: Path) -> bool:
 def _copy_files(source: str, tokenizer: Any, folder: Path) -> list[str]:
     """Copy the tokenizer's files, or save it if it came from the hub; returns their names."""
     before = set(folder.iterdir())
-    origin = _own_folder(Path(source))
+    origin = own_folder(Path(source))
     if origin.is_dir():
         for name in TOKENIZER_FILES:
             if (origin / name).is_file():
@@ -97,7 +97,8 @@ def _loads_as(tokenizer: Any, folder: Path) -> bool:
     return AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
 
 
-def _own_folder(folder: Path) -> Path:
+def own_folder(folder: Path) -> Path:
+    """Return where a model's folder holds its tokenizer."""
     own = folder / OWN_FOLDER
     return own if own.is_dir() else folder
 

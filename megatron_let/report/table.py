@@ -23,7 +23,7 @@ def comparison_table(comparisons: Sequence[Comparison], teacher_run: Run | None 
         rows += [_seed_row(c, teacher_run) for c in group]
         if len(group) > 1:
             rows += _summary_rows(label, group)
-    return "\n".join([*_markdown(HEADER, rows), "", *_legend(comparisons, teacher_run)])
+    return "\n".join([*markdown_table(HEADER, rows), "", *_legend(comparisons, teacher_run)])
 
 
 def losses_table(comparisons: Sequence[Comparison]) -> str:
@@ -43,7 +43,20 @@ def losses_table(comparisons: Sequence[Comparison]) -> str:
         peak = f"{max(memory) / 2**30:.2f} GiB" if memory else "-"
         rows.append((label, str(len(group)), *losses, peak))
     legend = "memory: the most that any rank had; equal: as much as the plain run in all."
-    return "\n".join([*_markdown(header, rows), "", legend])
+    return "\n".join([*markdown_table(header, rows), "", legend])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; the first column stands left, the others right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return [line(header), line(rule), *(line(row) for row in rows)]
 
 
 def _mean_and_range(values: Sequence[float | None]) -> str:
@@ -114,18 +127,6 @@ def _summarize(ratios: Sequence[Cost | None], axis: Callable[[Cost], float]) -> 
     if len(reached) < len(ratios):
         return f"{len(reached)} of {len(ratios)}", f"{min(reached):.2f}-{NEVER}"
     return f"{fmean(reached):.2f}", f"{min(reached):.2f}-{max(reached):.2f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return [line(header), line(rule), *(line(row) for row in rows)]
 
 
 def _legend(comparisons: Sequence[Comparison], teacher_run: Run | None) -> list[str]:

@@ -22,6 +22,7 @@ from megatron_let.conversion.families import (
     megatron_flags,
 )
 from megatron_let.conversion.to_hf import ExportConfig, export, sample
+from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from tests.unit.conversion.conftest import VOCAB_SIZE, MadeCheckpoint
 from tools.convert_checkpoint import main
@@ -103,6 +104,20 @@ def test_another_tokenizer_is_refused(made: MadeCheckpoint, tmp_path: Path, size
     with pytest.raises(UsageError, match=f"has {size} tokens, padded to .* model has 16"):
         export(ExportConfig(made.save, tmp_path / "hf", tokenizer_model=other))
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_fingerprint_of_the_run_decides(made: MadeCheckpoint, tmp_path: Path) -> None:
+    """The same size and other tokens: only a checkpoint of this project can tell."""
+    source = write_tokenizer(tmp_path / "tokenizer")
+    vocabulary = AutoTokenizer.from_pretrained(source).get_vocab()
+    made.args.tokenizer_fingerprint = tokenizer_fingerprint(vocabulary)
+    made.write()
+    export(ExportConfig(made.save, tmp_path / "hf", tokenizer_model=str(source)))
+    made.args.tokenizer_fingerprint = tokenizer_fingerprint(vocabulary | {"w3": 4, "w4": 3})
+    made.write()
+    with pytest.raises(UsageError, match="is not the one the model was trained with"):
+        export(ExportConfig(made.save, tmp_path / "other", tokenizer_model=str(source)))
+    assert not (tmp_path / "other").exists()
 
 
 def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:

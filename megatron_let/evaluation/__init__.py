@@ -1,0 +1,1 @@
+"""Evaluation of exported models: the field's harness, and the loss on text."""

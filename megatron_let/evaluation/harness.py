@@ -1,0 +1,219 @@
+"""The paper's nine tasks by lm-evaluation-harness: one-shot accuracy (arXiv 2602.05393).
+
+The harness makes the prompts and scores them; here stand which tasks these are, where their data
+may lie without a hub, and how their accuracies are put together.
+"""
+
+import functools
+import logging
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_let.conversion.tokenizer_files import own_folder
+from megatron_let.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the harness and its data set on the hub."""
+
+    name: str
+    dataset: str
+    subset: str | None
+    chance: float
+    """Accuracy of guessing."""
+
+
+PAPER_TASKS = (
+    Task("hellaswag", "Rowan/hellaswag", None, 1 / 4),
+    Task("winogrande", "allenai/winogrande", "winogrande_xl", 1 / 2),
+    Task("lambada_openai", "EleutherAI/lambada_openai", "default", 0.0),
+    Task("openbookqa", "allenai/openbookqa", "main", 1 / 4),
+    Task("arc_easy", "allenai/ai2_arc", "ARC-Easy", 1 / 4),
+    Task("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", 1 / 4),
+    Task("piqa", "baber/piqa", None, 1 / 2),
+    Task("sciq", "allenai/sciq", None, 1 / 4),
+    Task("boolq", "aps/super_glue", "boolq", 1 / 2),
+)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What one model did on one task."""
+
+    correct: list[int]
+    """1 or 0 for every question, in the data set's order."""
+    normalized: float | None
+    """Accuracy by the choices' likelihoods over their lengths (`acc_norm`), if there is one."""
+    cut: int
+    """Prompts longer than the model's context, which lost their beginning."""
+
+
+def find_tasks(names: Sequence[str] | None) -> list[Task]:
+    """Return the tasks of these names, all nine without.
+
+    Raises:
+        UsageError: a name is none of the nine.
+    """
+    known = {task.name: task for task in PAPER_TASKS}
+    for name in names or ():
+        if name not in known:
+            raise UsageError(
+                f"--tasks {name} is none of {', '.join(known)}. For others run lm_eval itself on "
+                "the exported folder: lm_eval --model hf --model_args pretrained=FOLDER."
+            )
+    return [known[name] for name in names or known]
+
+
+def local_data(tasks: Iterable[Task], folder: Path) -> dict[str, tuple[Path, str | None]]:
+    """Return each task's path and subset below a folder of data sets, FOLDER/OWNER/NAME.
+
+    Raises:
+        UsageError: names every missing data set and the command that gets it.
+    """
+    found: dict[str, tuple[Path, str | None]] = {}
+    missing = []
+    for task in tasks:
+        path = folder / task.dataset
+        if task.subset is not None and (path / task.subset).is_dir():
+            found[task.name] = (path / task.subset).absolute(), None
+        elif path.is_dir():
+            # A folder with a README tells which of its files are which subset.
+            declared = (path / "README.md").is_file()
+            found[task.name] = path.absolute(), task.subset if declared else None
+        else:
+            missing.append(task.dataset)
+    if missing:
+        commands = "\n".join(
+            f"  hf download --repo-type dataset {name} --local-dir {folder / name}"
+            for name in dict.fromkeys(missing)
+        )
+        raise UsageError(
+            f"--task-data {folder} lacks {len(set(missing))} data sets. Where there is internet:\n"
+            f"{commands}"
+        )
+    return found
+
+
+class Harness:
+    """lm-evaluation-harness with one model loaded.
+
+    Args:
+        folder: the exported model.
+        dtype: of the weights, "auto" as saved.
+        device: of torch's.
+        batch_size: sequences at once.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: str, batch_size: int) -> None:
+        from lm_eval.models.huggingface import HFLM  # late: it takes seconds
+
+        class Model(HFLM):
+            """Draws progress bars on a terminal only."""
+
+            def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+                return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
+
+        self._manager = _task_manager()
+        self._model = Model(
+            pretrained=str(folder),
+            tokenizer=str(own_folder(folder)),
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+        )
+
+    def score(
+        self,
+        task: Task,
+        data: tuple[Path, str | None] | None,
+        shots: int,
+        limit: int | None,
+    ) -> TaskScore:
+        """Run one task.
+
+        Args:
+            task: which.
+            data: its path and subset on this machine; the hub's if None.
+            shots: solved examples before every question.
+            limit: only so many questions.
+
+        Raises:
+            UsageError: the hub does not give the data set.
+        """
+        from lm_eval import simple_evaluate
+
+        with _counted_cuts() as cuts, self._specified(task, data) as spec:
+            try:
+                results = simple_evaluate(
+                    model=self._model,
+                    tasks=[spec],
+                    num_fewshot=shots,
+                    limit=limit,
+                    bootstrap_iters=0,  # for perplexities, which are not reported
+                    task_manager=self._manager,
+                )
+            except (OSError, ValueError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UsageError(
+                    f"{task.name}: {task.dataset} cannot be loaded: {reason} Without internet give "
+                    "the data sets with --task-data."
+                ) from error
+        samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
+        return TaskScore(
+            correct=[int(sample["acc"]) for sample in samples],
+            normalized=results["results"][task.name].get("acc_norm,none"),
+            cut=len(cuts),
+        )
+
+    @contextmanager
+    def _specified(self, task: Task, data: tuple[Path, str | None] | None) -> Iterator[str]:
+        """The task as the harness takes it: its name, or a file that says where the data lies."""
+        if data is None:
+            yield task.name
+            return
+        path, subset = data
+        original = self._manager.task_index[task.name].yaml_path
+        lines = [f"include: {original}", f"task: {task.name}", f"dataset_path: {path}"]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{task.name}.yaml"
+            file.write_text("\n".join([*lines, f"dataset_name: {subset or 'null'}", ""]))
+            yield str(file)
+
+
+@functools.cache
+def _task_manager() -> Any:
+    """The harness's index of its thousands of tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@contextmanager
+def _counted_cuts() -> Iterator[list[str]]:
+    """Collect the harness's warnings of prompts that were cut, instead of a line for each."""
+    cuts: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        is_cut = "exceeds model's maximum length" in record.getMessage()
+        if is_cut:
+            cuts.append(record.getMessage())
+        return not is_cut and record.levelno >= logging.ERROR
+
+    loggers = [logging.getLogger(name) for name in _harness_loggers()]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield cuts
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def _harness_loggers() -> list[str]:
+    return [name for name in logging.root.manager.loggerDict if name.startswith("lm_eval")]

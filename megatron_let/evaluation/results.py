@@ -1,0 +1,62 @@
+"""What was measured of one model, kept in a file as it comes: a second call goes on."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_let.errors import UsageError
+
+
+class Results:
+    """The results of one model in one file of JSON.
+
+    Args:
+        path: the file; one that exists is gone on with.
+        about: what they were measured with; the file's must be the same.
+
+    Raises:
+        UsageError: the file is of another model or of other settings.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {"about": about, "results": {}}
+        if path.exists():
+            self._content = json.loads(path.read_text())
+            for key, value in about.items():
+                before = self._content["about"].get(key)
+                if before != value:
+                    raise UsageError(
+                        f"{path} holds results with {key} {before}, and this is {value}. Give "
+                        "another --output; nothing is overwritten."
+                    )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._content["results"]
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content["results"][key]
+
+    def keep(self, key: str, value: Any) -> None:
+        """Add one result; the file is complete at any time."""
+        self._content["results"][key] = value
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._content, indent=1) + "\n")
+        os.replace(partial, self._path)
+
+
+def identity(folder: Path) -> dict[str, list[int]]:
+    """Tell the weights of a model apart: each file's size and time of change.
+
+    Raises:
+        UsageError: the folder is no exported model.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{folder} is no exported model: it lacks config.json or *.safetensors. Export a run "
+            "with tools/convert_checkpoint.py to-hf."
+        )
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
