@@ -81,17 +81,13 @@ def text_table(scores: Mapping[str, Mapping[str, TextScore]]) -> str:
     labels = list(scores)
     totals = {label: sum(scores[label].values(), TextScore()) for label in labels}
     one = scores[labels[0]]
-    header = ["subset", "documents", "MB"]
-    for label in labels:
-        header += [f"{label}: tokens", "perplexity", "bits/byte"]
     rows = []
     for subset in [*sorted(one), ""]:
-        of = {label: scores[label][subset] if subset else totals[label] for label in labels}
-        known = of[labels[0]]
-        row = [subset or "all", f"{known.documents:,}", f"{known.bytes / 1e6:.2f}"]
-        for score in of.values():
-            row += [f"{score.tokens:,}", f"{score.perplexity:.3f}", f"{score.bits_per_byte:.4f}"]
-        rows.append(row)
+        of = [scores[label][subset] if subset else totals[label] for label in labels]
+        cells = [f"{score.perplexity:.3f}, {score.bits_per_byte:.4f}" for score in of]
+        size = f"{of[0].bytes / 1e6:.2f}"
+        rows.append((subset or "all", f"{of[0].documents:,}", size, *cells))
     if len(one) == 1:
         rows = rows[-1:]
+    header = ("perplexity, bits per byte", "documents", "MB", *labels)
     return "\n".join(markdown_table(header, rows))

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model
 from megatron_let.conversion.to_hf import ExportConfig, export
 from megatron_let.testing import run_distributed
+from tests.distributed.training import run, series
 from tests.unit.conversion.hf_models import MODELS, VOCAB, save_model
 
 TOLERANCE = 1e-5  # of the largest logit; float32 on both sides
@@ -60,6 +61,24 @@ def test_logits_in_a_layout_and_bytes_after(name, world_size, layout, tmp_path):
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
     assert error(logits_of(folder, ids), theirs) <= TOLERANCE
+
+
+def test_training_starts_from_an_import_and_goes_on(corpus, tmp_path):
+    """At step 0 with a fresh optimizer, from these weights; then as any run."""
+    load = import_model(ImportConfig(str(save_model("llama", tmp_path / "hf")), tmp_path / "start"))
+    flags = [*corpus.flags, *(load / FLAGS_FILE).read_text().split("--tokenizer-type")[0].split()]
+    save = ["--save", str(tmp_path / "run")]
+    assert not run(1, *flags, *save, "--exit-interval", "2")
+    assert not run(1, *flags, *save, "--load", str(tmp_path / "run"), "--exit-interval", "4")
+    losses = series(tmp_path / "run", "lm loss")
+    assert set(losses) == {1, 2, 3, 4}
+    # These weights are worse than those of a model that starts anew, which is near ln 256 = 5.55.
+    ids = np.random.default_rng(0).integers(1, 256, size=(64, 17))
+    logits = torch.from_numpy(logits_of(tmp_path / "hf", ids[:, :-1])[..., :256])
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(ids[:, 1:]).flatten()
+    )
+    assert losses[1] == pytest.approx(expected.item(), abs=0.2) and losses[1] > 5.9
 
 
 FAULTS = {

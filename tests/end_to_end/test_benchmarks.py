@@ -32,3 +32,10 @@ def test_preprocess() -> None:
     said = run("preprocess.py", *(["--megatron-lm", checkout] if checkout else []))
     assert said.count("identical, sha256") == 2
     assert ("theirs_text_document.bin" in said) == bool(checkout)
+
+
+@pytest.mark.slow
+def test_conversion() -> None:
+    """The weights come back as they were; the short form has no targets."""
+    said = run("conversion.py")
+    assert "to-hf" in said and "no targets" in said

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from megatron_let.conversion.families import FAMILIES, FLAG_OF
+from megatron_let.evaluation.harness import PAPER_TASKS
 from megatron_let.testing import run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +36,16 @@ def test_flags_and_defaults_of_the_table_are_the_parsers():
         name = re.findall(r"--[a-z-]+", cell)[0]
         if known[name] is not None:
             assert default.strip("` ") == str(known[name]), name
+
+
+def test_checkpoints_names_what_is_converted_and_evaluated():
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    assert re.findall(r"^\| ([A-Z]\S+) \|", text, re.M) == [family.name for family in FAMILIES]
+    sentence = text.split("One-shot accuracy on")[1].split("by [lm-eval")[0]
+    assert re.findall(r"[a-z_]{4,}", sentence) == [task.name for task in PAPER_TASKS]
+    flags = set(re.findall(r"`(--[a-z-]+)", text)) - set(FLAG_OF.values())
+    tools = [
+        (ROOT / "tools" / f"{name}.py").read_text() for name in ("convert_checkpoint", "evaluate")
+    ]
+    known = {"--save", "--openai-gelu", "--let-resize"}
+    assert not {flag for flag in flags - known if not any(flag in tool for tool in tools)}

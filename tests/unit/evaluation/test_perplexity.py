@@ -106,6 +106,7 @@ def test_table() -> None:
     lines = text_table(scores).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["a", "b", "all"]
     cells = [cell.strip() for cell in lines[-1].split("|")]
-    bits = f"{40 / math.log(2) / 60:.4f}"
-    assert cells[1:7] == ["all", "3", "0.00", "15", f"{math.exp(40 / 15):.3f}", bits]
+    plain = f"{math.exp(40 / 15):.3f}, {40 / math.log(2) / 60:.4f}"
+    let = f"{math.exp(38 / 18):.3f}, {38 / math.log(2) / 60:.4f}"
+    assert cells[1:6] == ["all", "3", "0.00", plain, let]
     assert len(text_table({"one": {"": TextScore(1, 5, 20, 10.0)}}).splitlines()) == 3

@@ -1,0 +1,56 @@
+"""--verify: Megatron's own logits, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_let.conversion import verify as verify_module
+from megatron_let.conversion.checkpoint import find_checkpoint
+from megatron_let.conversion.from_hf import ImportConfig, import_model
+from megatron_let.conversion.verify import TOLERANCE, verify
+from megatron_let.errors import UsageError
+from tests.unit.conversion.hf_models import MODELS, save_model
+from tools.convert_checkpoint import main
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "qwen3"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", *SLOW])
+def test_megatron_computes_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = save_model(name, tmp_path / "hf")
+    load = find_checkpoint(import_model(ImportConfig(str(original), tmp_path / "megatron")))
+    ask, answers = verify_module._megatron_logits, []
+
+    def remembered(*args):
+        answers.append(answers[0] if answers else ask(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(verify_module, "_megatron_logits", remembered)
+    difference = verify(load, original)
+    print(f"{name}: {difference}")
+    assert 0 < difference.relative < TOLERANCE and difference.same_choice == 1
+
+    # Twin: against the same answer, one bias or norm that was forgotten is refused.
+    tensors = load_file(original / "model.safetensors")
+    forgotten = next(key for key in tensors if "norm" in key or ".ln_" in key)
+    save_file(tensors | {forgotten: tensors[forgotten] * 0 + 1}, original / "model.safetensors")
+    with pytest.raises(UsageError, match="do not compute the same"):
+        verify(load, original)
+
+
+def test_a_checkpoint_that_megatron_cannot_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = save_model("llama", tmp_path / "hf")
+    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    (data,) = (load / "release").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:50000])
+    with pytest.raises(SystemExit) as stop:
+        main(f"to-hf --load {load} --output {tmp_path / 'back'} --verify".split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "cannot be read" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "back").exists()
