@@ -45,6 +45,7 @@ def main() -> None:
             run.forward_step,
             get_embedding_ranks=entry.embedding_ranks(args),
         )
+    log.finish()  # Megatron leaves by sys.exit where it stops early
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ class RunLog:
         )
         print_rank_0(self._summary(facts))
 
+    def finish(self) -> None:
+        """Note that the run is complete: an interrupted one has no such line at its end."""
+        self.file.write("end", self._iteration)
+
     def _count_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self._num_parameters = count_parameters(chunks)
         return chunks

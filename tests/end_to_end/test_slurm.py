@@ -1,0 +1,119 @@
+"""`examples/slurm/pretrain.sbatch` on a real Slurm: whatever stops a job, the run goes on.
+
+Every job trains the same LET run; all end with the same weights, bit for bit.
+"""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.training import FLAGS, Corpus, hashes, make_corpus, records
+from tests.end_to_end.slurm_cluster import Cluster, cluster, missing
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+]
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "examples" / "slurm" / "pretrain.sbatch")
+STEPS, INTERVAL = 900, 100
+SECONDS = 600
+RUN = f"--train-iters {STEPS} --save-interval {INTERVAL} --eval-interval {STEPS}".split()
+LET = f"--let-stop-step {STEPS // 2}".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory):
+    with cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+class Job:
+    """One job of the script."""
+
+    def __init__(self, slurm: Cluster, corpus: Corpus, save: Path, *flags: str, agents: int = 1):
+        self.slurm, self.save = slurm, save
+        self.log = save.with_suffix(".log")
+        # One of a name at a time, so each has a name of its own.
+        sbatch = ["sbatch", "--parsable", f"--job-name={save.name}", f"--output={self.log}"]
+        sbatch += ["--gpus-per-node=0", f"--ntasks-per-node={agents}", *flags]
+        training = [*FLAGS, *RUN, *corpus.flags, *corpus.let(*LET), "--save", str(save)]
+        self.id = slurm.run(
+            *sbatch, SCRIPT, *training, cwd=ROOT, PROCESSES=str(2 // agents), SAVE_SECONDS="100"
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + SECONDS
+        while (
+            not (self.save / "metrics.jsonl").exists()
+            or max(records(self.save, "train"), default=0) < step
+        ):
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
+    def wait_until_complete(self) -> str:
+        state = self.slurm.wait(self.id, "COMPLETED", "FAILED", "TIMEOUT", seconds=SECONDS)
+        text = self.log.read_text()
+        assert state == "COMPLETED" and f"complete at step {STEPS}" in text, text[-5000:]
+        return text
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Cluster, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Two nodes: two torchrun agents that find each other by c10d."""
+    job = Job(slurm, corpus, tmp_path_factory.mktemp("nodes") / "undisturbed", agents=2)
+    text = job.wait_until_complete()
+    assert "start 0, 2 x 1 processes, from step 0" in text
+    return hashes(job.save)
+
+
+def test_term_saves_and_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dict, tmp_path: Path):
+    job = Job(slurm, corpus, tmp_path / "term")
+    job.wait_for_step(INTERVAL + 20)
+    slurm.run("scancel", "--signal=TERM", job.id)
+    text = job.wait_until_complete()
+    assert "exiting program after receiving SIGTERM" in text
+    [saved] = {
+        int(word) for word in text.split("stopped at step ")[1:] for word in [word.split(";")[0]]
+    }
+    assert saved % INTERVAL != 0 and f"start 1, 1 x 2 processes, from step {saved}" in text
+    assert hashes(job.save) == undisturbed
+
+
+def test_requeue_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dict, tmp_path: Path):
+    """An operator's requeue, or a lost node's."""
+    job = Job(slurm, corpus, tmp_path / "requeue")
+    job.wait_for_step(INTERVAL + 20)
+    slurm.run("scontrol", "requeue", job.id)
+    text = job.wait_until_complete()
+    assert "start 1, " in text
+    assert hashes(job.save) == undisturbed
+
+
+def test_time_limit_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dict, tmp_path: Path):
+    """Slurm looks once a minute, so TERM comes 30 to 90 seconds after the start."""
+    job = Job(slurm, corpus, tmp_path / "limit", "--time=2", "--signal=TERM@30")
+    text = job.wait_until_complete()
+    if "start 1, " not in text:
+        pytest.skip("the run was complete before its time limit")
+    assert hashes(job.save) == undisturbed
+
+
+def test_a_run_that_does_not_get_on_stays_down(slurm: Cluster, corpus: Corpus, tmp_path: Path):
+    job = Job(slurm, corpus, tmp_path / "broken")
+    slurm.run("scancel", job.id)
+    flags = ["--parsable", "--job-name=broken2", "--gpus-per-node=0", f"--output={job.log}"]
+    for training, message in (
+        (["--save", str(tmp_path / "broken"), "--no-such-flag"], "not requeued"),
+        (["--train-iters", "5"], "add --save DIR"),
+    ):
+        broken = slurm.run("sbatch", *flags, SCRIPT, *training, cwd=ROOT)
+        assert slurm.wait(broken, "FAILED", "COMPLETED", seconds=SECONDS) == "FAILED"
+        assert message in job.log.read_text()

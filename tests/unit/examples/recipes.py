@@ -1,0 +1,37 @@
+"""A recipe's flags, given to Megatron: in a worker, as if on as many GPUs."""
+
+import os
+import sys
+
+from megatron_let import entry
+from megatron_let.testing import forget_last_run
+
+ELSEWHERE = ("--tokenizer-", "--train-data-", "--valid-data-", "--data-cache-", "--tensorboard-")
+"""What names files or a hub that a test does not have."""
+
+
+def without_files(flags: list[str]) -> list[str]:
+    """Leave out flags that name data, and their values."""
+    kept, keep = [], True
+    for word in flags:
+        keep = not word.startswith(ELSEWHERE) if word.startswith("--") else keep
+        kept += [word] * keep
+    return kept
+
+
+def layers_of(recipes: dict[str, list[str]], gpus: int) -> dict[str, int]:
+    """Parse and check each recipe's flags and build its configuration; returns its layers."""
+    before = dict(os.environ)
+    layers = {}
+    for name, flags in recipes.items():
+        forget_last_run()
+        os.environ["WORLD_SIZE"] = str(gpus)
+        mock = "--mock-data --tokenizer-type NullTokenizer --vocab-size 49151 --cpu".split()
+        sys.argv = ["pretrain_let.py", *without_files(flags), *mock]
+        try:
+            config = entry.gpt_config(entry.parse_arguments())
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        layers[name] = config.transformer.num_layers
+    return layers

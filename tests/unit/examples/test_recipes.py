@@ -1,0 +1,103 @@
+"""Every recipe for the Pile: Megatron takes its flags, and it fits 32 A100-80GB on paper."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_let.testing import run_distributed
+from tools import plan
+
+ROOT = Path(__file__).resolve().parents[3]
+GPUS = 32
+METHODS = ("baseline", "let", "salt", "reverse-kd")
+PARAMETERS = {"1.4b": 1.416e9, "3b": 2.79e9, "7b": 7.5e9}
+RECIPES = [
+    *(("1.4b", m, t) for m in METHODS for t in ("smollm-135m", "opt-125m", "pythia-160m", "gpt2")),
+    *(("3b", m, "smollm-135m") for m in METHODS),
+    ("3b", "salt", "own"),
+    *(("7b", m, "llama-3.2-1b") for m in METHODS),
+    ("1.4b", "let+salt", "smollm-135m"),
+]
+IDS = ["-".join(recipe) for recipe in RECIPES]
+
+
+def write_own_teacher(folder: Path) -> Path:
+    """SALT's own pair: a teacher of the 1.4 B recipe's shape, exported."""
+    shape = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
+    shape |= {"intermediate_size": 5504, "vocab_size": 49152, "max_position_embeddings": 2048}
+    config = {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 16}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | shape))
+    return folder
+
+
+def recipe_flags(
+    size: str, method: str, teacher: str, folder: Path, tokenizer: str | None = None
+) -> list[str]:
+    """The flags that a recipe's script starts a run with."""
+    if tokenizer is None:
+        tokenizer = "smollm-135m" if teacher.startswith("/") else teacher
+    prepared = folder / "data" / Path(tokenizer).name
+    prepared.mkdir(parents=True, exist_ok=True)
+    (prepared / "pile_text_blend.txt").write_text("1 a_text_document 2 b_text_document\n")
+    env = {"METHOD": method, "TEACHER": teacher, "TOKENIZER": tokenizer}
+    env |= {"DATA": str(folder / "data"), "SAVE": str(folder / "save"), "PRINT": "1"}
+    script = ROOT / "examples" / f"pile_{size}" / "train.sh"
+    done = subprocess.run(["bash", script], env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("size", "method", "teacher"), RECIPES, ids=IDS)
+def test_fits_on_paper(size: str, method: str, teacher: str, tmp_path: Path) -> None:
+    if teacher == "own":
+        teacher = str(write_own_teacher(tmp_path / "teacher"))
+    flags = recipe_flags(size, method, teacher, tmp_path)
+    parser = plan.build_parser()
+    known = parser._option_string_actions.keys() - {"--max-position-embeddings"}
+    words, keep = [], False
+    for word in flags:  # what the planner reads; the rest changes neither size nor cost
+        keep = word in known if word.startswith("--") else keep
+        words += [word] * keep
+    planned = plan.plan_from(parser.parse_args([*words, "--gpus", str(GPUS), "--teacher", teacher]))
+    assert planned.fits
+    assert planned.run.train_iters * planned.run.tokens_per_step == pytest.approx(20e9, rel=1e-3)
+    tolerance = 0.01 if teacher == "smollm-135m" else 0.03  # other vocabularies, other sizes
+    assert planned.student.parameters == pytest.approx(PARAMETERS[size], rel=tolerance)
+
+
+def test_megatron_takes_the_flags(tmp_path: Path) -> None:
+    recipes = {
+        f"{size} {method}": recipe_flags(size, method, teacher, tmp_path)
+        for size, method, teacher in RECIPES
+        if teacher in ("smollm-135m", "llama-3.2-1b")
+    }
+    [layers] = run_distributed("tests.unit.examples.recipes:layers_of", 1, recipes, GPUS)
+    assert {name.split()[0]: n for name, n in layers.items()} == {"1.4b": 24, "3b": 32, "7b": 32}
+
+
+def test_two_paths_are_all_that_a_cluster_changes(tmp_path: Path) -> None:
+    flags = recipe_flags("1.4b", "let", "smollm-135m", tmp_path)
+    elsewhere = recipe_flags("1.4b", "let", "smollm-135m", tmp_path / "other")
+    differing = [word for word, other in zip(flags, elsewhere, strict=True) if word != other]
+    assert all(word.startswith(str(tmp_path)) for word in differing)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"TEACHER": "bert"}, "TEACHER or TOKENIZER bert is unknown: smollm-135m"),
+        ({"METHOD": "kd"}, "METHOD kd is unknown: baseline"),
+        ({}, "Make it with examples/pile/preprocess.sh PILE HuggingFaceTB/SmolLM-135M"),
+    ],
+)
+def test_bad_input(env: dict[str, str], message: str, tmp_path: Path) -> None:
+    if "METHOD" in env:
+        recipe_flags("1.4b", "let", "smollm-135m", tmp_path)  # makes the data
+    env = {"DATA": str(tmp_path / "data"), "SAVE": str(tmp_path)} | env
+    script = ROOT / "examples" / "pile_1.4b" / "train.sh"
+    done = subprocess.run(["bash", script], env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr
