@@ -19,7 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_let import entry, torch_adam  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
-from megatron_let.resume import check_resume  # noqa: E402
+from megatron_let.resume import resume_check  # noqa: E402
 from megatron_let.run import Run  # noqa: E402
 from megatron_let.run_log import RunLog  # noqa: E402
 
@@ -31,8 +31,8 @@ def main() -> None:
     args = entry.parse_arguments()
     entry.keep_save_results_here(args)
     method = build_method(args)
-    check_resume(args, method)
     model_config = entry.model_config(args, method)
+    model_config.pre_wrap_hooks.insert(0, resume_check(args, method))
 
     log = RunLog(args, method)
     run = Run(args, model_config, method, log)

@@ -5,11 +5,25 @@ Megatron compares the student's shape with the checkpoint's and knows nothing of
 
 import os
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
 from megatron.training.checkpointing import _load_base_checkpoint
 
+from megatron_let.checkpoints import go_on_from_a_whole_checkpoint
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
+
+
+def resume_check(args: Namespace, method: Method) -> Callable[[list[Any]], list[Any]]:
+    """Return the hook that Megatron calls before it loads: on every rank, with the groups there."""
+
+    def check(chunks: list[Any]) -> list[Any]:
+        go_on_from_a_whole_checkpoint(args)
+        check_resume(args, method)
+        return chunks
+
+    return check
 
 
 def check_resume(args: Namespace, method: Method) -> None:
@@ -36,8 +50,8 @@ def check_resume(args: Namespace, method: Method) -> None:
 def _saved_args(args: Namespace) -> Namespace | None:
     """Return the arguments saved in the checkpoint, None without one.
 
-    Every rank reads them before the model is built, as Megatron does with --use-checkpoint-args:
-    it is the small part of a checkpoint that holds no tensors.
+    Every rank reads them, as Megatron does with --use-checkpoint-args: it is the small part of a
+    checkpoint that holds no tensors.
     """
     if args.load is None:
         return None

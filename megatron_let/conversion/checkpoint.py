@@ -86,6 +86,19 @@ def _step_folder(load: Path, step: int | None) -> str:
     return word if word == "release" else f"iter_{int(word):07d}"
 
 
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Return the least size in bytes of every data file of a checkpoint, by its `.metadata`.
+
+    Raises:
+        UsageError: the folder has no readable `.metadata`.
+    """
+    sizes: dict[str, int] = {}
+    for stored in _Reader(folder).storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    return sizes
+
+
 class Checkpoint:
     """One `torch_dist` checkpoint; tensors are read one at a time, or a slice of one.
 

@@ -5,7 +5,16 @@ import shutil
 import pytest
 
 from megatron_let.testing import run_distributed
-from tests.distributed.training import FLAGS, STEPS, checkpoint, hashes, records, run, series
+from tests.distributed.training import (
+    FLAGS,
+    STEPS,
+    TP2_PP2,
+    checkpoint,
+    hashes,
+    records,
+    run,
+    series,
+)
 
 STOP = 4  # of `training.LET`
 KINDS = {
@@ -139,3 +148,35 @@ def test_finetune_takes_the_weights_with_another_guidance(corpus, whole, tmp_pat
     assert set(series(tmp_path, "let loss")) == {1}
     before, after = checkpoint(whole / "dropout").args(), checkpoint(tmp_path).args()
     assert after.teacher_fingerprint != before.teacher_fingerprint
+
+
+def flip(folder):
+    """Turn one bit of the newest data file."""
+    path = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(folder):
+    path = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, cut], ids=["flipped", "cut"])
+@pytest.mark.parametrize(("world_size", "layout"), [(1, []), (4, TP2_PP2)], ids=["1", "tp2_pp2"])
+def test_a_damaged_checkpoint_costs_one_more_interval(corpus, tmp_path, damage, world_size, layout):
+    flags = [*corpus.flags, *corpus.let(), *layout, *EVERY_2, "--verify-integrity"]
+    assert not run(world_size, *flags, "--save", str(tmp_path / "whole"))
+    folders = ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
+    assert not run(world_size, *flags, *folders[:2], "--exit-interval", "6")
+    damage(tmp_path / "run" / "iter_0000006")
+    assert not run(world_size, *flags, *folders)
+    assert min(i for i in records(tmp_path / "run", "start") if i) == 4
+    assert (tmp_path / "run" / "damaged_iter_0000006").is_dir()
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+
+    elsewhere = ["--load", str(tmp_path / "whole"), "--save", str(tmp_path / "other")]
+    damage(tmp_path / "whole" / "iter_0000008")
+    error = run(world_size, *flags, *elsewhere)
+    assert "is damaged" in error and "--ckpt-step" in error
