@@ -79,15 +79,16 @@ def _step_back(load: Path, damaged: Path | None, problem: str) -> None:
                 f"{load} holds no whole checkpoint; the last one looked at: {problem}. Damaged "
                 "ones are there as damaged_iter_*. Start a new run with another --save."
             )
-        damaged = max(older)
-        problem = find_damage(damaged)
-        if problem is None:
+        newest = max(older)
+        found = find_damage(newest)
+        if found is None:
             break
-    step = str(int(damaged.name.removeprefix("iter_")))
+        damaged, problem = newest, found
+    step = str(int(newest.name.removeprefix("iter_")))
     partial = load / f"{TRACKER}.partial"
     partial.write_text(step)
     os.replace(partial, load / TRACKER)
-    print(f"> going on from {damaged}, the newest whole checkpoint", flush=True)
+    print(f"> going on from {newest}, the newest whole checkpoint", flush=True)
 
 
 def _free_name(path: Path) -> Path:

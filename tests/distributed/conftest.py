@@ -41,9 +41,9 @@ Check = Callable[..., Agreement]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Data and teachers of whole runs, see `training.Corpus`."""
+    """Data and teachers of whole runs, see `tiny_run.Corpus`."""
     folder = tmp_path_factory.mktemp("corpus")
-    return run_distributed("tests.distributed.training:make_corpus", 1, folder)[0]
+    return run_distributed("megatron_let.tiny_run:make_corpus", 1, folder)[0]
 
 
 def relative_error(value: np.ndarray, expected: np.ndarray) -> float:

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_let.testing import run_distributed
-from tests.distributed.training import checkpoint, records
+from megatron_let.tiny_run import checkpoint
+from tests.distributed.training import records
 from tests.unit.examples.recipes import without_files
 from tests.unit.examples.test_recipes import recipe_flags
 

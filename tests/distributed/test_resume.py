@@ -5,18 +5,10 @@ import shutil
 import pytest
 
 from megatron_let.testing import run_distributed
-from tests.distributed.training import (
-    FLAGS,
-    STEPS,
-    TP2_PP2,
-    checkpoint,
-    hashes,
-    records,
-    run,
-    series,
-)
+from megatron_let.tiny_run import FLAGS, STEPS, checkpoint, hashes
+from tests.distributed.training import TP2_PP2, records, run, series
 
-STOP = 4  # of `training.LET`
+STOP = 4  # of `tiny_run.LET`
 KINDS = {
     # Dropout depends on the random state, a weight decay that grows on the scheduler's.
     "dropout": "--attention-dropout 0.1 --hidden-dropout 0.1 --start-weight-decay 0.01 "

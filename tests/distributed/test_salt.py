@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.distributed.training import STEPS, TP2_PP2, hashes, records, run, series
+from megatron_let.tiny_run import STEPS, hashes
+from tests.distributed.training import TP2_PP2, records, run, series
 
 STOP = 4
 SALT = ["--method", "salt", "--kd-stop-step", str(STOP), "--teacher-model"]

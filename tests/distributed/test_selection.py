@@ -4,17 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_let.testing import run_distributed
-from tests.distributed.training import (
-    BATCH,
-    FLAGS,
-    STEPS,
-    TP2_PP2,
-    VOCAB,
-    hashes,
-    records,
-    run,
-    series,
-)
+from megatron_let.tiny_run import BATCH, FLAGS, STEPS, VOCAB, hashes
+from tests.distributed.training import TP2_PP2, records, run, series
 
 STOP = 3
 END = ["--save-interval", str(STEPS)]

@@ -3,12 +3,14 @@
 Every job trains the same LET run; all end with the same weights, bit for bit.
 """
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.training import FLAGS, Corpus, hashes, make_corpus, records
+from megatron_let.tiny_run import FLAGS, Corpus, hashes, make_corpus
+from tests.distributed.training import records
 from tests.end_to_end.slurm_cluster import Cluster, cluster, missing
 
 pytestmark = [
@@ -80,9 +82,7 @@ def test_term_saves_and_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dic
     slurm.run("scancel", "--signal=TERM", job.id)
     text = job.wait_until_complete()
     assert "exiting program after receiving SIGTERM" in text
-    [saved] = {
-        int(word) for word in text.split("stopped at step ")[1:] for word in [word.split(";")[0]]
-    }
+    [saved] = map(int, re.findall(r"stopped at step (\d+);", text))
     assert saved % INTERVAL != 0 and f"start 1, 1 x 2 processes, from step {saved}" in text
     assert hashes(job.save) == undisturbed
 
