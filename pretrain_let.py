@@ -17,6 +17,7 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from megatron_let import entry, torch_adam  # noqa: E402
+from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.resume import resume_check  # noqa: E402
@@ -53,3 +54,7 @@ if __name__ == "__main__":
         main()
     except UsageError as error:
         sys.exit(f"pretrain_let.py: error: {error}")
+    except SAVE_ERRORS as error:
+        if (reason := explain_failed_save(error)) is None:
+            raise
+        sys.exit(f"pretrain_let.py: error: {reason}")

@@ -8,11 +8,15 @@ is found here before anything is loaded: files cut or missing, bits that flipped
 import hashlib
 import json
 import os
+import shutil
+import traceback
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from megatron.training import get_args
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_let.conversion.checkpoint import TRACKER, stored_bytes
 from megatron_let.errors import UsageError
@@ -20,6 +24,8 @@ from megatron_let.errors import UsageError
 SUMS = "integrity.json"
 """Megatron's `save_integrity_manifest`."""
 HASHES_AT_ONCE = 8
+SAVE_ERRORS = (RuntimeError, OSError, CheckpointException)
+"""What a failed save raises; the last is no `Exception`."""
 
 
 def go_on_from_a_whole_checkpoint(args: Namespace) -> None:
@@ -42,6 +48,23 @@ def go_on_from_a_whole_checkpoint(args: Namespace) -> None:
     torch.distributed.broadcast_object_list(verdict)
     if verdict[0] is not None:
         raise UsageError(verdict[0])
+
+
+def explain_failed_save(error: BaseException) -> str | None:
+    """Return one paragraph on an error that came from saving a checkpoint; None for any other.
+
+    Megatron's own says "Worker failure", whatever happened.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "save_checkpoint":
+            save, step = get_args().save, frame.f_locals.get("iteration")
+            free = shutil.disk_usage(save).free / 2**30
+            return (
+                f"the checkpoint of step {step} could not be written to {save}, where {free:.1f} "
+                "GiB are free (a quota may leave less). Earlier checkpoints are as they were: make "
+                f"room and start again. Megatron says: {str(error).splitlines()[0]}"
+            )
+    return None
 
 
 def _is_same(load: str, save: str | None) -> bool:

@@ -5,6 +5,7 @@ A test never imports Megatron; it reads metrics and checkpoints, which is what a
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -34,6 +35,21 @@ def train(argv: list[str]) -> str | None:
         return str(error)
     except SystemExit as end:  # --exit-interval
         assert not end.code, end.code
+    return None
+
+
+def train_on_a_full_disk(argv: list[str], largest: int) -> str | None:
+    """Train where no file can have more than `largest` bytes; return what is said of it."""
+    from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        train(argv)
+    except SAVE_ERRORS as error:
+        return explain_failed_save(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return None
 
 
