@@ -8,7 +8,6 @@ import contextlib
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -90,8 +89,12 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL torchrun and all ranks at once, as when a node goes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            torchrun = psutil.Process(self.process.pid)
+            torchrun.suspend()  # or it would see a rank die first, and end the others gently
+            for process in [*torchrun.children(recursive=True), torchrun]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -121,6 +124,12 @@ def in_training(job: Job, rng: random.Random) -> None:
     job.wait_for(lambda: _steps_logged(job.save) >= wanted)
 
 
+def late_in_training(job: Job, rng: random.Random) -> None:
+    """When there are two checkpoints or three."""
+    wanted = rng.randint(2 * INTERVAL + 1, STEPS - 5)
+    job.wait_for(lambda: _steps_logged(job.save) >= wanted)
+
+
 def in_a_save(job: Job, rng: random.Random) -> None:
     """When the folder of a second checkpoint is there and its tracker is not."""
     job.wait_for((job.save / TRACKER).is_file)
@@ -129,7 +138,12 @@ def in_a_save(job: Job, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 0.05))
 
 
-MOMENTS = {"start": at_start, "training": in_training, "save": in_a_save}
+MOMENTS = {
+    "start": at_start,
+    "training": in_training,
+    "late": late_in_training,
+    "save": in_a_save,
+}
 
 
 # --- what --------------------------------------------------------------------------------------
@@ -190,11 +204,11 @@ FAULTS: dict[str, tuple[Callable[[Job, random.Random], None] | None, tuple[str, 
     "kill all": (kill_all, ("start", "training", "save")),
     "TERM": (terminate, ("start", "training", "save")),
     "pause a rank": (pause_a_rank, ("training", "save")),
-    "cut a file": (cut_a_file, ("training",)),
-    "flip a bit": (flip_a_bit, ("training",)),
+    "cut a file": (cut_a_file, ("late",)),
+    "flip a bit": (flip_a_bit, ("late",)),
     "disk full": (None, ("save",)),  # the first start's; it needs nobody to inject it
 }
-"""What happens and when; a damaged file needs a checkpoint."""
+"""What happens and when; a damaged checkpoint needs one before it."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.conversion.checkpoint import find_checkpoint  # noqa: E402
-from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model  # noqa: E402
+from megatron_let.conversion.from_hf import (  # noqa: E402
+    FLAGS_FILE,
+    ImportConfig,
+    import_model,
+    local_folder,
+)
 from megatron_let.conversion.to_hf import DTYPES, ExportConfig, export, sample  # noqa: E402
 from megatron_let.conversion.verify import verify  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
@@ -54,10 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
 def to_hf(values: dict[str, Any]) -> None:
     """Export; then what was asked for besides."""
     prompt, check = values.pop("sample"), values.pop("verify")
+    # A run that goes on training must not move on between the export and what follows.
+    step = find_checkpoint(values["load"], values["ckpt_step"])
+    if step.name != "release":
+        values["ckpt_step"] = int(step.name.removeprefix("iter_"))
     config = ExportConfig(**values)
     print(f"Wrote {export(config)}", flush=True)
     if check:
-        step = find_checkpoint(config.load, config.ckpt_step)
         print(f"Verified: {verify(step, config.output)}", flush=True)
     if prompt is not None:
         print(sample(config.output, prompt))
@@ -70,7 +78,7 @@ def from_hf(values: dict[str, Any]) -> None:
     print(f"Wrote {import_model(config)}; the flags of a run that starts from it:\n", flush=True)
     print((config.output / FLAGS_FILE).read_text(), flush=True)
     if check:
-        difference = verify(find_checkpoint(config.output), Path(config.hf_model))
+        difference = verify(find_checkpoint(config.output), local_folder(config))
         print(f"Verified: {difference}")
 
 

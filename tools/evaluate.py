@@ -18,7 +18,8 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from megatron_let.conversion.tokenizer_files import load_tokenizer  # noqa: E402
 from megatron_let.data import documents, sources  # noqa: E402
@@ -112,6 +113,7 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
             "model": identity(folder),
             "shots": options.num_fewshot,
             "limit": options.limit,
+            "task data": None if options.task_data is None else str(options.task_data.absolute()),
             "dtype": options.dtype,
         }
         results = Results(options.output / f"{label}-tasks.json", about)
@@ -133,39 +135,44 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
 def evaluate_text(options: argparse.Namespace) -> str:
     """Score every model on the text; returns the table."""
     paths = sources.expand(options.input)
+    stats = {path: Path(path).stat() for path in paths}
     scores: dict[str, dict[str, TextScore]] = {}
     for label, folder in labelled(options.models).items():
-        model_identity = identity(folder)
-        scorer = _scorer(folder, options)
+        context, stride = _windows(folder, options)
         about = {
-            "model": model_identity,
-            "input": {path: Path(path).stat().st_size for path in paths},
+            "model": identity(folder),
+            "input": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
             "json key": options.json_key,
             "by meta": options.by_meta,
-            "context": scorer.context,
-            "stride": scorer.stride,
+            "context": context,
+            "stride": stride,
             "dtype": options.dtype,
         }
         results = Results(options.output / f"{label}-text.json", about)
         if "subsets" not in results:
             print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype)
+            model = model.to(options.device).eval()
+            tokenizer = load_tokenizer(folder)
+            scorer = TextScorer(model, tokenizer, context, stride, options.batch_size)
             found = scorer.score(read_documents(paths, options.json_key, options.by_meta))
+            del model, scorer
             results.keep("subsets", {subset: asdict(score) for subset, score in found.items()})
         scores[label] = {name: TextScore(**score) for name, score in results["subsets"].items()}
     return text_table(scores)
 
 
-def _scorer(folder: Path, options: argparse.Namespace) -> TextScorer:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype)
-    longest = model.config.max_position_embeddings
+def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
+    """The context and stride in tokens."""
+    identity(folder)
+    longest = AutoConfig.from_pretrained(folder).max_position_embeddings
     context = options.context or longest
     stride = options.stride or max(context // 2, 1)
     if not 1 <= context <= longest:
         raise UsageError(f"--context {context}: {folder} reads 1 to {longest} tokens.")
     if not 1 <= stride <= context:
         raise UsageError(f"--stride {stride} must be 1 to --context {context}, or tokens get lost.")
-    model = model.to(options.device).eval()
-    return TextScorer(model, load_tokenizer(folder), context, stride, options.batch_size)
+    return context, stride
 
 
 def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator[Document]:
@@ -193,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bars_on_a_terminal_only()
     try:
         print(COMMANDS[options.command](options))
-    except (UsageError, ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError, SafetensorError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

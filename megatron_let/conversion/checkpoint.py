@@ -63,7 +63,10 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
         found = sorted(path.name for path in load.glob("iter_*"))
         raise UsageError(f"No checkpoint at {folder}. {load} holds: {', '.join(found) or 'none'}.")
     config = folder / "metadata.json"
-    backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else "torch"
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else "torch"
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{config} is damaged: {error}") from error
     if backend != "torch_dist":
         raise UsageError(
             f"{folder} was saved with --ckpt-format {backend}; only torch_dist can be read."
@@ -191,7 +194,7 @@ class _Reader(FileSystemReader):
         try:
             with path.open("rb") as file:
                 self.metadata: Metadata = _MetadataUnpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle can raise anything
             raise UsageError(f"{path} cannot be read: {error}") from error
         self.storage_data = self.metadata.storage_data
 

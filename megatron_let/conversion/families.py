@@ -33,6 +33,11 @@ class Family:
     from_config: Callable[[Any], Values]
 
 
+def _dropout(args: Namespace, name: str) -> float:
+    """Only training on has it."""
+    return vars(args).get(name, 0.0)
+
+
 # --- Llama, Qwen2, Qwen3 -----------------------------------------------------------------------
 
 
@@ -44,6 +49,7 @@ def _llama_config(args: Namespace, shape: ModelShape) -> Values:
         "max_position_embeddings": args.max_position_embeddings,
         "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": rope.to_hugging_face(args),
+        "attention_dropout": _dropout(args, "attention_dropout"),
     }
 
 
@@ -56,6 +62,8 @@ def _llama_values(config: Any) -> Values:
         "kv_channels": fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
         "max_position_embeddings": config.max_position_embeddings,
         "layernorm_epsilon": config.rms_norm_eps,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": 0.0,
         **rope.to_megatron(config.rope_parameters),
     }
 
@@ -116,6 +124,9 @@ def _gpt2_config(args: Namespace, shape: ModelShape) -> Values:
         "n_positions": args.max_position_embeddings,
         "layer_norm_epsilon": args.layernorm_epsilon,
         "activation_function": _gelu(args),
+        "attn_pdrop": _dropout(args, "attention_dropout"),
+        "resid_pdrop": _dropout(args, "hidden_dropout"),
+        "embd_pdrop": _dropout(args, "hidden_dropout"),
     }
 
 
@@ -125,6 +136,8 @@ def _gpt2_values(config: Any) -> Values:
         "max_position_embeddings": config.n_positions,
         "layernorm_epsilon": config.layer_norm_epsilon,
         "bias_gelu_fusion": config.activation_function != _EXACT_GELU,
+        "attention_dropout": config.attn_pdrop,
+        "hidden_dropout": config.resid_pdrop,
     }
 
 
@@ -137,6 +150,8 @@ def _gpt_neox_config(args: Namespace, shape: ModelShape) -> Values:
         "rope_parameters": rope.to_hugging_face(args)
         | {"partial_rotary_factor": args.rotary_percent},
         "use_parallel_residual": False,
+        "attention_dropout": _dropout(args, "attention_dropout"),
+        "hidden_dropout": _dropout(args, "hidden_dropout"),
     }
 
 
@@ -146,6 +161,8 @@ def _gpt_neox_values(config: Any) -> Values:
         "max_position_embeddings": config.max_position_embeddings,
         "layernorm_epsilon": config.layer_norm_eps,
         "bias_gelu_fusion": config.hidden_act != _EXACT_GELU,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": config.hidden_dropout,
         "rotary_percent": config.rope_parameters["partial_rotary_factor"],
         **rope.to_megatron(config.rope_parameters),
     }
@@ -157,6 +174,9 @@ _GPT_NEEDS = {
     "add_bias_linear": True,
     "qk_layernorm": False,
     "group_query_attention": False,
+    # Transformer Engine's own GELU is the tanh form, whatever --no-bias-gelu-fusion says.
+    "use_te_activation_func": False,
+    "use_transformer_engine_op_fuser": False,
 }
 
 GPT2 = Family(
@@ -348,6 +368,10 @@ FLAG_OF = {
     "softmax_type": "--softmax-type",
     "group_query_attention": "--group-query-attention",
     "swiglu": "--swiglu",
+    "attention_dropout": "--attention-dropout",
+    "hidden_dropout": "--hidden-dropout",
+    "use_te_activation_func": "--use-te-activation-func",
+    "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "add_bias_linear": "--disable-bias-linear",
     "add_qkv_bias": "--add-qkv-bias",
     "qk_layernorm": "--qk-layernorm",

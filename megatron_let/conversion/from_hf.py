@@ -75,6 +75,10 @@ class ImportConfig:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
         check_free(self.output)
+        if any(character.isspace() for character in str(self.output.absolute())):
+            raise UsageError(
+                f"--output {self.output} has a blank in its path, which {FLAGS_FILE} cannot hold."
+            )
 
 
 def import_model(config: ImportConfig) -> Path:
@@ -88,7 +92,7 @@ def import_model(config: ImportConfig) -> Path:
             are not those of its family.
     """
     bars_on_a_terminal_only()
-    source = _local_folder(config)
+    source = local_folder(config)
     hf_config = _config(source)
     family = family_of_config(hf_config)
     values = megatron_values(family, hf_config) | {"vocab_size": hf_config.vocab_size}
@@ -127,7 +131,12 @@ def run_flags(values: dict[str, Any], load: Path) -> list[str]:
 # --- what is read ------------------------------------------------------------------------------
 
 
-def _local_folder(config: ImportConfig) -> Path:
+def local_folder(config: ImportConfig) -> Path:
+    """Return the model's folder, fetched from the hub if it is none.
+
+    Raises:
+        UsageError: neither is there.
+    """
     folder = Path(config.hf_model)
     if folder.is_dir():
         return folder
@@ -146,8 +155,8 @@ def _local_folder(config: ImportConfig) -> Path:
 
 def _config(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its fields are checked by classes of several libraries
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UsageError(f"--hf-model {folder} has no configuration to load: {reason}") from error
 
@@ -162,12 +171,32 @@ class _Weights:
         self._shape = shape
         expected = [name for rule in self._rules.values() for name in _all_names(rule, shape)]
         found = self._reader.names
-        if tied:  # some folders hold the embedding twice
-            head = next(rule for rule in family.rules if rule.megatron == OUTPUT_LAYER)
-            found = found - set(head.hugging_face)
+        if tied:
+            found = found - self._copy_of_embedding(family)
         what = f"{folder}, by its configuration a {family.name},"
         check_names(expected, found, what, NOT_HUGGING_FACE_WEIGHTS)
         self._check_shapes(expected, model.state_dict())
+
+    def _copy_of_embedding(self, family: Family) -> set[str]:
+        """The output layer of a tied model, which some folders hold as well.
+
+        Raises:
+            UsageError: it is another matrix; then transformers does not tie them either.
+        """
+        heads = {
+            name
+            for rule in family.rules
+            if rule.megatron == OUTPUT_LAYER
+            for name in rule.names(None)
+        }
+        embedding = next(rule.names(None)[0] for rule in family.rules)
+        for name in heads & self._reader.names:
+            if not torch.equal(self._reader.read(name), self._reader.read(embedding)):
+                raise UsageError(
+                    f"{name} in {self._reader.folder} is not {embedding}, though config.json says "
+                    'that they are tied. Set "tie_word_embeddings": false there.'
+                )
+        return heads
 
     def _check_shapes(self, names: list[str], expected: dict[str, torch.Tensor]) -> None:
         for name in names:
@@ -221,7 +250,8 @@ def _tokenizer(source: Path, folder: Path, output: Path) -> dict[str, Any]:
 def _objects(values: dict[str, Any]) -> dict[str, Any]:
     rows = {"padded_vocab_size": values["vocab_size"], "make_vocab_size_divisible_by": 1}
     layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    args = Namespace(**values, **rows, **layout, pad_vocab_size=False, ckpt_format="torch_dist")
+    ours = {"method": "baseline", "pad_vocab_size": False, "ckpt_format": "torch_dist"}
+    args = Namespace(**values, **rows, **layout, **ours)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     layers = values["num_layers"]
     extra_states = {

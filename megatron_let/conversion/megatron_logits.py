@@ -1,6 +1,6 @@
 """What Megatron itself computes from a checkpoint, on CPU; a program, to have its own process.
 
-    python -m megatron_let.conversion.megatron_logits CHECKPOINT TOKENS.npy LOGITS.npy
+    python -m megatron_let.conversion.megatron_logits CHECKPOINT TOKENS.npy LOGITS.npy DTYPE
 
 The CPU platform changes torch for the whole process, so who compares must not be in it.
 """
@@ -67,12 +67,14 @@ def build_model(args: Namespace) -> Any:
     return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
 
 
-def main(folder: str, tokens: str, logits: str) -> None:
-    """Write float32 logits `[b, s, V]` for token ids `[b, s]`."""
+def main(folder: str, tokens: str, logits: str, rounded_to: str) -> None:
+    """Write float32 logits `[b, s, V]` for token ids `[b, s]`, of weights rounded to a type."""
     checkpoint = Checkpoint(Path(folder))
     model = build_model(model_arguments(checkpoint))
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
     model.load_state_dict(state["model"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, rounded_to)).float()
     ids_BS = torch.from_numpy(np.load(tokens))
     positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """A folder that is written beside its place and takes its name when it is complete."""
 
 import contextlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ def check_free(output: Path) -> None:
     Raises:
         UsageError: `output` exists and is not an empty folder.
     """
+    output = output.resolve()
+    if output.is_mount():
+        raise UsageError(f"--output {output} is a mount point: give a folder in it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(
             f"--output {output} is not empty, and nothing is overwritten. Remove it or choose "
@@ -24,11 +29,19 @@ def check_free(output: Path) -> None:
 @contextlib.contextmanager
 def complete_or_absent(output: Path) -> Iterator[Path]:
     """Give a folder beside `output` to write into; it takes that name if nothing fails."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
-    partial.mkdir(parents=True)
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Of its own name, so that two exports to one place do not write into each other.
+    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     try:
         yield partial
+        partial.chmod(0o777 & ~_umask())
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -11,6 +11,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 """What Megatron's `RotaryEmbedding._apply_scaling` has built in."""
+UPSTREAM_FACTOR = 8.0
 
 
 def to_hugging_face(args: Namespace) -> dict[str, Any]:
@@ -27,6 +28,11 @@ def to_hugging_face(args: Namespace) -> dict[str, Any]:
             raise UsageError(
                 f"--rotary-seq-len-interpolation-factor {factor} together with --use-rope-scaling "
                 "cannot be exported: Hugging Face's models scale in one way."
+            )
+        if "method" not in values and args.rope_scaling_factor != UPSTREAM_FACTOR:
+            raise UsageError(
+                f"--rope-scaling-factor {args.rope_scaling_factor}: Megatron-LM 0.19 forgets it "
+                f"and trains with {UPSTREAM_FACTOR}, so this checkpoint of its does not tell."
             )
         return base | {"rope_type": "llama3", "factor": args.rope_scaling_factor} | LLAMA3
     if factor is not None:

@@ -1,6 +1,8 @@
 """Reads the weights of a Hugging Face folder, a tensor at a time, from safetensors only."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class SafetensorsReader:
 
     def empty(self, name: str) -> torch.Tensor:
         """Return a tensor without data (on `meta`) of the saved one's shape and type."""
-        with self._file(name) as file:
+        with self._file(name) as file, self._told(name):
             entry = file.get_slice(self._names[name])
             kind, shape = entry.get_dtype(), entry.get_shape()
         if kind not in DTYPES:
@@ -53,8 +55,15 @@ class SafetensorsReader:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor."""
-        with self._file(name) as file:
+        with self._file(name) as file, self._told(name):
             return file.get_tensor(self._names[name])
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            raise UsageError(f"{name} in {self.folder} cannot be read: {error}") from error
 
     def _file(self, name: str) -> Any:
         """Open the tensor's file; one left open keeps all that was read of it in memory."""
@@ -72,7 +81,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Return each tensor's file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return json.loads(index.read_text())["weight_map"]
+        try:
+            return json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"{index} is no index of weights: {error}") from error
     single = folder / "model.safetensors"
     if single.is_file():
         with _open(single) as file:

@@ -25,8 +25,8 @@ def load_tokenizer(source: str | Path) -> Any:
         UsageError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(own_folder(Path(source)))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(own_folder(Path(source)), trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UsageError(
             f"The tokenizer {source} cannot be loaded: {reason} Give the run's tokenizer with "
@@ -94,7 +94,15 @@ def _copy_files(source: str, tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _loads_as(tokenizer: Any, folder: Path) -> bool:
-    return AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return _identity(loaded) == _identity(tokenizer)
+
+
+def _identity(tokenizer: Any) -> tuple[Any, ...]:
+    """All that decides how a text is encoded."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return tokenizer.get_vocab(), rules, ids
 
 
 def own_folder(folder: Path) -> Path:

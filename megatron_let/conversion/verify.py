@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_let.conversion.checkpoint import Checkpoint
 from megatron_let.conversion.tokenizer_files import has_tokenizer, load_tokenizer
 from megatron_let.errors import UsageError
 from megatron_let.terminal import bars_on_a_terminal_only
@@ -61,12 +62,16 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     """
     bars_on_a_terminal_only()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    own = AutoConfig.from_pretrained(folder).dtype or torch.float32
+    # What a cast has lost on one side, the other loses here.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(_dtype_of(checkpoint)).float()
     ids_BS = _token_ids(folder, model.config)
     with torch.no_grad():
         ours_BSV = model(ids_BS).logits
     del model
     # Rows that only pad the vocabulary have no counterpart.
-    theirs_BSV = _megatron_logits(checkpoint, ids_BS)[..., : ours_BSV.shape[-1]]
+    theirs_BSV = _megatron_logits(checkpoint, ids_BS, own)[..., : ours_BSV.shape[-1]]
     difference = Difference(
         largest=(ours_BSV - theirs_BSV).abs().max().item(),
         largest_logit=theirs_BSV.abs().max().item(),
@@ -91,13 +96,25 @@ def _token_ids(folder: Path, config: object) -> torch.Tensor:
     return torch.randint(config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
 
 
-def _megatron_logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
+def _dtype_of(checkpoint: Path) -> torch.dtype:
+    return Checkpoint(checkpoint).empty("decoder.final_layernorm.weight").dtype
+
+
+def _megatron_logits(
+    checkpoint: Path, ids_BS: torch.Tensor, rounded_to: torch.dtype
+) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(tokens, ids_BS.numpy())
         program = [sys.executable, "-m", "megatron_let.conversion.megatron_logits"]
         result = subprocess.run(
-            [*program, checkpoint.absolute(), tokens, logits],
+            [
+                *program,
+                checkpoint.absolute(),
+                tokens,
+                logits,
+                str(rounded_to).removeprefix("torch."),
+            ],
             capture_output=True,
             text=True,
             cwd=Path(__file__).resolve().parents[2],

@@ -39,12 +39,12 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss of a token."""
-        return math.exp(self.loss / self.tokens)
+        return math.exp(self.loss / self.tokens) if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
         """The loss in bits over the bytes of the text."""
-        return self.loss / math.log(2) / self.bytes
+        return self.loss / math.log(2) / self.bytes if self.bytes else math.nan
 
     def __add__(self, other: "TextScore") -> "TextScore":
         return TextScore(

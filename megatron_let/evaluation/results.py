@@ -48,15 +48,16 @@ class Results:
 
 
 def identity(folder: Path) -> dict[str, list[int]]:
-    """Tell the weights of a model apart: each file's size and time of change.
+    """Tell a model apart: size and time of change of its weights, configuration and tokenizer.
 
     Raises:
         UsageError: the folder is no exported model.
     """
     files = sorted(folder.glob("*.safetensors"))
+    others = [*sorted(folder.glob("*.json")), *sorted(folder.glob("tokenizer*/*"))]
     if not files or not (folder / "config.json").is_file():
         raise UsageError(
             f"{folder} is no exported model: it lacks config.json or *.safetensors. Export a run "
             "with tools/convert_checkpoint.py to-hf."
         )
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in [*files, *others]}

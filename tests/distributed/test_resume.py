@@ -182,8 +182,8 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(corpus, tmp_path):
     argv = [*FLAGS, *flags, *save, "--load", str(tmp_path / "run")]
     function = "tests.distributed.training:train_on_a_full_disk"
     [reason] = run_distributed(function, 1, argv, 100_000)
-    assert f"step 6 could not be written to {tmp_path / 'run'}" in reason
-    assert "Earlier checkpoints are as they were" in reason and len(reason.splitlines()) == 1
+    assert f"could not be written to {tmp_path / 'run'}" in reason
+    assert "earlier checkpoints are as they were" in reason and len(reason.splitlines()) == 1
     assert hashes(tmp_path / "run", 4) == before
     assert not run(1, *flags, *save, "--load", str(tmp_path / "run"))
     assert min(i for i in records(tmp_path / "run", "start") if i) == 4

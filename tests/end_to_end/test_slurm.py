@@ -20,7 +20,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "examples" / "slurm" / "pretrain.sbatch")
-STEPS, INTERVAL = 900, 100
+STEPS, INTERVAL = 800, 100
 SECONDS = 600
 RUN = f"--train-iters {STEPS} --save-interval {INTERVAL} --eval-interval {STEPS}".split()
 LET = f"--let-stop-step {STEPS // 2}".split()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.conversion.from_hf import ImportConfig, import_model
@@ -90,6 +90,25 @@ def test_a_tied_head_that_was_saved_twice(tmp_path: Path) -> None:
     save_file(twice, original / "model.safetensors")
     load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
     assert weights(export(ExportConfig(load, tmp_path / "back"))).keys() == tensors.keys()
+    save_file(
+        twice | {"lm_head.weight": twice["lm_head.weight"] + 1}, original / "model.safetensors"
+    )
+    with pytest.raises(UsageError, match='"tie_word_embeddings": false'):
+        import_model(ImportConfig(str(original), tmp_path / "other"))
+
+
+def test_dropout_is_carried(tmp_path: Path) -> None:
+    """Megatron's default is 0.1; a Llama's is none."""
+    for name, flags in (
+        ("llama", "--attention-dropout 0.0 --hidden-dropout 0.0"),
+        ("gpt2", "--attention-dropout 0.1 --hidden-dropout 0.1"),
+    ):
+        original = save_model(name, tmp_path / name)
+        load = import_model(ImportConfig(str(original), tmp_path / f"{name}-megatron"))
+        assert flags in (load / "megatron_flags.txt").read_text()
+        back = AutoConfig.from_pretrained(export(ExportConfig(load, tmp_path / f"{name}-back")))
+        ours = AutoConfig.from_pretrained(original)
+        assert back.to_dict() | {"_name_or_path": ""} == ours.to_dict() | {"_name_or_path": ""}
 
 
 def test_a_tokenizer_that_the_architecture_would_change(tmp_path: Path) -> None:

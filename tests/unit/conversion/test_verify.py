@@ -8,12 +8,23 @@ from safetensors.torch import load_file, save_file
 from megatron_let.conversion import verify as verify_module
 from megatron_let.conversion.checkpoint import find_checkpoint
 from megatron_let.conversion.from_hf import ImportConfig, import_model
+from megatron_let.conversion.to_hf import ExportConfig, export
 from megatron_let.conversion.verify import TOLERANCE, verify
 from megatron_let.errors import UsageError
 from tests.unit.conversion.hf_models import MODELS, save_model
 from tools.convert_checkpoint import main
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "qwen3"]
+
+
+@pytest.mark.slow
+def test_a_cast_is_not_held_against_the_conversion(tmp_path: Path) -> None:
+    original = save_model("llama", tmp_path / "hf")
+    load = find_checkpoint(import_model(ImportConfig(str(original), tmp_path / "fp32")))
+    narrow = export(ExportConfig(tmp_path / "fp32", tmp_path / "bf16", dtype="bf16"))
+    assert verify(load, narrow).relative < TOLERANCE
+    config = ImportConfig(str(original), tmp_path / "megatron", dtype="bf16")
+    assert verify(find_checkpoint(import_model(config)), original).relative < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["qwen3", *SLOW])
