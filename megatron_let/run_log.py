@@ -30,7 +30,7 @@ class RunLog:
     def __init__(self, args: Namespace, method: Method) -> None:
         self.args = args
         self.method = method
-        self.file: MetricsFile
+        self.file = MetricsFile(None, 0)
         self._num_parameters = 0
         self._known_keys: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
@@ -47,6 +47,9 @@ class RunLog:
         training.evaluate = self._around_evaluate(training.evaluate)
         try:
             yield
+        except SystemExit:  # Megatron's end before the end: the totals of steps not logged yet
+            self.file.write("stop", self._iteration)
+            raise
         finally:
             training.training_log, training.evaluate = originals
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import FLAGS, STEPS, checkpoint, hashes
+from megatron_let.tiny_run import BATCH, FLAGS, SEQ, STEPS, checkpoint, hashes
 from tests.distributed.training import TP2_PP2, records, run, series
 
 STOP = 4  # of `tiny_run.LET`
@@ -187,3 +187,12 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(corpus, tmp_path):
     assert hashes(tmp_path / "run", 4) == before
     assert not run(1, *flags, *save, "--load", str(tmp_path / "run"))
     assert min(i for i in records(tmp_path / "run", "start") if i) == 4
+
+
+def test_totals_count_steps_that_were_not_logged(corpus, tmp_path):
+    """The run stops at step 3 of a log interval of 4."""
+    flags = [*corpus.flags, "--log-interval", "4", "--save", str(tmp_path)]
+    assert not run(1, *flags, "--exit-interval", "3")
+    assert not run(1, *flags, "--load", str(tmp_path))
+    tokens = series(tmp_path, "tokens")
+    assert tokens == {step: step * BATCH * SEQ for step in (4, 8)}
