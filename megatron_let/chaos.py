@@ -120,13 +120,13 @@ def at_start(job: Job, rng: random.Random) -> None:
 
 def in_training(job: Job, rng: random.Random) -> None:
     """After some steps, perhaps in an evaluation."""
-    wanted = _steps_logged(job.save) + rng.randint(INTERVAL + 1, STEPS - 5)
+    wanted = _steps_logged(job.save) + rng.randint(INTERVAL + 1, STEPS - INTERVAL)
     job.wait_for(lambda: _steps_logged(job.save) >= wanted)
 
 
 def late_in_training(job: Job, rng: random.Random) -> None:
-    """When there are two checkpoints or three."""
-    wanted = rng.randint(2 * INTERVAL + 1, STEPS - 5)
+    """When there are two checkpoints."""
+    wanted = rng.randint(2 * INTERVAL + 1, STEPS - INTERVAL)
     job.wait_for(lambda: _steps_logged(job.save) >= wanted)
 
 

@@ -48,7 +48,7 @@ def go_on_from_a_whole_checkpoint(args: Namespace) -> None:
             used = _settle(Path(args.load), args.ckpt_step, own)
             if args.verify_integrity and not (used / SUMS).is_file():
                 save_integrity_manifest(str(used))  # Megatron takes none without them any more
-        except UsageError as error:
+        except (UsageError, OSError) as error:  # or the other ranks would wait for ever
             verdict = [str(error)]
     torch.distributed.broadcast_object_list(verdict)
     if verdict[0] is not None:

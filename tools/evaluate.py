@@ -138,9 +138,9 @@ def evaluate_text(options: argparse.Namespace) -> str:
     stats = {path: Path(path).stat() for path in paths}
     scores: dict[str, dict[str, TextScore]] = {}
     for label, folder in labelled(options.models).items():
+        about = {"model": identity(folder)}
         context, stride = _windows(folder, options)
-        about = {
-            "model": identity(folder),
+        about |= {
             "input": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
             "json key": options.json_key,
             "by meta": options.by_meta,
@@ -164,7 +164,6 @@ def evaluate_text(options: argparse.Namespace) -> str:
 
 def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     """The context and stride in tokens."""
-    identity(folder)
     longest = AutoConfig.from_pretrained(folder).max_position_embeddings
     context = options.context or longest
     stride = options.stride or max(context // 2, 1)

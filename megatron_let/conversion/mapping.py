@@ -214,6 +214,6 @@ def check_names(
             )
 
 
-def is_not_weight(name: str, ignored: dict[str, str] = NOT_WEIGHTS) -> bool:
+def is_not_weight(name: str, ignored: dict[str, str]) -> bool:
     """Whether an entry is something that the list `ignored` names."""
     return any(re.search(pattern, name) for pattern in ignored)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_let.conversion.safetensors_folder import DTYPE_NAMES
 from megatron_let.errors import UsageError
 
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class SafetensorsReader:

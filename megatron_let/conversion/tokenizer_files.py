@@ -114,6 +114,9 @@ def own_folder(folder: Path) -> Path:
 def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
     """Refuse a tokenizer that is not the run's, as far as the checkpoint tells.
 
+    Where it does not tell, the one at the place that the run names is believed: its rows may have
+    been given by --padded-vocab-size.
+
     Raises:
         UsageError: its tokens, or its size, padded as Megatron pads it, are not the run's.
     """
@@ -126,7 +129,11 @@ def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
                 f"trained with ({of_run[:12]}, then at {args.tokenizer_model}). Give that one with "
                 "--tokenizer-model."
             )
-        return
+    elif source != args.tokenizer_model:
+        _check_size(args, tokenizer, source)
+
+
+def _check_size(args: Namespace, tokenizer: Any, source: str) -> None:
     size = len(tokenizer)
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-size // multiple) * multiple if args.pad_vocab_size else size

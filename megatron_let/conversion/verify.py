@@ -64,8 +64,9 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     own = AutoConfig.from_pretrained(folder).dtype or torch.float32
     # What a cast has lost on one side, the other loses here.
+    theirs = Checkpoint(checkpoint).empty("decoder.final_layernorm.weight").dtype
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(_dtype_of(checkpoint)).float()
+        parameter.data = parameter.data.to(theirs).float()
     ids_BS = _token_ids(folder, model.config)
     with torch.no_grad():
         ours_BSV = model(ids_BS).logits
@@ -94,10 +95,6 @@ def _token_ids(folder: Path, config: object) -> torch.Tensor:
         return torch.tensor([ids])
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
-
-
-def _dtype_of(checkpoint: Path) -> torch.dtype:
-    return Checkpoint(checkpoint).empty("decoder.final_layernorm.weight").dtype
 
 
 def _megatron_logits(

@@ -103,12 +103,8 @@ class TextScorer:
         self._batch_size = batch_size
         # Megatron's documents follow each other with the end token between them.
         start = tokenizer.eos_token_id
+        # Without such a token a document's first one is not scored.
         self._start = tokenizer.bos_token_id if start is None else start
-
-    @property
-    def start(self) -> int | None:
-        """The token before a document; without one a document's first token is not scored."""
-        return self._start
 
     def score(self, documents: Iterable[Document]) -> dict[str, TextScore]:
         """Return the loss on each subset."""

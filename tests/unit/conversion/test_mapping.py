@@ -155,8 +155,8 @@ def test_what_is_no_weight() -> None:
         "rerun_state_machine_state/shard_0_1",
         "common_state/shard_0_1",
     ]
-    assert all(is_not_weight(name) for name in others)
-    assert not any(is_not_weight(rule.megatron) for f in FAMILIES for rule in f.rules)
+    assert all(is_not_weight(name, NOT_WEIGHTS) for name in others)
+    assert not any(is_not_weight(rule.megatron, NOT_WEIGHTS) for f in FAMILIES for rule in f.rules)
     check_names(NAMES, [*NAMES, *others], "the checkpoint", NOT_WEIGHTS)
     for family in FAMILIES:
         theirs = [name for rule in family.rules for name in rule.hugging_face]

@@ -120,6 +120,19 @@ def test_the_fingerprint_of_the_run_decides(made: MadeCheckpoint, tmp_path: Path
     assert not (tmp_path / "other").exists()
 
 
+def test_rows_that_the_run_was_given_are_believed(made: MadeCheckpoint, tmp_path: Path) -> None:
+    """--padded-vocab-size: no padding of the tokenizer's size gives the rows of the model."""
+    source = write_tokenizer(tmp_path / "tokenizer")
+    made.args.tokenizer_type, made.args.tokenizer_model = "HuggingFaceTokenizer", str(source)
+    made.args.vocab_size, made.args.make_vocab_size_divisible_by = None, 100
+    made.write()
+    assert (export(ExportConfig(made.save, tmp_path / "hf")) / "tokenizer.json").is_file()
+    source.rename(tmp_path / "moved")
+    moved = ExportConfig(made.save, tmp_path / "other", tokenizer_model=str(tmp_path / "moved"))
+    with pytest.raises(UsageError, match="If the run set --padded-vocab-size"):
+        export(moved)
+
+
 def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
     made.args.tokenizer_type = "GPT2BPETokenizer"
     made.write()

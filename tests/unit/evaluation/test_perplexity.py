@@ -94,7 +94,6 @@ def test_a_document_without_a_start(tokenizer) -> None:
     """Without a token to begin with the first one is not scored, and not counted."""
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     scorer = TextScorer(make_model("gpt2"), tokenizer, 32, 16, 3)
-    assert scorer.start is None
     assert scorer.score([Document("a", "w5 w6 w7"), Document("a", "")])["a"].tokens == 2
 
 
