@@ -8,21 +8,25 @@ tensors are read with `weights_only`, and the two pickles of the format by restr
 import io
 import json
 import math
+import mmap
+import os
 import pickle
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_let.errors import UsageError
 
@@ -96,7 +100,7 @@ def stored_bytes(folder: Path) -> dict[str, int]:
         UsageError: the folder has no readable `.metadata`.
     """
     sizes: dict[str, int] = {}
-    for stored in _Reader(folder).storage_data.values():
+    for stored in _read_metadata(folder).storage_data.values():
         end = stored.offset + stored.length
         sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
     return sizes
@@ -111,12 +115,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = _Reader(folder)
+        self._metadata = _read_metadata(folder)
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors and objects."""
-        return set(self._reader.metadata.state_dict_metadata)
+        return set(self._metadata.state_dict_metadata)
 
     def empty(self, name: str) -> torch.Tensor:
         """Return a tensor without data (on `meta`) of the saved one's shape and type.
@@ -130,7 +134,8 @@ class Checkpoint:
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
         """Return a tensor, or its slice `[layer]`, in the type it was saved in.
 
-        Only the saved pieces that overlap the slice are read.
+        Only the saved pieces that overlap the slice are read. A slice that was saved as one piece
+        is a view of the file (a private mapping): nothing is read before it is used.
 
         Raises:
             UsageError: it is an object, a piece was never saved, or a file is missing or damaged.
@@ -140,9 +145,14 @@ class Checkpoint:
         if layer is not None:
             start[0], size[0] = layer, 1
         region = ChunkStorageMetadata(torch.Size(start), torch.Size(size))
-        target = torch.empty(size, dtype=meta.properties.dtype)
         items = create_read_items_for_chunk_list(name, meta, [region])
-        self._read(name, items, _IntoTensor(target))
+        pieces = [self._piece(item) for item in items]
+        if len(pieces) == 1:
+            target = pieces[0]
+        else:
+            target = torch.empty(size, dtype=meta.properties.dtype)
+            for item, piece in zip(items, pieces, strict=True):
+                _narrow(target, item.dest_offsets, item.lengths).copy_(piece)
         return target if layer is None else target[0]
 
     def args(self) -> Namespace:
@@ -163,7 +173,7 @@ class Checkpoint:
         return common["args"]
 
     def _tensor(self, name: str) -> TensorStorageMetadata:
-        meta = self._reader.metadata.state_dict_metadata[name]
+        meta = self._metadata.state_dict_metadata[name]
         if not isinstance(meta, TensorStorageMetadata):
             raise UsageError(f"{name} in {self.folder} is not a tensor.")
         if sum(math.prod(chunk.sizes) for chunk in meta.chunks) != math.prod(meta.size):
@@ -171,32 +181,74 @@ class Checkpoint:
         return meta
 
     def _object(self, name: str) -> Any:
-        index, nothing = MetadataIndex(name), torch.Size((0,))
-        item = ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
-        planner = _Object()
-        self._read(name, [item], planner)
-        return planner.value
+        with self._told(name):
+            return _load_inert(io.BytesIO(self._mapped(MetadataIndex(name))))
 
-    def _read(self, name: str, items: list[ReadItem], planner: LoadPlanner) -> None:
+    def _piece(self, item: ReadItem) -> torch.Tensor:
+        """Return what an item reads of a saved piece of a tensor."""
+        with self._told(item.storage_index.fqn):
+            entry = self._mapped(item.storage_index)
+            stand_in = self._stand_in(item.storage_index)
+            storage = stand_in.untyped_storage()
+            start: int = storage._checkpoint_offset  # type: ignore[assignment]
+            # Entries start anywhere, so the data may not be aligned; CPUs do not mind.
+            data = torch.frombuffer(entry[start : start + storage.nbytes()], dtype=stand_in.dtype)
+            piece = data.as_strided(stand_in.shape, stand_in.stride(), stand_in.storage_offset())
+            return _narrow(piece, item.storage_offsets, item.lengths)
+
+    def _stand_in(self, index: MetadataIndex) -> torch.Tensor:
+        """Return a piece without data (on `meta`); its storage tells where in the entry that is."""
+        stored = self._metadata.storage_data[index]
+        with (self.folder / stored.relative_path).open("rb") as file:
+            entry: Any = _create_file_view(file, stored.offset, stored.length)
+            return torch.load(entry, map_location="meta", weights_only=True)
+
+    def _mapped(self, index: MetadataIndex) -> memoryview:
+        """Return the bytes of one entry, which `torch.save` wrote, mapped from its file.
+
+        Raises:
+            EOFError: the file ends before the entry does.
+            UsageError: the bytes were saved through an extension, such as a compression.
+        """
+        stored = self._metadata.storage_data[index]
+        if stored.transform_descriptors:
+            raise UsageError(f"it is saved with {', '.join(stored.transform_descriptors)}")
+        skipped = stored.offset % mmap.ALLOCATIONGRANULARITY
+        with (self.folder / stored.relative_path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < stored.offset + stored.length:
+                raise EOFError(f"{stored.relative_path} has {size} bytes, it ends too early")
+            # A private mapping, since PyTorch has no tensors that cannot be written to.
+            mapped = mmap.mmap(
+                file.fileno(),
+                skipped + stored.length,
+                access=mmap.ACCESS_COPY,
+                offset=stored.offset - skipped,
+            )
+        return memoryview(mapped)[skipped:]
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
         try:
-            self._reader.read_data(LoadPlan(items), planner)
+            yield
         except DAMAGED as error:
             reason = (str(error) or "it ends too early").partition("\n")[0]
             raise UsageError(f"{name} in {self.folder} cannot be read: {reason}") from error
 
 
-class _Reader(FileSystemReader):
-    """PyTorch's reader, with metadata read once and by a restricted loader."""
+def _narrow(tensor: torch.Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> torch.Tensor:
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        path = folder / ".metadata"
-        try:
-            with path.open("rb") as file:
-                self.metadata: Metadata = _MetadataUnpickler(file).load()
-        except Exception as error:  # a damaged pickle can raise anything
-            raise UsageError(f"{path} cannot be read: {error}") from error
-        self.storage_data = self.metadata.storage_data
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            return _MetadataUnpickler(file).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UsageError(f"{path} cannot be read: {error}") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -206,29 +258,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name not in METADATA_CLASSES.get(module, "").split():
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no metadata")
         return super().find_class(module, name)
-
-
-class _IntoTensor(DefaultLoadPlanner):
-    """Copies what is read to its place in a tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        place = self.target
-        for dim, start in enumerate(read_item.dest_offsets):
-            place = place.narrow(dim, start, read_item.lengths[dim])
-        return place
-
-
-class _Object(DefaultLoadPlanner):
-    """Loads an object safely; upstream's planner unpickles anything."""
-
-    value: Any = None
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.value = _load_inert(value)
 
 
 class _Inert:

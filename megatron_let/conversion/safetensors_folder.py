@@ -15,6 +15,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HEADER_ALIGNMENT = 8
+PIECE_BYTES = 256 * 1024
+"""Written at once. Larger pieces make the page cache ask for large pages, which a virtual machine
+may have given back to its host: ten times slower there (docs/benchmarks.md, "Conversion")."""
 
 
 class SafetensorsFolder:
@@ -97,8 +100,7 @@ class SafetensorsFolder:
 
 
 def _write(descriptor: int, offset: int, data: bytes | memoryview) -> None:
-    """Write all of it: the system takes at most 2 GiB at once."""
     view = memoryview(data)
     while view:
-        written = os.pwrite(descriptor, view, offset)
+        written = os.pwrite(descriptor, view[:PIECE_BYTES], offset)
         view, offset = view[written:], offset + written

@@ -1,14 +1,17 @@
 """Writes Megatron's `torch_dist` checkpoints: on CPU, in one process, a tensor at a time."""
 
 import io
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -20,6 +23,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+
+from megatron_let.conversion.safetensors_folder import PIECE_BYTES
 
 METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
@@ -45,7 +50,9 @@ def write_checkpoint(
     with warnings.catch_warnings():
         # It says that one process writes, which is what we want.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        writer = FileSystemWriter(folder)
+        writer.fs = _FileSystem()
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     (folder / "metadata.json").write_text(METADATA)
 
 
@@ -82,6 +89,26 @@ class _Planner(DefaultSavePlanner):
         layer = write_item.index.index if stacked else None
         piece = self._read(name, layer).to(tensor.dtype)
         return (piece.unsqueeze(0) if stacked else piece).contiguous()
+
+
+class _FileSystem(FileSystem):
+    """Writes in pieces of `PIECE_BYTES`."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Open a file."""
+        with _File(path, mode) if mode == "wb" else super().create_stream(path, mode) as stream:
+            yield stream
+
+
+class _File(io.FileIO):
+    def write(self, data: Any) -> int:
+        """Write all of it; returns the bytes."""
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while view:
+            view = view[super().write(view[:PIECE_BYTES]) :]
+        return size
 
 
 def _piece(name: str, tensor: torch.Tensor, index: int, stacked: bool) -> WriteItem:
