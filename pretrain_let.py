@@ -38,7 +38,7 @@ def main() -> None:
     log = RunLog(args, method)
     run = Run(args, model_config, method, log)
 
-    with log.installed(model_config):
+    with log.installed(model_config, run.bad_losses):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             run.datasets_provider(),

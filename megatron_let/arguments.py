@@ -119,11 +119,21 @@ class DistillArguments:
     """SALT_DS: file of tools/select_data.py with the samples to see until the stop step."""
 
 
+@dataclass
+class CheckpointArguments:
+    """Which checkpoints stay."""
+
+    save_keep_last: int | None = None
+    """Keep this many of the newest checkpoints; older ones are removed, except at multiples of
+    --save-retain-interval. The default keeps what Megatron keeps."""
+
+
 GROUPS = {
     "megatron_let: method": MethodArguments,
     "megatron_let: teacher": TeacherArguments,
     "megatron_let: LET": LetArguments,
     "megatron_let: distillation": DistillArguments,
+    "megatron_let: checkpoints": CheckpointArguments,
 }
 
 
@@ -163,6 +173,19 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
                 f"Remove it, or add --method {' or '.join(able)} to train with a teacher."
             )
     check(args)
+    _check_keep_last(args)
+
+
+def _check_keep_last(args: Namespace) -> None:
+    if args.save_keep_last is None:
+        return
+    if args.save_keep_last < 1:
+        raise UsageError(
+            f"--save-keep-last {args.save_keep_last} would keep no checkpoint; use at least 1, or "
+            "2 so that a damaged newest one costs one interval."
+        )
+    if args.save is None:
+        raise UsageError(f"--save-keep-last {args.save_keep_last} has no effect without --save.")
 
 
 def _check_baseline(args: Namespace) -> None:

@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, INTERVAL = 60, 15
 RUN = (
     f"--train-iters {STEPS} --save-interval {INTERVAL} --eval-interval {INTERVAL} --eval-iters 2 "
-    "--hidden-dropout 0.1 --verify-integrity --exit-signal-handler"
+    "--hidden-dropout 0.1 --verify-integrity --exit-signal-handler --distributed-timeout-minutes 1"
 ).split()
 LET = f"--let-stop-step {STEPS // 2}".split()
 LAYOUTS = {
-    "1": (1, ""),
+    "DP 2": (2, ""),
     "DP 2, ZeRO-1": (2, "--use-distributed-optimizer"),
     "TP 2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
@@ -175,6 +175,13 @@ def pause_a_rank(job: Job, rng: random.Random) -> None:
             rank.resume()
 
 
+def hang_a_rank(job: Job, rng: random.Random) -> None:
+    """SIGSTOP one rank for good; the others must give up waiting, and torchrun must end the job."""
+    if ranks := job.ranks():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rng.choice(ranks).suspend()
+
+
 def cut_a_file(job: Job, rng: random.Random) -> None:
     """Kill the job and cut a file of its newest checkpoint."""
     job.kill()
@@ -204,6 +211,7 @@ FAULTS: dict[str, tuple[Callable[[Job, random.Random], None] | None, tuple[str, 
     "kill all": (kill_all, ("start", "training", "save")),
     "TERM": (terminate, ("start", "training", "save")),
     "pause a rank": (pause_a_rank, ("training", "save")),
+    "hang a rank": (hang_a_rank, ("training",)),
     "cut a file": (cut_a_file, ("late",)),
     "flip a bit": (flip_a_bit, ("late",)),
     "disk full": (None, ("save",)),  # the first start's; it needs nobody to inject it

@@ -23,6 +23,7 @@ from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
+from megatron_let.tracking import tracker_defaults
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
 # and the file that replaces the command line, ours included.
@@ -68,9 +69,12 @@ def parse_arguments() -> Namespace:
     arguments.check_flags(flags, sys.argv)
     _check_data_paths(flags)
     _check_needed(flags)
-    args = _megatron_arguments()
+    args = _megatron_arguments(tracker_defaults(flags))
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
     _check_data_tokenizer(args)
+    args.save_keep_every = args.save_retain_interval
+    if args.save_keep_last is not None:  # then it is ours to remove checkpoints
+        args.save_retain_interval = None
     return args
 
 
@@ -100,9 +104,9 @@ def _refuse_ignored(args: Namespace) -> None:
         )
 
 
-def _megatron_arguments() -> Namespace:
+def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
     """Let Megatron check its flags; what it refuses by an assertion becomes a message."""
-    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
+    defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
     try:
         return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
     except (AssertionError, OSError, ValueError) as error:

@@ -52,6 +52,7 @@ class Run:
         """Micro-batches that each chunk of this rank has not run yet in this step."""
         self._ahead: dict[int | None, deque[Batch]] = defaultdict(deque)
         """Micro-batches that a chunk has drawn and not run yet."""
+        self._bad_losses: torch.Tensor | int = 0
 
     # --- data ---------------------------------------------------------------------------------
 
@@ -235,7 +236,12 @@ class Run:
         stages = [None] if chunks is None else range(chunks)
         self._left = dict.fromkeys(stages, get_num_microbatches())
         self._ahead.clear()
+        self._bad_losses = 0
         self.method.start_step()
+
+    def bad_losses(self) -> int:
+        """How many of this rank's losses since the step began are not finite; waits for them."""
+        return int(self._bad_losses)
 
     def loss(
         self, loss_mask: torch.Tensor, losses: torch.Tensor
@@ -248,6 +254,7 @@ class Run:
         loss = torch.sum(losses.view(-1).float() * mask)
         num_tokens = mask.sum().clone().detach().to(torch.int)
         self._check_loss(loss)
+        self._bad_losses = self._bad_losses + (~torch.isfinite(loss.detach())).int()
         lm_loss, lm_losses = loss.clone().detach(), self.method.language_model_losses()
         if lm_losses is not None:
             lm_loss = torch.sum(lm_losses.reshape(-1).float() * mask)
@@ -266,9 +273,20 @@ class Run:
             )
             checks.append((is_spiky, "Spiky loss", False))
         for rejects, message, fatal in checks:
+            rejects = functools.partial(self._tell_rejected, rejects, message)
             machine.validate_result(
                 result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal
             )
+
+    def _tell_rejected(
+        self, rejects: Callable[[torch.Tensor], Any], message: str, loss: torch.Tensor
+    ) -> bool:
+        """Name the step as the log numbers it: Megatron's own message counts one more."""
+        rejected = bool(rejects(loss))
+        if rejected:
+            step, rank = self.args.curr_iteration + 1, torch.distributed.get_rank()
+            print(f"> step {step}, rank {rank}: {message}", flush=True)
+        return rejected
 
 
 def _known_to_all(text: str | None) -> str | None:

@@ -17,11 +17,14 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
-from megatron.training import training
+from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank, print_rank_0
 
 from megatron_let.methods.base import Method
 from megatron_let.metrics import MetricsFile
+from megatron_let.retention import Retention
+from megatron_let.speed import Speed, speed_line
+from megatron_let.tracking import record_start
 
 
 class RunLog:
@@ -35,12 +38,19 @@ class RunLog:
         self._known_keys: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._num_steps = 0
+        self._speed = Speed(self.file.totals, 1)
+        self._retention = Retention(args, here=False)
+        self._count_bad_losses: Callable[[], int] = int
         self._iteration = 0
         self._evaluated: set[int] = set()
 
     @contextlib.contextmanager
-    def installed(self, model_config: Any) -> Iterator[None]:
-        """Wrap Megatron's two functions as long as the run lasts; have its model counted."""
+    def installed(self, model_config: Any, bad_losses: Callable[[], int]) -> Iterator[None]:
+        """Wrap Megatron's two functions as long as the run lasts; have its model counted.
+
+        `bad_losses` tells how many losses of a step were not finite, on this rank.
+        """
+        self._count_bad_losses = bad_losses
         model_config.pre_wrap_hooks.append(self._count_model)
         originals = training.training_log, training.evaluate
         training.training_log = self._around_training_log(training.training_log)
@@ -61,9 +71,11 @@ class RunLog:
         args = self.args
         path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            record_start(path.parent, args)
         self._iteration = args.iteration
+        self._retention = Retention(args, here=torch.distributed.get_rank() == 0)
         self.file = MetricsFile(path, args.iteration)
+        self._speed = Speed(self.file.totals, torch.distributed.get_world_size())
         facts = self.method.describe()
         self.file.write(
             "start",
@@ -86,6 +98,7 @@ class RunLog:
     def finish(self) -> None:
         """Note that the run is complete: an interrupted one has no such line at its end."""
         self.file.write("end", self._iteration)
+        self._retention.apply()
 
     def _count_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self._num_parameters = count_parameters(chunks)
@@ -123,6 +136,9 @@ class RunLog:
             total_loss_dict: dict[str, torch.Tensor],
             learning_rate: float | None,
             iteration: int,
+            loss_scale: float,
+            report_memory_flag: bool,
+            skipped_iter: int,
             *args: Any,
             **kwargs: Any,
         ) -> Any:
@@ -133,12 +149,23 @@ class RunLog:
                 self._known_keys = set(ours)
                 loss_dict.update(ours)
             self._iteration = iteration
-            self._count_step(loss_dict)
+            self._count_step({} if skipped_iter else loss_dict)
+            if skipped_iter:
+                self._tell_skipped(iteration)
             result = training_log(
-                loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                report_memory_flag,
+                skipped_iter,
+                *args,
+                **kwargs,
             )
             if iteration % self.args.log_interval == 0:
                 self._write_interval(iteration, learning_rate)
+                self._retention.apply()
             return result
 
         return wrapped
@@ -148,15 +175,40 @@ class RunLog:
         tokens = samples * self.args.seq_length
         student = training.num_floating_point_operations(self.args, samples)
         before = self.method.flops_once() if self.file.totals["tokens"] == 0 else 0.0
-        self.file.add_step(tokens, before + student + self.method.extra_flops(tokens))
-        self._num_steps += 1
+        teacher = self.method.extra_flops(tokens)
+        self.file.add_step(tokens, before + student + teacher)
+        self._speed.add_step(teacher)
+        self._num_steps += bool(loss_dict)
         for key, value in loss_dict.items():
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().float().sum()
 
+    def _tell_skipped(self, iteration: int) -> None:
+        """Say which ranks' losses made Megatron skip a step's update; called on every rank."""
+        counts: list[int] = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(counts, self._count_bad_losses())
+        ranks = [rank for rank, count in enumerate(counts) if count]
+        what = "a gradient is not finite, every loss is"
+        if ranks:
+            what = f"the loss is not finite on rank {', '.join(map(str, ranks))}"
+        if is_last_rank():
+            print(f"> step {iteration}: no update, {what}", flush=True)
+        self.file.write("skip", iteration, ranks=ranks)
+
     def _write_interval(self, iteration: int, learning_rate: float | None) -> None:
-        means = {key: value.item() / self._num_steps for key, value in self._sums.items()}
-        self.file.write("train", iteration, **means, **{"learning-rate": learning_rate})
+        means = {key: value.item() / max(self._num_steps, 1) for key, value in self._sums.items()}
+        speed = self._speed.end_interval(self.file.totals, self.args.train_iters - iteration)
+        self.file.write("train", iteration, **means, **speed, **{"learning-rate": learning_rate})
+        if is_last_rank():
+            self._tell_speed(iteration, speed)
         self._sums, self._num_steps = {}, 0
+
+    def _tell_speed(self, iteration: int, speed: dict[str, float]) -> None:
+        print(speed_line(speed), flush=True)
+        for key, value in speed.items():
+            if writer := get_tensorboard_writer():
+                writer.add_scalar(key, value, iteration)
+        if wandb := get_wandb_writer():
+            wandb.log(speed, iteration)
 
     def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(evaluate)

@@ -56,9 +56,9 @@ data=(
     --data-cache-path "$prepared/cache" --num-workers 4
 )
 logging=( # An evaluation every 2 % of the run, so that steps to target can be read off.
-    --seed "$SEED" --log-interval 10 --log-throughput --tensorboard-dir "$run/tensorboard"
+    --seed "$SEED" --log-interval 10
     --eval-interval 380 --eval-iters 10
-    # All 20 are kept: about 20 GB each at 1.4 B, 40 at 3 B, 105 at 7 B.
+    # All 20 are kept (--save-keep-last N keeps fewer): about 20 GB each at 1.4 B, 40 at 3 B, 105 at 7 B.
     --save "$run" --save-interval 1000 --verify-integrity
 )
 case $METHOD in

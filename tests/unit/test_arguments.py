@@ -56,6 +56,14 @@ MISTAKES = {
         f"{CONSTANT} --reset-position-ids --position-embedding-type rope",
         "--reset-position-ids has no effect.*type rope.*Remove it, or add --reset-attention-mask",
     ),
+    "keep no checkpoint": (
+        f"{PLAIN} --save TMP/save --save-interval 5 --save-keep-last 0",
+        "--save-keep-last 0 would keep no checkpoint; use at least 1",
+    ),
+    "keep what is not saved": (
+        f"{PLAIN} --save-keep-last 2",
+        "--save-keep-last 2 has no effect without --save",
+    ),
     "pair and number": (
         f"{CONSTANT} --let-pair L2M",
         "--let-pair L2M names both layers. Leave it out, or leave out --let-layer and",

@@ -1,0 +1,49 @@
+"""How fast a run is: tokens, FLOPs with the teacher's share, and the time that is left."""
+
+from datetime import timedelta
+
+from megatron_let.metrics import Totals
+
+TOKENS, TFLOPS = "tokens per second", "TFLOP/s per GPU"
+TEACHER_SHARE, SECONDS_LEFT = "teacher share", "seconds left"
+
+
+class Speed:
+    """Measures interval after interval; evaluations are left out, as in `MetricsFile`.
+
+    Args:
+        totals: where the first interval starts.
+        num_ranks: GPUs that share the work; on CPU processes.
+    """
+
+    def __init__(self, totals: Totals, num_ranks: int) -> None:
+        self._start = dict(totals)
+        self._num_ranks = num_ranks
+        self._num_steps = 0
+        self._teacher_flops = 0.0
+
+    def add_step(self, teacher_flops: float) -> None:
+        """Count a step, and what the teacher's forward passes cost in it."""
+        self._num_steps += 1
+        self._teacher_flops += teacher_flops
+
+    def end_interval(self, totals: Totals, steps_left: int) -> dict[str, float]:
+        """Return what is known of the interval that ends here; the next one starts."""
+        done = {name: total - self._start[name] for name, total in totals.items()}
+        seconds = max(done["seconds"], 1e-9)
+        found = {
+            TOKENS: done["tokens"] / seconds,
+            TFLOPS: done["flops"] / seconds / self._num_ranks / 1e12,
+            TEACHER_SHARE: self._teacher_flops / done["flops"] if done["flops"] else 0.0,
+            SECONDS_LEFT: steps_left * seconds / max(self._num_steps, 1),
+        }
+        self._start, self._num_steps, self._teacher_flops = dict(totals), 0, 0.0
+        return found
+
+
+def speed_line(speed: dict[str, float]) -> str:
+    """Return the console's line on an interval."""
+    share = f", teacher {100 * speed[TEACHER_SHARE]:.1f} %" if speed[TEACHER_SHARE] else ""
+    left = timedelta(seconds=round(speed[SECONDS_LEFT]))
+    tokens, tflops = speed[TOKENS], speed[TFLOPS]
+    return f"> {tokens:,.0f} tokens/s | {tflops:.3g} TFLOP/s per GPU{share} | {left} left"

@@ -1,0 +1,160 @@
+"""TensorBoard and Weights & Biases over a run's many starts, and a record of each start.
+
+Megatron opens both by itself. What is added here: TensorBoard is always on beside the checkpoints,
+a W&B run keeps its id when a job is requeued, and works without network.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import uuid
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_let.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+WANDB_ID_FILE = "wandb_run_id.txt"
+WANDB_HOST = "https://api.wandb.ai"
+CONNECT_SECONDS = 5
+STARTS = "starts"
+PACKAGES = (
+    "megatron-core torch transformer-engine apex flash-attn transformers tokenizers numpy "
+    "triton nvidia-nccl-cu12 nvidia-nccl-cu13"
+).split()
+ENVIRONMENT = ("SLURM_", "NCCL_", "CUDA_", "TORCH", "NVTE_", "OMP_", "GLOO_", "MASTER_", "WORLD_")
+LARGEST_DIFF_BYTES = 1_000_000
+
+
+def tracker_defaults(args: Namespace) -> dict[str, Any]:
+    """Prepare the trackers that Megatron will open; returns defaults for its flags.
+
+    Args:
+        args: the command line as parsed, before Megatron has acted on it.
+
+    Raises:
+        UsageError: W&B is asked for and has nowhere to keep its files.
+    """
+    if args.wandb_project:
+        _prepare_wandb(args)
+    if args.save is None or args.tensorboard_dir is not None:
+        return {}
+    return {"tensorboard_dir": str(Path(args.save) / "tensorboard")}
+
+
+def _prepare_wandb(args: Namespace) -> None:
+    """Set W&B's environment on the rank that opens it; what the user has set stays."""
+    if args.save is None:
+        raise UsageError(
+            f"--wandb-project {args.wandb_project} needs --save: the run's id is kept there, so "
+            "that a later start goes on with the same W&B run."
+        )
+    if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1:
+        return
+    os.environ.setdefault("WANDB_RUN_ID", _wandb_id(Path(args.save)))
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    if "WANDB_MODE" not in os.environ and not _reachable():
+        os.environ["WANDB_MODE"] = "offline"
+        folder = args.wandb_save_dir or f"{args.save}/wandb"
+        print(
+            "> W&B's host does not answer: the run is logged offline. Where it does, send it "
+            f"with: wandb sync {folder}/wandb/offline-run-*",
+            flush=True,
+        )
+
+
+def _wandb_id(save: Path) -> str:
+    """The id that the first start chose."""
+    path = save / WANDB_ID_FILE
+    if not path.is_file() or not path.read_text().strip():
+        save.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(uuid.uuid4().hex[:12])
+        os.replace(partial, path)
+    return path.read_text().strip()
+
+
+def _reachable() -> bool:
+    """Whether W&B's host takes connections; behind a proxy nobody can tell, and W&B may try."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST))
+    address = (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443))
+    try:
+        with socket.create_connection(address, timeout=CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+# --- a record of each start --------------------------------------------------------------------
+
+
+def record_start(save: Path, args: Namespace) -> Path:
+    """Write what this start of a run consists of beside its checkpoints; returns the file.
+
+    `starts/iter_0000150_20261122-093000.json`: the command line, all of Megatron's arguments, the
+    versions of what computes, the state of this repository and the job's environment.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    folder = save / STARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"iter_{args.iteration:07d}_{now:%Y%m%d-%H%M%S}.json"
+    record = {
+        "time": now.isoformat(timespec="seconds"),
+        "iteration": args.iteration,
+        "command": sys.argv,
+        "versions": _versions(),
+        "git": git_state(ROOT),
+        "host": platform.node(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
+        "arguments": {k: v if _is_plain(v) else str(v) for k, v in sorted(vars(args).items())},
+    }
+    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    return path
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit and what differs from it; None where this is no repository."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    diff = _git(folder, "diff", "HEAD") or ""
+    if len(diff.encode()) > LARGEST_DIFF_BYTES:
+        diff = f"more than {LARGEST_DIFF_BYTES} bytes"
+    status = (_git(folder, "status", "--porcelain") or "").splitlines()
+    return {"commit": commit.strip(), "changed": status, "diff": diff}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder), *words]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout if result.returncode == 0 else None

@@ -1,0 +1,108 @@
+"""W&B over several starts, with the real library offline, and the record of a start."""
+
+import json
+import os
+import socket
+import subprocess
+from argparse import Namespace
+
+import pytest
+
+from megatron_let import tracking
+from megatron_let.errors import UsageError
+from megatron_let.tracking import git_state, tracker_defaults
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Of the last of two ranks, without W&B's variables and proxies; put back afterwards."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith("WANDB_") or name.upper().endswith("_PROXY"):
+            del os.environ[name]
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2"}
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def args(save, **values):
+    given = {"wandb_project": "", "wandb_save_dir": "", "tensorboard_dir": None}
+    return Namespace(save=str(save), **given | values)
+
+
+def unreachable():
+    """The address of a port where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_tensorboard_is_always_on(tmp_path):
+    assert tracker_defaults(args(tmp_path)) == {"tensorboard_dir": f"{tmp_path}/tensorboard"}
+    assert tracker_defaults(args(tmp_path, tensorboard_dir="elsewhere")) == {}
+    assert tracker_defaults(Namespace(save=None, wandb_project="", tensorboard_dir=None)) == {}
+
+
+def test_a_later_start_goes_on_with_the_same_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", unreachable())
+    ids = []
+    for _ in range(2):
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        tracker_defaults(args(tmp_path, wandb_project="p"))
+        ids.append(os.environ["WANDB_RUN_ID"])
+        assert os.environ["WANDB_RESUME"] == "allow"
+        assert os.environ["WANDB_MODE"] == "offline"
+    assert ids[0] == ids[1] == (tmp_path / tracking.WANDB_ID_FILE).read_text()
+    assert f"wandb sync {tmp_path}/wandb/wandb/offline-run-*" in capsys.readouterr().out
+
+
+def test_with_a_host_that_answers_it_is_online(tmp_path, monkeypatch):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        tracker_defaults(args(tmp_path, wandb_project="p"))
+    assert "WANDB_MODE" not in os.environ
+
+
+def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker_defaults(args(tmp_path, wandb_project="p"))
+    assert os.environ["WANDB_RUN_ID"] == "mine"
+    assert os.environ["WANDB_MODE"] == "disabled"
+
+
+def test_other_ranks_leave_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    tracker_defaults(args(tmp_path, wandb_project="p"))
+    assert "WANDB_RUN_ID" not in os.environ
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_without_save_is_refused():
+    with pytest.raises(UsageError, match="--wandb-project p needs --save"):
+        tracker_defaults(Namespace(save=None, wandb_project="p", tensorboard_dir=None))
+
+
+def test_git_state_tells_what_was_changed(tmp_path):
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    assert git_state(tmp_path) is None
+    git("init")
+    (tmp_path / "file").write_text("one\n")
+    git("add", "file")
+    git("commit", "-m", "first")
+    clean = git_state(tmp_path)
+    assert len(clean["commit"]) == 40 and clean["changed"] == [] and clean["diff"] == ""
+    (tmp_path / "file").write_text("two\n")
+    (tmp_path / "new").write_text("")
+    changed = git_state(tmp_path)
+    assert changed["changed"] == [" M file", "?? new"]
+    assert "-one\n+two\n" in changed["diff"]
+    json.dumps(changed)
