@@ -3,8 +3,8 @@
     python tools/chaos.py --faults 20 --seed 1 --output runs/chaos
 
 Every fault has a run of its own, in turns over four layouts: a rank or all of them killed, TERM, a
-rank paused or hung, a file of the newest checkpoint cut or a bit of it flipped, a full disk; at start-up,
-in training or in a save. A second call with the same --output goes on.
+rank paused or hung, a file of the newest checkpoint cut or a bit of it flipped, a full disk; at
+start-up, in training or in a save. A second call with the same --output goes on.
 """
 
 import argparse
