@@ -152,6 +152,12 @@ def find_damage(folder: Path) -> str | None:
         raise UsageError(f"{folder} cannot be read now: {error}") from error
 
 
+def is_written(folder: Path) -> bool:
+    """Whether one `torch_dist` checkpoint has all its files, by their sizes."""
+    config = folder / "metadata.json"
+    return config.is_file() and _cut(folder, config) is None
+
+
 def _differing(folder: Path) -> str | None:
     """Compare with the sums, before anything in the files is believed."""
     if not (folder / SUMS).is_file():

@@ -7,9 +7,11 @@ damaged, the run falls back by a whole interval.
 import os
 import shutil
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_let.checkpoints import is_written
 from megatron_let.conversion.checkpoint import TRACKER
 
 PREFIX = "iter_"
@@ -20,6 +22,8 @@ LEAVING = "removing_"
 class Retention:
     """Removes what `--save-keep-last` does not keep; does nothing without it, or on other ranks.
 
+    Nothing goes before this start has saved: until then an older checkpoint may be all it has.
+
     Args:
         args: `--save`, `--save-keep-last`, and `--save-retain-interval`, whose multiples stay.
         here: whether this rank removes.
@@ -29,22 +33,37 @@ class Retention:
         self._save = Path(args.save) if args.save and args.save_keep_last and here else None
         self._keep_last = args.save_keep_last
         self._keep_every = args.save_keep_every
-        self._tracked: str | None = None
+        self._tracked = self._tracker()
         self._removing: threading.Thread | None = None
 
+    def _tracker(self) -> str:
+        tracker = self._save / TRACKER if self._save else None
+        return tracker.read_text().strip() if tracker and tracker.is_file() else ""
+
     def apply(self) -> None:
-        """Remove, in a thread, what a new checkpoint has made superfluous."""
+        """Remove, in a thread, what a new checkpoint has made superfluous.
+
+        A folder that cannot be removed is told of, and the run goes on.
+        """
         if self._save is None or (self._removing is not None and self._removing.is_alive()):
             return
-        tracker = self._save / TRACKER
-        tracked = tracker.read_text().strip() if tracker.is_file() else ""
-        if tracked == self._tracked or not tracked.isdecimal():
-            return
-        self._tracked = tracked
-        for folder in superfluous(self._save, int(tracked), self._keep_last, self._keep_every):
-            os.replace(folder, folder.with_name(f"{LEAVING}{folder.name}"))
+        try:
+            tracked = self._tracker()
+            if tracked == self._tracked or not tracked.isdecimal():
+                return
+            self._tracked = tracked
+            for folder in superfluous(self._save, int(tracked), self._keep_last, self._keep_every):
+                os.replace(folder, folder.with_name(f"{LEAVING}{folder.name}.{time.time_ns()}"))
+        except OSError as error:
+            print(f"> --save-keep-last: {error}", flush=True)
         self._removing = threading.Thread(target=_remove, args=(self._save,))
         self._removing.start()  # the interpreter waits for it at its end
+
+    def finish(self) -> None:
+        """The same at a run's end, whatever is still being removed."""
+        if self._removing is not None:
+            self._removing.join()
+        self.apply()
 
 
 def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
@@ -53,7 +72,7 @@ def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None)
     Args:
         save: the run's folder.
         newest: iteration of the newest complete checkpoint; later folders are being written.
-        keep_last: how many to keep, the newest among them.
+        keep_last: how many to keep, the newest among them; a half-written one does not count.
         keep_every: checkpoints at its multiples are kept as well.
     """
     found = {
@@ -61,8 +80,11 @@ def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None)
         for path in save.glob(f"{PREFIX}*")
         if path.name.removeprefix(PREFIX).isdecimal() and not path.is_symlink()
     }
-    complete = sorted(step for step in found if step <= newest)
-    old = complete[: max(0, len(complete) - keep_last)]
+    whole = [s for s in sorted(found, reverse=True) if s <= newest and is_written(found[s])]
+    if len(whole) < keep_last:
+        return []
+    oldest_kept = whole[keep_last - 1]
+    old = sorted(step for step in found if step < oldest_kept)
     return [found[step] for step in old if keep_every is None or step % keep_every]
 
 

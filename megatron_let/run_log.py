@@ -71,7 +71,8 @@ class RunLog:
         args = self.args
         path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
         if path is not None:
-            record_start(path.parent, args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._record_start(path.parent)
         self._iteration = args.iteration
         self._retention = Retention(args, here=torch.distributed.get_rank() == 0)
         self.file = MetricsFile(path, args.iteration)
@@ -95,10 +96,16 @@ class RunLog:
         )
         print_rank_0(self._summary(facts))
 
+    def _record_start(self, save: Path) -> None:
+        try:
+            record_start(save, self.args)
+        except OSError as error:  # it is no reason not to train
+            print(f"> this start is not recorded: {error}", flush=True)
+
     def finish(self) -> None:
         """Note that the run is complete: an interrupted one has no such line at its end."""
         self.file.write("end", self._iteration)
-        self._retention.apply()
+        self._retention.finish()
 
     def _count_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self._num_parameters = count_parameters(chunks)
@@ -177,7 +184,7 @@ class RunLog:
         before = self.method.flops_once() if self.file.totals["tokens"] == 0 else 0.0
         teacher = self.method.extra_flops(tokens)
         self.file.add_step(tokens, before + student + teacher)
-        self._speed.add_step(teacher)
+        self._speed.add_step(student, teacher)
         self._num_steps += bool(loss_dict)
         for key, value in loss_dict.items():
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().float().sum()
@@ -187,7 +194,7 @@ class RunLog:
         counts: list[int] = [0] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(counts, self._count_bad_losses())
         ranks = [rank for rank, count in enumerate(counts) if count]
-        what = "a gradient is not finite, every loss is"
+        what = "a gradient is not finite, the language-model loss is on every rank"
         if ranks:
             what = f"the loss is not finite on rank {', '.join(map(str, ranks))}"
         if is_last_rank():

@@ -17,27 +17,33 @@ class Speed:
     """
 
     def __init__(self, totals: Totals, num_ranks: int) -> None:
-        self._start = dict(totals)
         self._num_ranks = num_ranks
+        self._restart(totals)
+
+    def _restart(self, totals: Totals) -> None:
+        self._start = dict(totals)
         self._num_steps = 0
+        self._student_flops = 0.0
         self._teacher_flops = 0.0
 
-    def add_step(self, teacher_flops: float) -> None:
-        """Count a step, and what the teacher's forward passes cost in it."""
+    def add_step(self, student_flops: float, teacher_flops: float) -> None:
+        """Count a step: what was computed before the run (scoring) is in no interval."""
         self._num_steps += 1
+        self._student_flops += student_flops
         self._teacher_flops += teacher_flops
 
     def end_interval(self, totals: Totals, steps_left: int) -> dict[str, float]:
         """Return what is known of the interval that ends here; the next one starts."""
         done = {name: total - self._start[name] for name, total in totals.items()}
         seconds = max(done["seconds"], 1e-9)
+        flops = self._student_flops + self._teacher_flops
         found = {
             TOKENS: done["tokens"] / seconds,
-            TFLOPS: done["flops"] / seconds / self._num_ranks / 1e12,
-            TEACHER_SHARE: self._teacher_flops / done["flops"] if done["flops"] else 0.0,
+            TFLOPS: flops / seconds / self._num_ranks / 1e12,
+            TEACHER_SHARE: self._teacher_flops / flops if flops else 0.0,
             SECONDS_LEFT: steps_left * seconds / max(self._num_steps, 1),
         }
-        self._start, self._num_steps, self._teacher_flops = dict(totals), 0, 0.0
+        self._restart(totals)
         return found
 
 

@@ -32,6 +32,7 @@ PACKAGES = (
     "triton nvidia-nccl-cu12 nvidia-nccl-cu13"
 ).split()
 ENVIRONMENT = ("SLURM_", "NCCL_", "CUDA_", "TORCH", "NVTE_", "OMP_", "GLOO_", "MASTER_", "WORLD_")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "JWT", "CREDENTIAL")
 LARGEST_DIFF_BYTES = 1_000_000
 
 
@@ -66,8 +67,8 @@ def _prepare_wandb(args: Namespace) -> None:
         os.environ["WANDB_MODE"] = "offline"
         folder = args.wandb_save_dir or f"{args.save}/wandb"
         print(
-            "> W&B's host does not answer: the run is logged offline. Where it does, send it "
-            f"with: wandb sync {folder}/wandb/offline-run-*",
+            "> W&B's host does not answer: the run is logged offline (WANDB_MODE=online insists). "
+            f"Where it does, send it with: wandb sync {folder}/wandb/offline-run-*",
             flush=True,
         )
 
@@ -116,11 +117,20 @@ def record_start(save: Path, args: Namespace) -> Path:
         "versions": _versions(),
         "git": git_state(ROOT),
         "host": platform.node(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
+        "environment": _environment(),
         "arguments": {k: v if _is_plain(v) else str(v) for k, v in sorted(vars(args).items())},
     }
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
     return path
+
+
+def _environment() -> dict[str, str]:
+    """What the job was given; no secret such as `SLURM_JWT`."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(ENVIRONMENT) and not any(word in name for word in SECRET)
+    }
 
 
 def _is_plain(value: object) -> bool:
@@ -152,9 +162,11 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder), *words]
+    command = ["git", "--no-optional-locks", "-c", f"safe.directory={folder}", "-C", str(folder)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            [*command, *words], capture_output=True, text=True, errors="replace", timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout if result.returncode == 0 else None

@@ -48,7 +48,7 @@ METADATA_CLASSES = {
 }
 """All that a `.metadata` file may name; it is a plain pickle."""
 
-DAMAGED = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError, UsageError)
+DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, AssertionError)
 """What reading a file raises that is missing, cut or not what it should be."""
 
 
@@ -135,7 +135,8 @@ class Checkpoint:
         """Return a tensor, or its slice `[layer]`, in the type it was saved in.
 
         Only the saved pieces that overlap the slice are read. A slice that was saved as one piece
-        is a view of the file (a private mapping): nothing is read before it is used.
+        is a view of the file (a private mapping): nothing is read before it is used, and a file
+        that another process cuts meanwhile ends this one (SIGBUS), as with safetensors.
 
         Raises:
             UsageError: it is an object, a piece was never saved, or a file is missing or damaged.
@@ -146,13 +147,12 @@ class Checkpoint:
             start[0], size[0] = layer, 1
         region = ChunkStorageMetadata(torch.Size(start), torch.Size(size))
         items = create_read_items_for_chunk_list(name, meta, [region])
-        pieces = [self._piece(item) for item in items]
-        if len(pieces) == 1:
-            target = pieces[0]
+        if len(items) == 1:
+            target = self._piece(items[0])
         else:
             target = torch.empty(size, dtype=meta.properties.dtype)
-            for item, piece in zip(items, pieces, strict=True):
-                _narrow(target, item.dest_offsets, item.lengths).copy_(piece)
+            for item in items:
+                _narrow(target, item.dest_offsets, item.lengths).copy_(self._piece(item))
         return target if layer is None else target[0]
 
     def args(self) -> Namespace:

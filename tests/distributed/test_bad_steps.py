@@ -11,10 +11,10 @@ SKIP = "--bf16 --use-distributed-optimizer --loss-scale 1 --no-check-for-nan-in-
 EXIT_CODE_RESUME_TO_DISAMBIGUATE = 16
 
 
-def train(corpus, save, *flags, world_size=2, rank=RANK):
+def train(corpus, save, *flags, world_size=2, rank=RANK, step=STEP):
     argv = [*FLAGS, *corpus.flags, *corpus.let(*flags), "--save", str(save), "--save-interval", "1"]
     function = "tests.distributed.training:train_with_nan"
-    return run_distributed(function, world_size, argv, STEP, rank)
+    return run_distributed(function, world_size, argv, step, rank)
 
 
 def ends(found):
@@ -52,6 +52,14 @@ def test_without_reruns_it_stops_at_once(corpus, tmp_path):
     [(end, printed)] = train(corpus, tmp_path, "--rerun-mode", "disabled", world_size=1, rank=0)
     assert end.startswith("Rank 0, node ") and "Unexpected result nan" in end
     assert f"> step {STEP}, rank 0: found NaN" in printed
+
+
+def test_the_first_step_of_a_start_is_no_exception(corpus, tmp_path):
+    """Megatron does not look at it, and the update would spoil the weights."""
+    [(end, printed)] = train(corpus, tmp_path, world_size=1, rank=0, step=1)
+    assert "in the first step of this start" in end
+    assert "> step 1, rank 0: found NaN" in printed
+    assert not list(tmp_path.glob("iter_*"))
 
 
 @pytest.mark.parametrize("flags", ["", SKIP], ids=["checked", "unchecked"])

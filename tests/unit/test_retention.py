@@ -1,6 +1,9 @@
+import os
 from argparse import Namespace
 
 import pytest
+import torch
+import torch.distributed.checkpoint
 
 from megatron_let.conversion.checkpoint import TRACKER
 from megatron_let.retention import Retention, superfluous
@@ -8,8 +11,12 @@ from megatron_let.retention import Retention, superfluous
 
 def make(save, *steps, tracked):
     for step in steps:
-        (save / f"iter_{step:07d}").mkdir(parents=True)
-        (save / f"iter_{step:07d}" / "weights").write_text("x")
+        folder = save / f"iter_{step:07d}"
+        folder.mkdir(parents=True)
+        torch.distributed.checkpoint.save(
+            {"weights": torch.zeros(8)}, checkpoint_id=folder, no_dist=True
+        )
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (save / TRACKER).write_text(str(tracked))
 
 
@@ -44,6 +51,40 @@ def test_what_is_no_complete_checkpoint_of_this_run_stays(tmp_path):
     assert steps(superfluous(tmp_path, 300, 1, None)) == [100, 200]
 
 
+def test_a_half_written_one_does_not_count(tmp_path):
+    make(tmp_path, 100, 200, 300, 400, tracked=400)
+    (tmp_path / "iter_0000300" / "metadata.json").unlink()
+    assert steps(superfluous(tmp_path, 400, 2, None)) == [100]
+    os.truncate(next((tmp_path / "iter_0000200").glob("*.distcp")), 10)
+    assert steps(superfluous(tmp_path, 400, 2, None)) == []
+
+
+def test_nothing_goes_before_this_start_has_saved(tmp_path):
+    """It may have gone back to the oldest: --ckpt-step."""
+    make(tmp_path, 1, 2, 3, tracked=3)
+    args = Namespace(save=str(tmp_path), save_keep_last=1, save_keep_every=None)
+    retention = Retention(args, here=True)
+    retention.finish()
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    (tmp_path / TRACKER).write_text("2")
+    retention.finish()
+    retention.finish()
+    assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
+
+
+def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    def fail(*paths):
+        raise PermissionError(13, "Permission denied", str(paths[0]))
+
+    args = Namespace(save=str(tmp_path), save_keep_last=1, save_keep_every=None)
+    retention = Retention(args, here=True)
+    make(tmp_path, 1, 2, tracked=2)
+    monkeypatch.setattr(os, "replace", fail)
+    retention.finish()
+    assert "> --save-keep-last: [Errno 13]" in capsys.readouterr().out
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002"]
+
+
 def test_it_is_removed_once_a_newer_one_is_complete(tmp_path):
     args = Namespace(save=str(tmp_path), save_keep_last=2, save_keep_every=None)
     retention = Retention(args, here=True)
@@ -63,5 +104,7 @@ def test_it_is_removed_once_a_newer_one_is_complete(tmp_path):
 def test_nothing_goes_without_the_flag_or_on_another_rank(tmp_path, keep_last, here):
     make(tmp_path, 1, 2, 3, tracked=3)
     args = Namespace(save=str(tmp_path), save_keep_last=keep_last, save_keep_every=None)
-    Retention(args, here=here).apply()
+    retention = Retention(args, here=here)
+    (tmp_path / TRACKER).write_text("2")
+    retention.finish()
     assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]

@@ -6,12 +6,12 @@ from megatron_let.speed import SECONDS_LEFT, TEACHER_SHARE, TFLOPS, TOKENS, Spee
 def test_an_interval_counts_what_was_done_since_the_last_one():
     speed = Speed({"tokens": 100, "flops": 1e15, "seconds": 1000.0}, num_ranks=2)
     for _ in range(2):
-        speed.add_step(teacher_flops=4e12)
-    first = {"tokens": 300, "flops": 1.08e15, "seconds": 1010.0}
+        speed.add_step(student_flops=3.6e13, teacher_flops=4e12)
+    first = {"tokens": 300, "flops": 9e18, "seconds": 1010.0}
     assert speed.end_interval(first, steps_left=720) == pytest.approx(
         {TOKENS: 20.0, TFLOPS: 4.0, TEACHER_SHARE: 0.1, SECONDS_LEFT: 3600.0}
     )
-    speed.add_step(teacher_flops=0.0)
+    speed.add_step(student_flops=4e13, teacher_flops=0.0)
     second = {"tokens": 400, "flops": 1.12e15, "seconds": 1012.0}
     assert speed.end_interval(second, steps_left=0) == pytest.approx(
         {TOKENS: 50.0, TFLOPS: 10.0, TEACHER_SHARE: 0.0, SECONDS_LEFT: 0.0}

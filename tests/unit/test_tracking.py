@@ -88,6 +88,12 @@ def test_wandb_without_save_is_refused():
         tracker_defaults(Namespace(save=None, wandb_project="p", tensorboard_dir=None))
 
 
+def test_no_secret_is_recorded():
+    os.environ |= {"SLURM_JWT": "s", "NCCL_DEBUG": "INFO", "CUDA_API_KEY": "s", "OTHER": "x"}
+    assert tracking._environment().get("NCCL_DEBUG") == "INFO"
+    assert not {"SLURM_JWT", "CUDA_API_KEY", "OTHER"} & set(tracking._environment())
+
+
 def test_git_state_tells_what_was_changed(tmp_path):
     def git(*words):
         name = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -105,4 +111,5 @@ def test_git_state_tells_what_was_changed(tmp_path):
     changed = git_state(tmp_path)
     assert changed["changed"] == [" M file", "?? new"]
     assert "-one\n+two\n" in changed["diff"]
-    json.dumps(changed)
+    (tmp_path / "file").write_bytes("caf\u00e9\n".encode("latin-1"))
+    json.dumps(git_state(tmp_path))
