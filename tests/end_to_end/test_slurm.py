@@ -21,7 +21,7 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "examples" / "slurm" / "pretrain.sbatch")
 STEPS, INTERVAL = 800, 100
-SECONDS = 600
+SECONDS = 1200
 RUN = f"--train-iters {STEPS} --save-interval {INTERVAL} --eval-interval {STEPS}".split()
 LET = f"--let-stop-step {STEPS // 2}".split()
 
