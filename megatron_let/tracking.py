@@ -100,8 +100,8 @@ def _reachable() -> bool:
 # --- a record of each start --------------------------------------------------------------------
 
 
-def record_start(save: Path, args: Namespace) -> Path:
-    """Write what this start of a run consists of beside its checkpoints; returns the file.
+def record_start(save: Path, args: Namespace) -> None:
+    """Write what this start of a run consists of beside its checkpoints.
 
     `starts/iter_0000150_20261122-093000.json`: the command line, all of Megatron's arguments, the
     versions of what computes, the state of this repository and the job's environment.
@@ -118,10 +118,9 @@ def record_start(save: Path, args: Namespace) -> Path:
         "git": git_state(ROOT),
         "host": platform.node(),
         "environment": _environment(),
-        "arguments": {k: v if _is_plain(v) else str(v) for k, v in sorted(vars(args).items())},
+        "arguments": dict(sorted(vars(args).items())),
     }
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    return path
 
 
 def _environment() -> dict[str, str]:
@@ -131,10 +130,6 @@ def _environment() -> dict[str, str]:
         for name, value in sorted(os.environ.items())
         if name.startswith(ENVIRONMENT) and not any(word in name for word in SECRET)
     }
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
 
 
 def _versions() -> dict[str, str | None]:
