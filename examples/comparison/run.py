@@ -8,6 +8,7 @@ under runs/quickstart; a second call goes on where the first one stopped.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,13 +66,13 @@ class Comparison:
             load = f"to-hf --load {quickstart.results / 'teacher'} --ckpt-step {early}"
             convert_checkpoint.main(f"{load} --output {self._scorer}".split())
 
-    def student(self, name: str, seed: int) -> Run:
-        """Train one, or go on with it."""
-        flags = f"{variants(self.quickstart.recipe)[name]} --teacher-model {self.exported}"
+    def student(self, name: str, flags: str, seed: int) -> Run:
+        """Train one with these flags, or go on with it; its folder has that name."""
+        flags += f" --teacher-model {self.exported}"
         for kind in ("SCORED", "RANDOM"):
             if kind in flags:
                 flags = flags.replace(kind, str(self._selection(kind, seed)))
-        folder = name.replace(", ", "-").replace(" ", "-")
+        folder = re.sub(r"[, ]+", "-", name)
         run = self.quickstart.guided(folder, seed, flags)
         return read_run(run.path, label=name)
 
@@ -95,10 +96,10 @@ def compare(quickstart: Quickstart, seeds: int) -> None:
     runs: list[Run] = []
     for seed in range(1, seeds + 1):
         runs.append(quickstart.plain(seed))
-        for name in variants(quickstart.recipe):
+        for name, flags in variants(quickstart.recipe).items():
             if seed == 1 or name in MAIN:
                 print(f"{quickstart.results.name}: {name}, seed {seed}", flush=True)
-                runs.append(comparison.student(name, seed))
+                runs.append(comparison.student(name, flags, seed))
         report(quickstart.results, runs, comparison.teacher)
 
 
@@ -113,22 +114,32 @@ def report(folder: Path, runs: list[Run], teacher: Run) -> None:
     print(f"\n{text}\n\nPicture: {picture}\n", flush=True)
 
 
-def main() -> None:
-    """Run all regimes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return the options that say which of the quickstart's runs are meant."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
-    parser.add_argument("--seeds", type=int, default=1, help="of the main methods (default 1)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart")
-    options = parser.parse_args()
+    return parser
+
+
+def open_quickstart(options: argparse.Namespace, regime: str) -> Quickstart:
+    """Return the quickstart that `build_parser`'s options name, with its data at hand."""
     folder = options.output / ("fast" if options.fast else "full")
     folder.mkdir(parents=True, exist_ok=True)
+    quickstart = Quickstart(FAST if options.fast else FULL, folder, regime, options.processes)
+    quickstart.data()
+    return quickstart
+
+
+def main() -> None:
+    """Run all regimes."""
+    parser = build_parser(__doc__.splitlines()[0])
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
+    parser.add_argument("--seeds", type=int, default=1, help="of the main methods (default 1)")
+    options = parser.parse_args()
     for regime in options.regimes:
-        recipe = FAST if options.fast else FULL
-        quickstart = Quickstart(recipe, folder, regime, options.processes)
-        quickstart.data()
-        compare(quickstart, options.seeds)
+        compare(open_quickstart(options, regime), options.seeds)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ STYLE = {
     "font.family": "sans-serif",
 }
 MANY_LINES = 5
-"""More than so many labels get a smaller legend of two columns."""
+"""More than so many labels get a smaller legend, below the axes."""
 SKIPPED_START = 0.06
 """The loss axis ends where the curves stand after this fraction of the run: the fall from ln(vocab)
 in the first steps would flatten everything that is compared."""
@@ -63,9 +63,10 @@ def plot_comparison(
     matplotlib, figure_class = _import_matplotlib()
     with matplotlib.rc_context(STYLE):
         guided = [c.run for c in comparisons if _has_alignment(c.run)]
-        figure = figure_class(figsize=(9.2, 4.0) if guided else (6.4, 4.0), layout="constrained")
-        figure.suptitle(title or default_title(comparisons), x=0.01, ha="left", weight="bold")
         looks = _looks(comparisons)
+        size = (9.2 if guided else 6.4, 5.0 if len(looks) > MANY_LINES else 4.0)
+        figure = figure_class(figsize=size, layout="constrained")
+        figure.suptitle(title or default_title(comparisons), x=0.01, ha="left", weight="bold")
         widths = (1.9, 1.0) if guided else (1.0,)
         grid = figure.add_gridspec(2, len(widths), width_ratios=widths)
         _draw_losses(figure.add_subplot(grid[:, 0]), comparisons, looks, teacher_loss)
@@ -176,8 +177,10 @@ def _draw_losses(
     _limit_losses(axes, means, total, [target, *([] if teacher_loss is None else [teacher_loss])])
     _annotate_best(axes, comparisons, looks, target)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
-    many = len(looks) > MANY_LINES
-    axes.legend(loc="upper right", fontsize=7 if many else None, ncols=1 + many)
+    if len(looks) > MANY_LINES:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=7, ncols=3)
+    else:
+        axes.legend(loc="upper right")
 
 
 def _limit_losses(

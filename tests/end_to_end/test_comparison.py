@@ -1,4 +1,4 @@
-"""`examples/comparison` in its --fast form: every method and control, one report."""
+"""`examples/comparison` in its --fast form: every method and control, one report; a sweep."""
 
 import subprocess
 import sys
@@ -12,13 +12,22 @@ from examples.quickstart.run import FAST
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_every_method_is_in_the_report(tmp_path):
-    command = [sys.executable, str(ROOT / "examples/comparison/run.py"), "--fast"]
-    command += ["--processes", "1", "--regimes", "behind", "--output", str(tmp_path)]
+def run_script(name: str, output: Path, *flags: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / "comparison" / name), "--fast"]
+    command += ["--processes", "1", "--output", str(output), *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_method_is_in_the_report_and_a_setting_can_be_swept(tmp_path):
+    run_script("run.py", tmp_path, "--regimes", "behind")
     report = (tmp_path / "fast" / "behind" / "comparison.md").read_text()
     assert all(f"| {name} " in report for name in ["baseline", *variants(FAST)])
     assert (tmp_path / "fast" / "behind" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+    setting = "salt --kd-weight 0.5 --kd-stop-step 20"
+    table = run_script("sweep.py", tmp_path, "--seed", "1", setting)
+    assert "| sweep salt kd-weight 0.5 kd-stop-step 20 " in table
