@@ -4,17 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
 def quickstart(folder, *options):
     command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--fast"]
     command += ["--processes", "1", "--output", str(folder), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=560)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
+@pytest.mark.timeout(600)
 def test_fast_quickstart_reports_and_is_kept(tmp_path):
     first = quickstart(tmp_path)
     results = tmp_path / "fast" / "behind"
