@@ -1,9 +1,13 @@
 # Every target sets up .venv by itself; the second call reuses it.
 #   make quickstart ARGS=--fast          options of the quickstart
 #   make test PYTHON=/path/to/python     the Python to build .venv with
+#   make test CONSTRAINTS=constraints.txt    the versions of a tested set
+#   make test VENV=/path/to/environment  another place than .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint
+.PHONY: help setup quickstart test test-all test-oldest test-newest lint
+VENV ?= .venv
+export VENV CONSTRAINTS PYTHON
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -12,15 +16,21 @@ setup: ## create or update .venv
 	@tools/setup_venv.sh
 
 quickstart: setup ## train a teacher, a plain and a LET student on this machine (ARGS=--fast: a short smoke)
-	@.venv/bin/python examples/quickstart/run.py $(ARGS)
+	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
 test: setup ## the tests that are neither slow nor for a GPU
-	@.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 test-all: setup ## the slow tests too
-	@.venv/bin/python -m pytest -m "not gpu" $(ARGS)
+	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+test-oldest: ## the tests with the oldest allowed packages, in .venv-oldest (slow: installs 6 GB)
+	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt
+
+test-newest: ## the tests with the newest tested packages, in .venv-newest (slow: installs 6 GB)
+	@$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints.txt
 
 lint: setup ## ruff and mypy
-	@.venv/bin/ruff check .
-	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy

@@ -4,12 +4,17 @@
 #   tools/setup_venv.sh               find a Python >= 3.12, create .venv, install; again: returns at once
 #   tools/setup_venv.sh --find-only   print the Python that would be used and stop
 #
-# PYTHON=/path/to/python overrides the search. The stamp in .venv is written last, so that an
-# interrupted installation is continued by the next call.
+# PYTHON=/path/to/python overrides the search, VENV=folder the place, CONSTRAINTS=file the versions
+# (constraints.txt: a tested set) and what pip's own settings here say of them. The stamp in .venv is
+# written last, so that an interrupted installation is continued by the next call.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-venv=$root/.venv
+name=${VENV:-.venv}
+case $name in
+    /*) venv=$name ;;
+    *) venv=$root/$name ;;
+esac
 stamp=$venv/.setup-stamp
 
 say() { printf '> %s\n' "$*"; }
@@ -104,21 +109,21 @@ EOF
 current_stamp() {
     built_with=$("$venv/bin/python" -V 2>/dev/null) || return 1
     printf '%s\n' "$root"
-    { cat "$root/pyproject.toml" "$root/requirements.txt" && echo "$built_with"; } | cksum
+    (cd "$root" && cat pyproject.toml requirements.txt ${CONSTRAINTS:+"$CONSTRAINTS"} && echo "$built_with") | cksum
 }
 
 check_override() {
     [ -n "${PYTHON:-}" ] || return 0
     find_python
     built_with=$("$venv/bin/python" -V 2>/dev/null) || return 0
-    [ "$built_with" = "Python $version" ] || die "PYTHON=$PYTHON is Python $version, but .venv was" \
-        "made with $built_with. Remove .venv (rm -r .venv) to build it anew with $PYTHON, or leave" \
+    [ "$built_with" = "Python $version" ] || die "PYTHON=$PYTHON is Python $version, but $name was" \
+        "made with $built_with. Remove $name (rm -r $name) to build it anew with $PYTHON, or leave" \
         "PYTHON unset to use it as it is."
 }
 
 create() {
     find_python
-    say "creating .venv with $python (Python $version)"
+    say "creating $name with $python (Python $version)"
     case $major.$minor in
         3.12 | 3.13) ;;
         *) say "megatron-core has no wheel for Python $major.$minor: it is built here, with a C++ compiler" ;;
@@ -136,6 +141,7 @@ forget_half_installed() {
 
 install() {
     say "installing torch, Megatron-Core and the rest, once: about 6 GB on disk, 4 minutes or more"
+    if [ -n "${CONSTRAINTS:-}" ]; then export PIP_CONSTRAINT="$CONSTRAINTS"; fi
     (cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[data,eval,plot,dev]') ||
         die "the installation did not finish; pip says why above. The next call continues it."
 }
@@ -147,6 +153,8 @@ if [ "${1:-}" = --find-only ]; then
     printf '%s\n' "$python"
     exit
 fi
+[ -z "${CONSTRAINTS:-}" ] || (cd "$root" && [ -f "$CONSTRAINTS" ]) ||
+    die "CONSTRAINTS=$CONSTRAINTS: there is no such file in $root"
 [ $# -eq 0 ] || die "unknown option $1; the only one is --find-only"
 
 check_override
@@ -157,18 +165,18 @@ fi
 if [ ! -e "$venv" ]; then
     create
 elif [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$root" ]; then
-    say ".venv was made in $(head -n 1 "$stamp") and cannot be moved"
+    say "$name was made in $(head -n 1 "$stamp") and cannot be moved"
     create
 elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    say ".venv is broken or unfinished"
+    say "$name is broken or unfinished"
     create
 elif [ -f "$stamp" ]; then
-    say "pyproject.toml or requirements.txt has changed: bringing .venv up to date"
+    say "pyproject.toml, requirements.txt or the constraints have changed: bringing $name up to date"
 else
-    say ".venv is unfinished: continuing"
+    say "$name is unfinished: continuing"
 fi
 rm -f "$stamp"
 forget_half_installed
 install
 current_stamp >"$stamp"
-say ".venv is ready ($built_with)"
+say "$name is ready ($built_with)"

@@ -4,15 +4,13 @@ The other mistakes go through the same lines of `pretrain_let.py`; `tests/unit/t
 has them all.
 """
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from megatron_let.testing import run_distributed, run_program, save_tiny_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -25,11 +23,7 @@ MODEL = (
 
 def pretrain(*flags: str) -> subprocess.CompletedProcess[str]:
     """Run it as a user without torchrun does: one process."""
-    command = [sys.executable, str(ROOT / "pretrain_let.py"), *MODEL, *flags]
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in launcher}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return run_program(str(ROOT / "pretrain_let.py"), *MODEL, *flags)
 
 
 def test_a_mistake_ends_with_one_paragraph():

@@ -17,7 +17,7 @@ case "$1 $2" in
     -V*) echo "Python {version}" ;;
     -c*) echo "{version} {able}" ;;
     "-m venv") rm -rf "$4" && mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-    "-m pip") [ "$3" != install ] || {{ echo "$@" >>pip.log && [ ! -e pip-fails ]; }} ;;
+    "-m pip") [ "$3" != install ] || {{ echo "${{PIP_CONSTRAINT:-}}" "$@" >>pip.log && [ ! -e pip-fails ]; }} ;;
 esac
 """
 
@@ -151,7 +151,7 @@ def test_changed_requirements_are_installed(machine: Machine) -> None:
     machine.add_python(machine.path / "python3.12", "3.12.1")
     machine.run()
     (machine.root / "pyproject.toml").write_text("second")
-    assert "has changed" in machine.run().stdout
+    assert "have changed" in machine.run().stdout
     assert machine.installations() == 2
 
 
@@ -177,6 +177,20 @@ def test_moved_checkout_is_built_anew(machine: Machine) -> None:
     machine.root = machine.root.rename(machine.root.parent / "elsewhere")
     assert "cannot be moved" in machine.run().stdout
     assert machine.installations() == 2
+
+
+def test_another_place_with_a_tested_set_of_versions(machine: Machine) -> None:
+    """What pip's own settings would allow does not count there."""
+    machine.add_python(machine.path / "python3.12", "3.12.1")
+    versions = {"VENV": ".venv-oldest", "CONSTRAINTS": "oldest.txt"}
+    assert "CONSTRAINTS=oldest.txt: there is no such file" in machine.refusal(**versions)
+    (machine.root / "oldest.txt").write_text("torch==2.6.0")
+    result = machine.run(**versions, PIP_CONSTRAINT="the-machine's.txt")
+    assert ".venv-oldest is ready" in result.stdout
+    assert (machine.root / "pip.log").read_text().startswith("oldest.txt ")
+    assert not (machine.root / ".venv").exists()
+    (machine.root / "oldest.txt").write_text("torch==2.7.0")
+    assert "have changed" in machine.run(**versions).stdout
 
 
 def test_unknown_option(machine: Machine) -> None:

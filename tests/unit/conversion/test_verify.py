@@ -11,8 +11,21 @@ from megatron_let.conversion.from_hf import ImportConfig, import_model
 from megatron_let.conversion.to_hf import ExportConfig, export
 from megatron_let.conversion.verify import TOLERANCE, verify
 from megatron_let.errors import UsageError
+from megatron_let.testing import run_program
 from tests.unit.conversion.hf_models import MODELS, save_model
 from tools.convert_checkpoint import main
+
+@pytest.fixture(autouse=True)
+def _megatron_is_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's own process is a fork of one that has it."""
+
+    def run(command: list[object], **_: object) -> object:
+        _, minus_m, *program = map(str, command)
+        assert minus_m == "-m"
+        return run_program(*program)
+
+    monkeypatch.setattr(verify_module.subprocess, "run", run)
+
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "qwen3"]
 
