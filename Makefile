@@ -7,6 +7,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all test-oldest test-newest lint
 VENV ?= .venv
+# Two at a time, a file's tests in one process: they share its pools and fixtures.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 export VENV CONSTRAINTS PYTHON
 
 help: ## show this list
@@ -19,10 +21,10 @@ quickstart: setup ## train a teacher, a plain and a LET student on this machine 
 	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
 
 test: setup ## the tests that are neither slow nor for a GPU
-	@$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: setup ## the slow tests too
-	@$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+	@$(PYTEST) -m "not gpu" $(ARGS)
 
 test-oldest: ## the tests with the oldest allowed packages, in .venv-oldest (slow: installs 6 GB)
 	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt

@@ -7,17 +7,19 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS = ["cat", "cksum", "cp", "dirname", "fold", "head", "mkdir", "rm", "sh"]
 
 # Answers the script's probe, makes a .venv with itself in it, and notes what pip is asked for.
 FAKE_PYTHON = """#!/bin/sh
-case "$1 $2" in
+case "$1 $2 $3" in
     -V*) echo "Python {version}" ;;
     -c*) echo "{version} {able}" ;;
-    "-m venv") rm -rf "$4" && mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-    "-m pip") [ "$3" != install ] || {{ echo "${{PIP_CONSTRAINT:-}}" "$@" >>pip.log && [ ! -e pip-fails ]; }} ;;
+    "-m venv --clear") rm -rf "$4" && mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+    "-m pip install") echo "${{PIP_CONSTRAINT:-}} $@" >>pip.log && [ ! -e pip-fails ] ;;
 esac
 """
 
@@ -206,3 +208,26 @@ def test_requirements_agree_with_pyproject() -> None:
     for group in project["optional-dependencies"].values():
         names |= {re.split(r"[\[<>=~!]", requirement)[0] for requirement in group}
     assert names.isdisjoint({"apex", "transformer-engine", "transformer_engine", "flash-attn"})
+
+
+def test_the_oldest_set_is_the_lower_bounds_and_the_newest_lies_within() -> None:
+    """What the requirements allow is what was run, at both ends."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    bounds = {}
+    for requirement in map(Requirement, sum(groups, [])):
+        bounds[requirement.name] = requirement.specifier
+    oldest, newest = (
+        dict(line.split("==") for line in path.read_text().splitlines() if "==" in line)
+        for path in (REPOSITORY / "tests/constraints-oldest.txt", REPOSITORY / "constraints.txt")
+    )
+    lower = {
+        name: bound.version
+        for name, specifier in bounds.items()
+        for bound in specifier
+        if bound.operator == ">=" and name not in ("ruff", "mypy")
+    }
+    assert {name: Version(version) for name, version in oldest.items()} == {
+        name: Version(version) for name, version in lower.items()
+    }
+    assert all(Version(newest[name]) in bounds[name] for name in lower)

@@ -15,6 +15,7 @@ from megatron_let.testing import run_program
 from tests.unit.conversion.hf_models import MODELS, save_model
 from tools.convert_checkpoint import main
 
+
 @pytest.fixture(autouse=True)
 def _megatron_is_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's own process is a fork of one that has it."""
