@@ -155,14 +155,27 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+LAYOUTS = {"1": (1, []), "tp2_pp2": (4, TP2_PP2)}
+SUMS = [*EVERY_2, "--verify-integrity"]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def undamaged(request, corpus, tmp_path_factory):
+    """A layout, and a folder with a whole run in it and one that ends at step 6."""
+    world_size, layout = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("undamaged")
+    flags = [*corpus.flags, *corpus.let(), *layout, *SUMS]
+    assert not run(world_size, *flags, "--save", str(folder / "whole"))
+    assert not run(world_size, *flags, "--save", str(folder / "run"), "--exit-interval", "6")
+    return world_size, flags, folder
+
+
 @pytest.mark.parametrize("damage", [flip, cut], ids=["flipped", "cut"])
-@pytest.mark.parametrize(("world_size", "layout"), [(1, []), (4, TP2_PP2)], ids=["1", "tp2_pp2"])
-def test_a_damaged_checkpoint_costs_one_more_interval(corpus, tmp_path, damage, world_size, layout):
-    flags = [*corpus.flags, *corpus.let(), *layout, *EVERY_2, "--verify-integrity"]
-    assert not run(world_size, *flags, "--save", str(tmp_path / "whole"))
-    folders = ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
-    assert not run(world_size, *flags, *folders[:2], "--exit-interval", "6")
+def test_a_damaged_checkpoint_costs_one_more_interval(undamaged, tmp_path, damage):
+    world_size, flags, folder = undamaged
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "run" / "iter_0000006")
+    folders = ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
     assert not run(world_size, *flags, *folders)
     assert min(i for i in records(tmp_path / "run", "start") if i) == 4
     assert (tmp_path / "run" / "damaged_iter_0000006").is_dir()

@@ -1,18 +1,19 @@
 """The quickstart's own path, in its --fast form: from Python sources to the report."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_let.testing import run_program
 
 ROOT = Path(__file__).parents[2]
 
 
 def quickstart(folder, *options):
-    command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--fast"]
-    command += ["--processes", "1", "--output", str(folder), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    program = str(ROOT / "examples/quickstart/run.py")
+    result = run_program(
+        *(program, "--fast", "--processes", "1", "--output", str(folder), *options), timeout=560
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
