@@ -9,13 +9,16 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    _get_block_submodules,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_let.alignment.attach import Alignment
 from megatron_let.alignment.resize import Resize, ResizeConfig
@@ -75,7 +78,7 @@ def aligned_layer_class(layer_class: type) -> type:
 
 
 def aligned_block_spec(
-    config: TransformerConfig,
+    config: GPTModelConfig,
     vp_stage: int | None,
     *,
     layer_number: int,
@@ -84,21 +87,17 @@ def aligned_block_spec(
 ) -> tuple[TransformerBlockSubmodules, bool]:
     """Return this chunk's decoder spec, and whether it owns layer `layer_number` (1-based).
 
-    A spec object is shared by all layers of the block, so the entry is replaced, never changed.
+    It is the baseline's, made and expanded by Megatron's own functions, but for layer K. A spec
+    object is shared by all layers of the block, so the entry is replaced, never changed.
     """
-    block = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=config.transformer_impl == "transformer_engine",
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
-    index = layer_number - 1 - get_transformer_layer_offset(config, vp_stage)
-    owns = 0 <= index < len(block.layer_specs)
+    transformer = config.transformer
+    block = _get_block_submodules(transformer, default_layer_spec(config, vp_stage), vp_stage)
+    layers: list[ModuleSpec] = list(block.layer_specs)
+    index = layer_number - 1 - get_transformer_layer_offset(transformer, vp_stage)
+    owns = 0 <= index < len(layers)
     if owns:
-        spec: ModuleSpec = block.layer_specs[index]
-        extra = {"alignment": alignment, "resize": resize}
-        block.layer_specs[index] = dataclasses.replace(
+        spec, extra = layers[index], {"alignment": alignment, "resize": resize}
+        layers[index] = dataclasses.replace(
             spec, module=aligned_layer_class(spec.module), params={**spec.params, **extra}
         )
-    return block, owns
+    return dataclasses.replace(block, layer_specs=layers), owns

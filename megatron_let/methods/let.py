@@ -107,7 +107,7 @@ class Let(Signal):
 
         def spec(config: Any, vp_stage: int | None = None) -> Any:
             block, owns = aligned_block_spec(
-                config.transformer,
+                config,
                 vp_stage,
                 layer_number=self.args.let_layer,
                 alignment=self.alignment,
