@@ -46,6 +46,8 @@ class Run:
         self.config = config.transformer
         self.method = method
         self.log = log
+        self._is_alone = args.fake_process_group
+        """Whether no other rank of the layout exists: what it would send never comes."""
         self._method_dataset: Any = None
         self._step = -1
         self._left: dict[int | None, int] = {}
@@ -80,6 +82,8 @@ class Run:
 
     def _datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
         datasets = self.build_datasets(num_samples, vp_stage)
+        if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
+            self.args.do_train = not self.args.skip_train
         data = None if datasets[0] is None else datasets[0].unique_description_hash
         if datasets[0] is not None:
             datasets = (self.method.training_data(datasets[0]), *datasets[1:])
@@ -88,10 +92,17 @@ class Run:
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
             self.log.start(_known_to_all(data))
+            if self._is_alone:
+                rank = f"rank {self.args.rank} of {self.args.world_size}"
+                print(f"> {rank} alone: but for time and memory its numbers mean nothing")
         return datasets
 
     def _needs_data(self, vp_stage: int | None) -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and self._reads(vp_stage)
+        return self._holds_data() and self._reads(vp_stage)
+
+    def _holds_data(self) -> bool:
+        """Whether this rank reads the files, for itself and those that share its micro-batches."""
+        return self._is_alone or mpu.get_tensor_model_parallel_rank() == 0
 
     def _reads(self, vp_stage: int | None) -> bool:
         return is_first_or_last_pipeline_stage(vp_stage) or self._reads_all(vp_stage)
@@ -129,7 +140,8 @@ class Run:
             multiple_validation_sets=args.multiple_validation_sets,
             full_validation=args.full_validation,
             num_dataset_builder_threads=args.num_dataset_builder_threads,
-            path_to_cache=args.data_cache_path,
+            # No files: the first rank would write them, and a rank that is alone may be another.
+            path_to_cache="" if self._is_alone else args.data_cache_path,
             mmap_bin_files=args.mmap_bin_files,
             tokenizer=get_tokenizer(),
             reset_position_ids=args.reset_position_ids,
@@ -165,7 +177,7 @@ class Run:
     def _drawn_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
         args = self.args
         batch: Batch = {}
-        if mpu.get_tensor_model_parallel_rank() == 0:
+        if self._holds_data():
             drawn = next(data_iterator)
             batch = {
                 key: drawn[key].cuda(non_blocking=True) if key in drawn else None
@@ -179,7 +191,7 @@ class Run:
             broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
             broadcast_group=mpu.get_tensor_model_parallel_group(),
             cp_size=args.context_parallel_size,
-            tp_rank=mpu.get_tensor_model_parallel_rank(),
+            tp_rank=0 if self._holds_data() else mpu.get_tensor_model_parallel_rank(),
             micro_batch_size=args.micro_batch_size,
             seq_length=args.seq_length,
             mtp_on_this_rank=self._reads_all(vp_stage),  # upstream's word for "all the keys"

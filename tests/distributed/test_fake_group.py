@@ -1,0 +1,38 @@
+"""Megatron's --fake-process-group: one rank of a layout trains alone, whichever it is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_let.tiny_run import FLAGS, STEPS
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {
+    "last of two stages, TP rank 1": (7, "2"),  # would be sent its batches, and has the teacher
+    "third of four stages, TP rank 1": (5, "4"),  # has none, and would be told to train
+}
+
+
+@pytest.mark.parametrize(("rank", "stages"), CASES.values(), ids=CASES)
+def test_a_rank_that_others_feed_trains_every_step(corpus, tmp_path, rank, stages):
+    layout = "--fake-process-group --sequence-parallel --tensor-model-parallel-size 2".split()
+    layout += ["--pipeline-model-parallel-size", stages]
+    elsewhere = ["--data-cache-path", str(tmp_path)]  # where no first rank has been
+    command = [sys.executable, "pretrain_let.py", *FLAGS, *corpus.flags, *elsewhere]
+    environment = {"RANK": str(rank), "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *corpus.let("--let-layer", "4", *layout)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = re.findall(rf"iteration +(\d+)/ +{STEPS} \|", done.stdout)
+    assert steps == [str(step + 1) for step in range(STEPS)]
+    assert f"rank {rank} of 8 alone" in done.stdout
