@@ -2,11 +2,11 @@
 
 import pytest
 
+from benchmarks.recipes import recipe_flags
 from megatron_let.testing import run_distributed
 from megatron_let.tiny_run import checkpoint
 from tests.distributed.training import records
 from tests.unit.examples.recipes import without_files
-from tests.unit.examples.test_recipes import recipe_flags
 
 pytestmark = pytest.mark.slow
 

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from benchmarks.recipes import without
 from megatron_let import entry
 from megatron_let.testing import forget_last_run
 
@@ -12,11 +13,7 @@ ELSEWHERE = ("--tokenizer-", "--train-data-", "--valid-data-", "--data-cache-")
 
 def without_files(flags: list[str]) -> list[str]:
     """Leave out flags that name data, and their values."""
-    kept, keep = [], True
-    for word in flags:
-        keep = not word.startswith(ELSEWHERE) if word.startswith("--") else keep
-        kept += [word] * keep
-    return kept
+    return without(flags, lambda flag: flag.startswith(ELSEWHERE))
 
 
 def layers_of(recipes: dict[str, list[str]], gpus: int) -> dict[str, int]:

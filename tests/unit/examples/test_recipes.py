@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.recipes import planned, recipe_flags
 from megatron_let.testing import run_distributed
-from tools import plan
 
 ROOT = Path(__file__).resolve().parents[3]
 GPUS = 32
@@ -34,39 +34,16 @@ def write_own_teacher(folder: Path) -> Path:
     return folder
 
 
-def recipe_flags(
-    size: str, method: str, teacher: str, folder: Path, tokenizer: str | None = None
-) -> list[str]:
-    """The flags that a recipe's script starts a run with."""
-    if tokenizer is None:
-        tokenizer = "smollm-135m" if teacher.startswith("/") else teacher
-    prepared = folder / "data" / Path(tokenizer).name
-    prepared.mkdir(parents=True, exist_ok=True)
-    (prepared / "pile_text_blend.txt").write_text("1 a_text_document 2 b_text_document\n")
-    env = {"METHOD": method, "TEACHER": teacher, "TOKENIZER": tokenizer}
-    env |= {"DATA": str(folder / "data"), "SAVE": str(folder / "save"), "PRINT": "1"}
-    script = ROOT / "examples" / f"pile_{size}" / "train.sh"
-    done = subprocess.run(["bash", script], env=os.environ | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
 @pytest.mark.parametrize(("size", "method", "teacher"), RECIPES, ids=IDS)
 def test_fits_on_paper(size: str, method: str, teacher: str, tmp_path: Path) -> None:
     if teacher == "own":
         teacher = str(write_own_teacher(tmp_path / "teacher"))
     flags = recipe_flags(size, method, teacher, tmp_path)
-    parser = plan.build_parser()
-    known = parser._option_string_actions.keys() - {"--max-position-embeddings"}
-    words, keep = [], False
-    for word in flags:  # what the planner reads; the rest changes neither size nor cost
-        keep = word in known if word.startswith("--") else keep
-        words += [word] * keep
-    planned = plan.plan_from(parser.parse_args([*words, "--gpus", str(GPUS), "--teacher", teacher]))
-    assert planned.fits
-    assert planned.run.train_iters * planned.run.tokens_per_step == pytest.approx(20e9, rel=1e-3)
+    found = planned(flags, GPUS, teacher)
+    assert found.fits
+    assert found.run.train_iters * found.run.tokens_per_step == pytest.approx(20e9, rel=1e-3)
     tolerance = 0.01 if teacher == "smollm-135m" else 0.03  # other vocabularies, other sizes
-    assert planned.student.parameters == pytest.approx(PARAMETERS[size], rel=tolerance)
+    assert found.student.parameters == pytest.approx(PARAMETERS[size], rel=tolerance)
 
 
 def test_megatron_takes_the_flags(tmp_path: Path) -> None:
