@@ -1,34 +1,45 @@
-"""Which characters two tokenizer libraries cut differently: their Unicode tables differ in age.
+"""Which texts two tokenizer libraries would take differently: their Unicode tables differ in age.
 
-A pre-tokenizer cuts a text at its letters, digits, spaces and other characters. A character that
-Unicode got last year is a letter to one library and nothing to another.
+Two things depend on these tables. A pre-tokenizer cuts a text at its letters, digits, spaces and
+other characters: a character that Unicode got last year is a letter to one library and nothing to
+another. A normalizer puts marks in order and joins them with the letter before: it acts on several
+characters at once. What a character does is found out when it first occurs.
 """
 
-import contextlib
-import hashlib
 import json
-import os
+import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-# The planes with characters; the others are empty or private, alike in all versions.
-_CODE_POINTS = [
-    *(point for point in range(0x80, 0x40000) if not 0xD800 <= point < 0xE000),
-    *range(0xE0000, 0xE1000),
-]
-_BLOCK = 64
-
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 """Token ids of each text."""
+
+UNICODE_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
+"""Normalizers that leave ASCII alone, and every part of a text that is in their form."""
+
+_KNOWN, _CUT_DIFFERENTLY, _ACTIVE = 1, 2, 4
+_LAST_DECOMPOSED = 0x2FA20
+"""Behind this one no character is made of others."""
+_LOWEST_MARK, _HIGHEST_MARK = "\u0334", "\u0345"
+"""Of all classes of marks the first and the last in order."""
+
+
+class Normalizer(Protocol):
+    """A normalizer of the tokenizers library."""
+
+    def normalize_str(self, text: str, /) -> str:
+        """The text in its form."""
+        ...
 
 
 def revealing(source: str) -> str:
     """The tokenizer.json `source` with a vocabulary whose tokens show every cut beside a character.
 
     Only of byte-level tokenizers, since others do not cut by kinds of characters: they come back as
-    they are. The merges join a letter, digit or comma with the first or last byte of its neighbour.
+    they are. The merges join an ASCII character of `_in_context` with the first or last byte of its
+    neighbour.
     """
     tokenizer = json.loads(source)
     if "ByteLevel" not in json.dumps(tokenizer["pre_tokenizer"]):
@@ -37,7 +48,7 @@ def revealing(source: str) -> str:
 
     letters = bytes_to_unicode()
     first, last = range(0xC2, 0xF5), range(0x80, 0xC0)
-    neighbours = [ord(character) for character in "a1,"]
+    neighbours = [ord(character) for character in "a1,'"]
     pairs = [(one, other) for one in neighbours for other in first]
     pairs += [(one, other) for one in last for other in neighbours]
     merges = [(letters[one], letters[other]) for one, other in pairs]
@@ -47,58 +58,106 @@ def revealing(source: str) -> str:
     return json.dumps(tokenizer)
 
 
-class Characters:
-    """A set of characters that is looked for in a text at some hundred megabytes a second.
+def _in_context(character: str) -> str:
+    return f"a{character}1{character},{character}'{character}a\n"
 
-    A regular expression takes a thousand times as long: characters beyond U+FFFF are compared one
-    by one.
+
+class Screen:
+    """Decides what of each text the fast engine may see, at some hundred megabytes a second.
+
+    Args:
+        ours, theirs: two `revealing` tokenizers, of the fast engine and of the library.
+        normalizer: the library's, of `UNICODE_FORMS`, which the fast engine is to do without.
+        added_tokens: what both look for in a text before they normalize what lies between.
     """
 
-    def __init__(self, points: Sequence[int]) -> None:
-        self._is_in = np.zeros(0x110000, bool)
-        self._is_in[list(points)] = True
+    def __init__(
+        self,
+        ours: Encode,
+        theirs: Encode,
+        normalizer: Normalizer | None,
+        added_tokens: Sequence[str],
+    ) -> None:
+        self._ours, self._theirs = ours, theirs
+        self._normalizer = normalizer
+        self._joined = set() if normalizer is None else _joined_to_others()
+        self._added = re.compile("|".join(map(re.escape, added_tokens)) or r"(?!)")
+        self._traits = np.zeros(0x110000, np.uint8)
+        self._traits[:0x80] = _KNOWN
 
-    def occur_in(self, text: str) -> bool:
-        """Whether one of them does."""
-        return not text.isascii() and bool(self._is_in[_code_points(text)].any())
+    def admit(self, text: str) -> str | None:
+        """The text for the fast engine, normalized; None if only the library takes it right."""
+        if text.isascii():
+            return text
+        points = _code_points(text)
+        traits = self._traits_of(points)
+        if traits.max() == _KNOWN:
+            return text
+        if not self._is_normalized(points, traits):
+            # An added token could be torn apart, or arise.
+            if self._added.search(text):
+                return None
+            text = self._normalized(text)
+            traits = self._traits_of(_code_points(text))
+            if self._added.search(text):
+                return None
+        return None if (traits & _CUT_DIFFERENTLY).any() else text
+
+    def _is_normalized(self, points: np.ndarray, traits: np.ndarray) -> bool:
+        """Whether a text is in its form; of characters that are not active each part is."""
+        active = traits & _ACTIVE != 0
+        if not active.any():
+            return True
+        with_the_one_before = active.copy()
+        with_the_one_before[:-1] |= active[1:]
+        part = points[with_the_one_before].tobytes().decode("utf-32-le")
+        return self._normalized(part) == part
+
+    def _normalized(self, text: str) -> str:
+        return text if self._normalizer is None else self._normalizer.normalize_str(text)
+
+    def _traits_of(self, points: np.ndarray) -> np.ndarray:
+        traits = self._traits[points]
+        if not traits.all():
+            self._learn(np.unique(points[traits == 0]))
+            traits = self._traits[points]
+        return traits
+
+    def _learn(self, points: np.ndarray) -> None:
+        characters = list(map(chr, points.tolist()))
+        texts = list(map(_in_context, characters))
+        for point, character, ours, theirs in zip(
+            points, characters, self._ours(texts), self._theirs(texts), strict=True
+        ):
+            differs = list(ours) != list(theirs)
+            traits = _KNOWN | _CUT_DIFFERENTLY * differs | _ACTIVE * self._is_active(character)
+            self._traits[point] = traits
+
+    def _is_active(self, character: str) -> bool:
+        """Whether the normalizer may change it, move it, or join it with one before it."""
+        if self._normalizer is None:
+            return False
+        among_marks = f"\n{_HIGHEST_MARK}{character}\n{character}{_LOWEST_MARK}"
+        if self._normalized(among_marks) != among_marks:
+            return True
+        return character in self._joined
+
+
+def _joined_to_others() -> set[str]:
+    """Characters that can make one character together with one before them.
+
+    They, or the first of what they are made of, stand behind another in what some character is made
+    of.
+    """
+    from tokenizers import normalizers
+
+    points = (p for p in range(0x80, _LAST_DECOMPOSED) if not 0xD800 <= p < 0xE000)
+    characters = [chr(point) for point in points]
+    parts = normalizers.NFD().normalize_str("\n".join(characters)).split("\n")
+    made = {whole: part for whole, part in zip(characters, parts, strict=True) if whole != part}
+    behind = {character for part in made.values() for character in part[1:]}
+    return behind | {whole for whole, part in made.items() if part[0] in behind}
 
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
-
-
-def remembered(key: str, compute: Callable[[], list[int]]) -> list[int]:
-    """The result of `compute`, kept in the user's cache folder where there is one to write to.
-
-    Args:
-        key: all that the result depends on.
-        compute: takes seconds.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megatron_let"
-    file = folder / f"characters-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(file.read_text())
-    result = compute()
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(result))
-        partial.replace(file)
-    return result
-
-
-def cut_differently(ours: Encode, theirs: Encode) -> list[int]:
-    """The characters beside which two `revealing` tokenizers differ."""
-    blocks = [_CODE_POINTS[i : i + _BLOCK] for i in range(0, len(_CODE_POINTS), _BLOCK)]
-    suspects = [[point] for block in _differing(blocks, ours, theirs) for point in block]
-    return [point for [point] in _differing(suspects, ours, theirs)]
-
-
-def _differing(groups: list[list[int]], ours: Encode, theirs: Encode) -> list[list[int]]:
-    texts = ["".join(map(_in_context, group)) for group in groups]
-    pairs = zip(groups, ours(texts), theirs(texts), strict=True)
-    return [group for group, one, other in pairs if list(one) != list(other)]
-
-
-def _in_context(point: int) -> str:
-    return f"a{chr(point)}1{chr(point)},{chr(point)}\n"

@@ -105,11 +105,12 @@ class BlockEncoder:
         wanted = dice.random(len(records)) < self.verify_fraction
         if block.end.file == 0:
             wanted |= records <= VERIFIED_FIRST
-        texts = [documents.texts[key][index] for index in np.flatnonzero(wanted).tolist()]
-        expected = self.reference.encode(texts)
-        for place, index in enumerate(np.flatnonzero(wanted).tolist()):
-            if not np.array_equal(expected.of(place), tokens.of(index)):
-                raise EngineDiffers(f"{block.path}:{records[index]} (key {key!r})")
+        places = np.flatnonzero(wanted).tolist()
+        expected = self.reference.encode([documents.texts[key][place] for place in places])
+        found = tokens.rows()
+        for place, row in zip(places, expected.rows(), strict=True):
+            if not np.array_equal(row, found[place]):
+                raise EngineDiffers(f"{block.path}:{records[place]} (key {key!r})")
 
 
 def dataset_name(group: str, key: str) -> str:

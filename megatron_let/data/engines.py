@@ -5,16 +5,16 @@ Both give what Megatron's `tokenize` gives for one text at a time. The library d
 while it runs.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_let.data.characters import Characters, cut_differently, remembered, revealing
+from megatron_let.data.characters import UNICODE_FORMS, Encode, Normalizer, Screen, revealing
 from megatron_let.data.tokenizer import hugging_face
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ ENGINES = ("auto", "gigatoken", "tokenizers")
 
 _CACHE_GROWTH_BYTES = 128 * 1024**2
 """What gigatoken's table of words seen may take before it starts anew."""
+_PROVEN_NORMALIZERS = {"Prepend", "Replace"}
+"""Which gigatoken does by itself, besides the Unicode forms, which it is not let do."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,9 @@ class Tokens:
     lengths: np.ndarray
     """`[texts]`, int64."""
 
-    def of(self, index: int) -> np.ndarray:
-        """Ids of one text."""
-        start = int(self.lengths[:index].sum())
-        return self.ids[start : start + int(self.lengths[index])]
+    def rows(self) -> list[np.ndarray]:
+        """Ids of each text."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
 
 class Engine(Protocol):
@@ -97,8 +98,8 @@ def _fast_backend(tokenizer: "MegatronTokenizerText") -> Any:
 class Gigatoken:
     """gigatoken, on one thread: preprocessing spreads over processes.
 
-    Texts with a character that it cuts differently from the tokenizer's own library, because its
-    Unicode tables are newer, go to the library.
+    Its Unicode tables are newer than those of the tokenizer's own library. The library's normalizer
+    is used therefore, and texts with a character that gigatoken cuts differently go to the library.
 
     Raises:
         Unsuited: it is not installed, or does not know this kind of tokenizer.
@@ -107,7 +108,8 @@ class Gigatoken:
     name = "gigatoken"
 
     def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
-        self._load = _gigatoken_loader(tokenizer)
+        source, normalizer = _without_unicode_form(tokenizer)
+        self._load = _gigatoken_loader(source)
         self._own_library = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
         try:
@@ -115,18 +117,17 @@ class Gigatoken:
         except Exception as error:  # its binding raises several kinds
             raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
         self._memory_at_start: int | None = None
-        self._unsafe = Characters(_unsafe_characters(tokenizer))
+        added = [token["content"] for token in json.loads(source)["added_tokens"]]
+        self._screen = Screen(*_to_compare(revealing(source)), normalizer, added)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Tokens of all texts, in order."""
-        unsafe = [index for index, text in enumerate(texts) if self._unsafe.occur_in(text)]
-        if not unsafe:
-            return self._encode(texts)
-        kept = list(texts)
-        for index in unsafe:
-            kept[index] = ""
-        others = self._own_library.encode([texts[index] for index in unsafe])
-        return _replaced(self._encode(kept), unsafe, others)
+        admitted = list(map(self._screen.admit, texts))
+        others = [index for index, text in enumerate(admitted) if text is None]
+        tokens = self._encode([text or "" for text in admitted])
+        if not others:
+            return tokens
+        return _replaced(tokens, others, self._own_library.encode([texts[i] for i in others]))
 
     def _encode(self, texts: Sequence[str]) -> Tokens:
         self._bound_memory()
@@ -151,35 +152,56 @@ class Gigatoken:
             self._memory_at_start = _resident_bytes()
 
 
-def _gigatoken_loader(tokenizer: "MegatronTokenizerText") -> Callable[[], Any]:
-    try:
-        import gigatoken
-    except ImportError as error:
-        raise Unsuited("gigatoken is not installed (pip install gigatoken)") from error
+def _without_unicode_form(tokenizer: "MegatronTokenizerText") -> tuple[str, Normalizer | None]:
+    """The tokenizer.json without its Unicode normalizer, and that one.
+
+    Raises:
+        Unsuited: the tokenizer is none of Hugging Face's, or what it does to a text before cutting
+            it was not proven to be the same in gigatoken.
+    """
     backend = _fast_backend(tokenizer)
     if backend is None:
         # A SentencePiece model it would take, but then reads "</s>" in a text as the end token and
         # normalizes U+0085 and some combined letters differently.
         raise Unsuited(f"gigatoken does not take this kind of tokenizer: {tokenizer.path}")
-    return partial(gigatoken.Tokenizer.from_json, backend.to_str())
+    source = json.loads(backend.to_str())
+    kinds = set(_normalizer_kinds(source["normalizer"]))
+    if kinds and kinds <= UNICODE_FORMS:
+        normalizer, source["normalizer"] = backend.normalizer, None
+        for token in (token["content"] for token in source["added_tokens"]):
+            if normalizer.normalize_str(token) != token:
+                raise Unsuited(f"the added token {token!r} is not normalized")
+        return json.dumps(source), normalizer
+    if kinds <= _PROVEN_NORMALIZERS:
+        return backend.to_str(), None
+    raise Unsuited(f"gigatoken is not used with the normalizer {' + '.join(sorted(kinds))}")
 
 
-def _unsafe_characters(tokenizer: "MegatronTokenizerText") -> list[int]:
-    import tokenizers
+def _normalizer_kinds(normalizer: dict[str, Any] | None) -> list[str]:
+    if normalizer is None:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [kind for part in normalizer["normalizers"] for kind in _normalizer_kinds(part)]
+    return [normalizer["type"]]
 
-    source = revealing(_fast_backend(tokenizer).to_str())
-    key = f"{tokenizers.__version__} {version('gigatoken')} {source}"
-    return remembered(key, lambda: _compare_characters(source))
+
+def _gigatoken_loader(source: str) -> Callable[[], Any]:
+    try:
+        import gigatoken
+    except ImportError as error:
+        raise Unsuited("gigatoken is not installed (pip install gigatoken)") from error
+    return partial(gigatoken.Tokenizer.from_json, source)
 
 
-def _compare_characters(source: str) -> list[int]:
+def _to_compare(source: str) -> tuple[Encode, Encode]:
+    """What gigatoken and the library make of texts by the tokenizer.json `source`."""
     import gigatoken
     from tokenizers import Tokenizer
 
-    library, other = Tokenizer.from_str(source), gigatoken.Tokenizer.from_json(source)
-    return cut_differently(
+    ours, library = gigatoken.Tokenizer.from_json(source), Tokenizer.from_str(source)
+    return (
+        lambda texts: ours.encode_batch_list(texts, parallel=False),
         lambda texts: [r.ids for r in library.encode_batch_fast(texts, add_special_tokens=False)],
-        lambda texts: other.encode_batch_list(texts, parallel=False),
     )
 
 
@@ -220,11 +242,10 @@ def _around(tokens: Tokens, prefix: list[int], suffix: list[int], where: np.ndar
 
 def _replaced(tokens: Tokens, places: list[int], others: Tokens) -> Tokens:
     """The tokens with those of the texts at `places` taken from `others`."""
-    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
-    lengths = tokens.lengths.copy()
-    for which, place in enumerate(places):
-        rows[place] = others.of(which)
-        lengths[place] = len(rows[place])
+    rows, lengths = tokens.rows(), tokens.lengths.copy()
+    for place, row in zip(places, others.rows(), strict=True):
+        rows[place] = row
+    lengths[places] = others.lengths
     return Tokens(np.concatenate(rows), lengths)
 
 
