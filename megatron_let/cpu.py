@@ -206,7 +206,8 @@ def _on_one_device(group_class: type) -> type:
             options = group_class._Options()  # type: ignore[attr-defined]
             options._devices = [device()]
             options._timeout = kwargs["timeout"]
-            options.enable_reconfigure = kwargs.get("enable_reconfigure", False)
+            if kwargs.get("enable_reconfigure"):  # of torch 2.13 and newer
+                options.enable_reconfigure = True
             super().__init__(store, rank, size, options)
 
     return OnOneDevice

@@ -75,17 +75,23 @@ class WorkerPool:
             tasks.put((function, args, kwargs))
         results: dict[int, Any] = {}
         while len(results) < self.world_size:
-            try:
-                rank, ok, value = self._results.get(timeout=START_SECONDS + CASE_SECONDS)
-            except queue.Empty as error:
-                self.close()
-                missing = set(range(self.world_size)) - set(results)
-                raise RuntimeError(f"ranks {missing} hang") from error
+            rank, ok, value = self._next_result(set(range(self.world_size)) - results.keys())
             if not ok:
                 self.close()
                 raise RuntimeError(f"rank {rank} failed:\n{value}")
             results[rank] = value
         return [results[rank] for rank in range(self.world_size)]
+
+    def _next_result(self, missing: set[int]) -> tuple[int, bool, Any]:
+        for _ in range(START_SECONDS + CASE_SECONDS):
+            was_open = self.is_open
+            with contextlib.suppress(queue.Empty):
+                return self._results.get(timeout=1)
+            if not was_open:
+                break
+        what = "hang" if self.is_open else "have ended without an answer"
+        self.close()
+        raise RuntimeError(f"ranks {missing} {what}")
 
     @property
     def is_open(self) -> bool:
