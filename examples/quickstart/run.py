@@ -1,6 +1,6 @@
 """Show on a laptop that a small teacher saves a larger student steps: `make quickstart`.
 
-1. corpus: the Python sources installed on this machine, split by package
+1. corpus: Python sources from pinned wheels of PyPI (--fast: what is installed), split by package
 2. a BPE tokenizer, and Megatron's .bin/.idx files
 3. a small teacher, trained plainly and exported to a Hugging Face folder
 4. for each seed: a plain student, and a LET student on the same batches from the same weights
@@ -23,6 +23,7 @@ from tqdm import tqdm  # noqa: E402
 
 from examples.quickstart.corpus import build_corpus  # noqa: E402
 from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
+from examples.quickstart.wheels import fetch_wheels  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.table import comparison_table, losses_table  # noqa: E402
@@ -53,9 +54,11 @@ class Recipe:
     student: Model
     teachers: dict[str, Model]
     """By regime: `behind` stays ahead of the plain student, `pass` is overtaken by it."""
-    let_flags: str
-    kd_flags: str
+    let_flags: str = ""
+    kd_flags: str = ""
     """Of SALT, for `examples/comparison`."""
+    from_wheels: bool = True
+    """Text of the pinned wheels, the same on every machine; else of what is installed."""
     train_bytes: int = 24_000_000
     valid_bytes: int = 48_000
     vocab_size: int = 2048
@@ -64,6 +67,8 @@ class Recipe:
     """Sequences a step."""
     evaluations: int = 50
     """Evaluations a student run, each over the whole validation set."""
+    saves: int = 2
+    """Checkpoints a run."""
 
 
 FULL = Recipe(
@@ -90,6 +95,7 @@ FAST = Recipe(
     seq_length=64,
     batch=8,
     evaluations=5,
+    from_wheels=False,
 )
 
 
@@ -114,7 +120,10 @@ class Quickstart:
         """Build corpus, tokenizer and datasets."""
         recipe, corpus = self.recipe, self.folder / "corpus"
         report = build_corpus(
-            corpus, max_train_bytes=recipe.train_bytes, max_valid_bytes=recipe.valid_bytes
+            corpus,
+            max_train_bytes=recipe.train_bytes,
+            max_valid_bytes=recipe.valid_bytes,
+            roots=fetch_wheels() if recipe.from_wheels else None,
         )
         print(
             f"  {report.train.documents} training files of {len(report.train.packages)} packages, "
@@ -153,15 +162,15 @@ class Quickstart:
 
     def train(self, model: Model, save: Path, seed: int, evaluations: int, extra: str = "") -> Run:
         """Train one model, or go on with it; returns its record."""
-        if not _is_finished(save):
+        if not is_finished(save):
             save.mkdir(parents=True, exist_ok=True)
             command = [sys.executable]
             if self.processes > 1:
                 command += ["-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc_per_node", str(self.processes)]
-            command += [str(ROOT / "pretrain_let.py"), *extra.split()]
-            command += self.flags(model, save, seed, evaluations)
-            _run_with_progress(command, save / "log.txt", model.steps)
+            command += [str(ROOT / "pretrain_let.py")]
+            command += [*self.flags(model, save, seed, evaluations), *extra.split()]
+            _run_with_progress(command, save, model.steps)
         return read_run(save)
 
     def flags(self, model: Model, save: Path, seed: int, evaluations: int) -> list[str]:
@@ -184,7 +193,7 @@ class Quickstart:
             "--num-workers 0 --no-create-attention-mask-in-dataloader "
             f"--full-validation --multiple-validation-sets --eval-iters 1 "
             f"--eval-interval {max(1, model.steps // evaluations)} --log-interval 10 "
-            f"--save {save} --load {save} --save-interval {max(1, model.steps // 2)}"
+            f"--save {save} --load {save} --save-interval {max(1, model.steps // recipe.saves)}"
         ).split()
 
     def export(self, save: Path, folder: Path) -> Path:
@@ -216,7 +225,8 @@ class Quickstart:
         print("  " + sample(folder, PROMPT).replace("\n", "\n  "))
 
 
-def _is_finished(save: Path) -> bool:
+def is_finished(save: Path) -> bool:
+    """Whether a run has come to its end."""
     return (save / "metrics.jsonl").exists() and read_run(save).finished
 
 
@@ -224,18 +234,19 @@ def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def _run_with_progress(command: list[str], log: Path, steps: int) -> None:
+def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
     """Run a training command; a bar on a terminal, else a line every tenth of the run."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
     )
     assert process.stdout is not None
+    log = save / "log.txt"
     with log.open("a") as file, tqdm(total=steps, unit="step", disable=None) as bar:
         for step, loss in _steps(process.stdout, file):
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {loss:.3f}")
             if bar.disable and step % max(10, steps // 10) == 0:
-                print(f"  step {step:5d} / {steps}: loss {loss:.3f}", flush=True)
+                print(f"  {save.name}, step {step:5d} / {steps}: loss {loss:.3f}", flush=True)
     if process.wait():
         tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
         sys.exit(f"{tail}\nThe training run failed; its whole log is {log}")
@@ -260,7 +271,7 @@ def main() -> None:
     stages = 2 + 2 * options.seeds + 1
     number = iter(range(1, stages + 1))
 
-    print(f"[{next(number)}/{stages}] data: the Python sources on this machine", flush=True)
+    print(f"[{next(number)}/{stages}] data: Python sources", flush=True)
     quickstart.data()
     print(f"[{next(number)}/{stages}] teacher: {quickstart.teacher_model}", flush=True)
     teacher, exported = quickstart.teacher()

@@ -80,7 +80,7 @@ def test_reuse_and_refusal(root, tmp_path):
     before = (out / "train.jsonl").stat().st_mtime_ns
     assert build_corpus(out, roots=[tmp_path / "not looked at"], **BOUNDS) == report
     assert (out / "train.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="200000, 50000 instead of 1, 99999, 50000"):
+    with pytest.raises(ValueError, match="200000, 50000 instead of 2, 99999, 50000"):
         build_corpus(out, max_train_bytes=99_999, max_valid_bytes=50_000, roots=[root])
     (out / "valid.jsonl").write_text("edited\n")
     with pytest.raises(ValueError, match=r"valid\.jsonl is not the file .*delete the folder"):

