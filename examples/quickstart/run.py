@@ -46,6 +46,11 @@ class Model:
     lr: float
     """Peak learning rate; the student's is the plain run's best of three (README)."""
 
+    def parameters(self, vocab_size: int) -> int:
+        """How many it has with tied embeddings of `vocab_size` rows; 0: without them."""
+        layer = 4 * self.hidden**2 + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return self.layers * layer + self.hidden + vocab_size * self.hidden
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -7,7 +7,6 @@ scores the finished model on both texts. The file appears complete or not at all
 
 import hashlib
 import json
-import math
 import os
 import platform
 from collections.abc import Iterator
@@ -67,6 +66,8 @@ def write_summary(path: Path, save: Path, facts: dict[str, Any], scores: dict[st
     log = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     start = next(line for line in reversed(log) if line["kind"] == "start")
     start |= {"iteration": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0}
+    if start["teacher"]:
+        start["teacher"]["name"] = Path(start["teacher"]["name"]).name  # not where it lay
     evaluated = {line["iteration"]: line for line in log if line["kind"] == "valid"}
     lines = [start | _circumstances(save) | facts]
     lines += [{k: evaluated[e.iteration][k] for k in KEPT} for e in run.evaluations]
@@ -129,8 +130,3 @@ def _documents(texts: dict[str, Path]) -> Iterator[Document]:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 yield Document(name, json.loads(line)["text"])
-
-
-def is_finite(summary: Summary) -> bool:
-    """Whether the run ended with a number: one that diverged is never the best."""
-    return math.isfinite(summary.loss)

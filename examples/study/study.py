@@ -7,7 +7,7 @@ import re
 import shutil
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from examples.quickstart.run import ROOT, Model, Quickstart, is_finished
 from examples.quickstart.wheels import fetch_wheels
 from examples.study.grow import grow_model
 from examples.study.record import Summary, read_summary, score_model, write_summary
-from examples.study.table import MEET, PLAIN, Planned, Regime, Setting, Table
-from megatron_let.report.runs import Run, read_run
+from examples.study.table import PLAIN, Planned, Regime, Setting, Table
+from megatron_let.report.runs import Evaluation, Run, read_run
 from megatron_let.report.targets import Cost, cost_to_target, loss_at
 from tools import convert_checkpoint
 
 DOCUMENTATION = Path(__file__).with_name("documentation.txt")
-TEACHER = "teacher"
 
 
 class Study:
@@ -38,8 +37,8 @@ class Study:
         self.table = table
         self.folder = folder
         self.record = record
-        self.quickstart = Quickstart(table.recipe, folder, MEET, processes=1)
-        self.teacher = table.recipe.teachers[MEET]
+        self.teachers = {f"teacher-{size}": m for size, m in table.recipe.teachers.items()}
+        self.quickstart = Quickstart(table.recipe, folder, next(iter(table.recipe.teachers)), 1)
         self._one_at_a_time = threading.Lock()
         """Held while something is built that two runs may share."""
 
@@ -73,8 +72,8 @@ class Study:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All runs in their order; the teacher's own comes first."""
-        return (TEACHER, *(run.name for run in self.table.runs))
+        """All runs in their order; the teachers' own come first."""
+        return (*self.teachers, *(run.name for run in self.table.runs))
 
     def summary(self, name: str) -> Summary | None:
         """The record of a finished run."""
@@ -88,24 +87,23 @@ class Study:
     def is_done(self, name: str) -> bool:
         """Whether nothing is left to do; the teacher's checkpoints must also be at hand."""
         done = self.summary(name) is not None
-        if name == TEACHER and not all(self._is_chosen(regime) for regime in self.table.regimes):
-            return done and is_finished(self._save(TEACHER))
+        if name in self.teachers and not all(map(self._is_chosen, self.table.regimes)):
+            return done and is_finished(self._save(name))
         return done
 
     def is_ready(self, name: str) -> bool:
         """Whether all that decides about a run is known."""
-        if name == TEACHER:
+        if name in self.teachers:
             return True
         run = self.planned(name)
         alone = run.arm.name == PLAIN.name or self._is_chosen(run.regime)
-        before = () if alone else (TEACHER, *self._plain_tuning)
+        before = () if alone else (*self.teachers, *self._plain_tuning)
         return all(self.is_done(needed) for needed in (*run.needs, *before))
 
     def best(self, names: Sequence[str]) -> Summary:
         """The finished run with the lowest last validation loss; the earlier one of equals."""
         found = [self.summary(name) for name in names]
-        # A diverged run's NaN is less than nothing: it must not win.
-        return min((s for s in found if s is not None and s.loss == s.loss), key=lambda s: s.loss)
+        return min((summary for summary in found if summary is not None), key=lambda s: s.loss)
 
     def overview(self) -> str:
         """A line for each run: done, begun, open."""
@@ -114,7 +112,7 @@ class Study:
         return "\n".join([*lines, f"{done} of {len(lines)} runs are done."])
 
     def _state(self, name: str) -> str:
-        group = TEACHER if name == TEACHER else self.planned(name).group
+        group = "teacher" if name in self.teachers else self.planned(name).group
         summary, save = self.summary(name), self._save(name)
         state = "open"
         if summary is not None:
@@ -134,8 +132,9 @@ class Study:
     def perform(self, name: str, minutes: float | None) -> None:
         """Make a run, or go on with it, and write its record if it gets to the end in time."""
         facts: dict[str, Any] = {"name": name, "label": name, "method": "baseline"}
-        if name == TEACHER:
-            model, seed, flags = self.teacher, 1, self._teacher_flags()
+        if name in self.teachers:
+            model, seed = self.teachers[name], 1
+            flags = self._teacher_flags(model)
             evaluations = self.table.teacher_checkpoints
         else:
             run = self.planned(name)
@@ -175,6 +174,7 @@ class Study:
             depth = self.best(run.depth_from).facts["depth"]
         model = replace(self.table.recipe.student, lr=rate)
         facts = {
+            "name": run.name,
             "label": run.arm.label,
             "method": "baseline" if run.arm.name == PLAIN.name else run.arm.name,
             "arm": run.arm.name,
@@ -216,56 +216,71 @@ class Study:
 
     # --- the teacher ----------------------------------------------------------------------------
 
-    def _teacher_flags(self) -> str:
+    def _teacher_flags(self, teacher: Model) -> str:
         # Grown, the epsilon becomes the student's 1e-5.
-        epsilon = 1e-5 * self.table.recipe.student.hidden / self.teacher.hidden
-        every = self.teacher.steps // self.table.teacher_checkpoints
+        epsilon = 1e-5 * self.table.recipe.student.hidden / teacher.hidden
+        every = teacher.steps // self.table.teacher_checkpoints
         return f"--method baseline --norm-epsilon {epsilon:.8g} --save-interval {every}"
 
     def _is_chosen(self, regime: str) -> bool:
         return (self.record / "teachers" / regime / "chosen.json").exists()
 
     def teacher_folder(self, regime: str) -> Path:
-        """The teacher of a regime as a Hugging Face folder, chosen when it is first asked for."""
+        """The teacher of a regime as a Hugging Face folder.
+
+        All are chosen when the first is asked for, as long as the checkpoints are at hand. Raises
+        ValueError if no checkpoint makes this regime.
+        """
+        for name in self.table.regimes:
+            try:
+                if not self._is_chosen(name):
+                    self._choose_teacher(name)
+            except ValueError as error:
+                if name == regime:
+                    raise
+                print(f"{name}: {error}", flush=True)
+        return self.record / "teachers" / regime
+
+    def _choose_teacher(self, regime: str) -> None:
+        runs = [read_run(self._save(name)) for name in self.teachers]
+        plain = self.best(self._plain_tuning).run
+        chosen = choose_checkpoint(runs, plain, self.table.regimes[regime])
         folder = self.record / "teachers" / regime
-        if not self._is_chosen(regime):
-            run, plain = read_run(self._save(TEACHER)), self.best(self._plain_tuning).run
-            chosen = choose_checkpoint(run, plain, self.table.regimes[regime])
-            shutil.rmtree(folder, ignore_errors=True)  # left by a killed call
-            load = f"to-hf --load {self._save(TEACHER)} --ckpt-step {chosen['iteration']}"
-            convert_checkpoint.main(f"{load} --output {folder} --dtype bf16".split())
-            (folder / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
-        return folder
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed call
+        load = f"to-hf --load {self._save(chosen['teacher'])} --ckpt-step {chosen['iteration']}"
+        convert_checkpoint.main(f"{load} --output {folder} --dtype bf16".split())
+        (folder / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
-def choose_checkpoint(teacher: Run, plain: Run, regime: Regime) -> dict[str, float | None]:
-    """The teacher's checkpoint that makes a regime: the one whose loss is nearest to plain
-    training's after that share of its run.
+def choose_checkpoint(teachers: Sequence[Run], plain: Run, regime: Regime) -> dict[str, Any]:
+    """Return which checkpoint of which teacher makes a regime: the first that fits its window.
 
-    Returns its step, tokens, FLOPs and loss, and after which part of its run plain training passes
-    it for good (None: never). Raises ValueError if that is outside the regime's window.
+    Its step, tokens, FLOPs and loss, and after which part of its run plain training passes it for
+    good (None: never). Raises ValueError if none fits.
     """
-    chosen = teacher.final
-    if regime.share is not None:
-        target = loss_at(plain, Cost(regime.share * plain.train_iters, 0.0, 0.0), "steps")
-        assert target is not None  # the share lies within the run
-        chosen = min(teacher.evaluations, key=lambda e: abs(e.loss - target))
-    cost = cost_to_target(plain, chosen.loss)
-    passed = None if cost is None else cost.steps / plain.train_iters
-    low, high = regime.window
-    if not low <= (math.inf if passed is None else passed) <= high:
-        raise ValueError(
-            f"the nearest checkpoint, step {chosen.iteration} with loss {chosen.loss:.3f}, is "
-            f"passed after {passed} of the plain run instead of {low} to {high}: "
-            "train the teacher longer, or change the regime in table.py"
-        )
-    return {
-        "iteration": chosen.iteration,
-        "tokens": chosen.tokens,
-        "flops": chosen.flops,
-        "loss": chosen.loss,
-        "passed": passed,
-    }
+    seen = []
+    for run in teachers:
+        found = _nearest(run, plain, regime.share)
+        cost = cost_to_target(plain, found.loss)
+        passed = None if cost is None else cost.steps / plain.train_iters
+        chosen = {"teacher": run.name, "passed": passed} | asdict(found)
+        low, high = regime.window
+        if low <= (math.inf if passed is None else passed) <= high:
+            return chosen
+        seen.append(f"{run.name}, step {found.iteration}, loss {found.loss:.3f}: {passed}")
+    raise ValueError(
+        f"plain training must pass the teacher after {low} to {high} of its run, and passes after "
+        f"({'; '.join(seen)}): change the teachers or the regime in table.py"
+    )
+
+
+def _nearest(teacher: Run, plain: Run, share: float | None) -> Evaluation:
+    """The teacher's evaluation nearest to plain training's loss after `share`; else its last."""
+    if share is None:
+        return teacher.final
+    target = loss_at(plain, Cost(share * plain.train_iters, 0.0, 0.0), "steps")
+    assert target is not None  # the share lies within the run
+    return min(teacher.evaluations, key=lambda evaluation: abs(evaluation.loss - target))
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,10 @@
 """The declared runs of the study, in the order in which they are made. Written before the first.
 
 Parameters are counted as Chinchilla counts them, with the embeddings, which are tied: the student
-has 0.39 M (0.31 M without them) and reads 8.2 M tokens, 21 a parameter; the teacher has 0.10 M
-(ratio 3.7; 5.6 without embeddings) and reads 82 M, 785 a parameter. The teacher is one run; a
-regime takes the checkpoint of it whose validation loss fits (`REGIMES`).
+has 0.39 M (0.31 M without them) and reads 8.2 M tokens, 21 a parameter. Two teachers are trained:
+the small one has 0.10 M (ratio 3.7; 5.6 without embeddings) and reads 66 M tokens, 626 a parameter;
+the large one has 0.16 M (2.4; 3.1) and reads 41 M, 249 a parameter. A regime takes the checkpoint
+whose validation loss fits (`REGIMES`), of the small teacher if that has one.
 
 Tuning: each arm gets five runs with seed 1 behind the teacher of `meet`: three peak learning rates
 with its first setting, then its two other settings at the best of these rates (plain training,
@@ -26,10 +27,11 @@ class Regime:
     """How good the teacher is, by the plain run of seed 1 at its best rate."""
 
     share: float | None
-    """Its checkpoint is the one whose loss is nearest to the plain run's after this part of its
-    steps; None: the last one."""
+    """Of a teacher's checkpoints the one whose loss is nearest to the plain run's after this part
+    of its steps; None: the last one."""
     window: tuple[float, float] = (0.0, math.inf)
-    """Where in its run the plain run must pass the teacher; infinity: never."""
+    """Where in its run the plain run must pass the teacher (infinity: never), or the next teacher
+    is looked at."""
 
 
 REGIMES = {
@@ -215,7 +217,10 @@ def declare(tuned: tuple[Arm, ...], seeds: tuple[int, ...]) -> tuple[Planned, ..
 STUDY = Table(
     recipe=Recipe(
         student=Model(layers=4, hidden=80, heads=5, ffn=216, steps=1000, lr=4e-3),
-        teachers={MEET: Model(layers=2, hidden=48, heads=3, ffn=128, steps=10_000, lr=5e-3)},
+        teachers={
+            "small": Model(layers=2, hidden=48, heads=3, ffn=128, steps=8_000, lr=5e-3),
+            "large": Model(layers=2, hidden=64, heads=4, ffn=172, steps=5_000, lr=5e-3),
+        },
         train_bytes=120_000_000,
         valid_bytes=120_000,
         vocab_size=1024,
@@ -247,7 +252,7 @@ FAST = Table(
     recipe=replace(
         STUDY.recipe,
         student=Model(layers=4, hidden=48, heads=3, ffn=96, steps=20, lr=4e-3),
-        teachers={MEET: Model(layers=2, hidden=32, heads=2, ffn=64, steps=20, lr=4e-3)},
+        teachers={"small": Model(layers=2, hidden=32, heads=2, ffn=64, steps=20, lr=4e-3)},
         train_bytes=1_000_000,
         valid_bytes=6_000,
         vocab_size=512,

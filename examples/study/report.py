@@ -1,0 +1,223 @@
+"""Make docs/study.md's tables and pictures from the record of the runs.
+
+    .venv/bin/python examples/study/report.py [--check]
+
+What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; the text around is written
+by hand. `--check` changes nothing and fails if a table is not what the record says, or if a decimal
+number in what is said of the results stands in no table.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.quickstart.run import ROOT  # noqa: E402
+from examples.study.results import Result, Results  # noqa: E402
+from examples.study.run import RECORD  # noqa: E402
+from examples.study.study import Study  # noqa: E402
+from examples.study.table import MEET, STUDY, Arm  # noqa: E402
+from megatron_let.report.plot import plot_comparison  # noqa: E402
+from megatron_let.report.table import NEVER, markdown_table  # noqa: E402
+
+PAGE = ROOT / "docs" / "study.md"
+BLOCK = re.compile(r"(?<=<!-- table )(\S+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
+RESULTS = "## Results"
+DECIMAL = re.compile(r"\d+\.\d+")
+NONE = "-"
+Rows = list[tuple[str, ...]]
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def models(results: Results) -> list[str]:
+    """The student and its teachers, as declared."""
+    recipe = results.table.recipe
+    rows: Rows = []
+    student = recipe.student.parameters(recipe.vocab_size)
+    for name, model in {"student": recipe.student, **recipe.teachers}.items():
+        shape = f"{model.layers} x {model.hidden}, {model.heads} heads, FFN {model.ffn}"
+        count = model.parameters(recipe.vocab_size)
+        inner = model.parameters(0)
+        tokens = model.steps * recipe.batch * recipe.seq_length
+        numbers = (f"{count:,}", f"{inner:,}", f"{tokens / 1e6:.1f} M", f"{tokens / count:.0f}")
+        rows.append((name, shape, *numbers, f"{tokens / inner:.0f}", f"{student / count:.1f}"))
+    header = ("model", "shape", "parameters", "without embeddings", "tokens", "a parameter")
+    return markdown_table((*header, "without embeddings", "student over it"), rows)
+
+
+def meet(results: Results) -> list[str]:
+    """The main table: every arm as it was tuned, over the seeds."""
+    run = ("arm", "rate", "setting", "seeds", "final loss", "bits per byte", "other domain")
+    header = (*run, "steps", "FLOPs", "with the teacher's own", "at plain's rate")
+    rows = [_meet_row(results, arm, found) for arm in results.arms if (found := results.seeds(arm))]
+    return markdown_table(header, rows)
+
+
+def _meet_row(results: Results, arm: Arm, found: list[Result]) -> tuple[str, ...]:
+    facts = found[0].summary.facts
+    scores = [result.summary.scores for result in found]
+    beside = results.at_plain_rate(arm)
+    return (
+        arm.label,
+        f"{facts['rate']:.2g}",
+        facts["setting"] if facts["depth"] in (None, facts["setting"]) else _with_depth(facts),
+        str(len(found)),
+        spread([result.summary.loss for result in found], 3),
+        spread([score["valid"].bits_per_byte for score in scores], 3),
+        spread([score["documentation"].bits_per_byte for score in scores], 3),
+        spread([result.steps for result in found], 2),
+        spread([result.flops for result in found], 2),
+        spread([result.flops_with_teacher for result in found], 2),
+        NONE if beside is None else f"{beside.summary.loss:.3f}",
+    )
+
+
+def _with_depth(facts: dict[str, str]) -> str:
+    return f"{facts['depth']}, {facts['setting']}"
+
+
+def tuning(results: Results) -> list[str]:
+    """Every tuning run; the best of each arm is marked."""
+    best = {found[0].planned.name for arm in results.arms if (found := results.seeds(arm))}
+    rows: Rows = []
+    for result in results.group("tuning"):
+        facts = result.summary.facts
+        name = f"**{facts['label']}**" if facts["name"] in best else facts["label"]
+        loss = f"{result.summary.loss:.3f}"
+        rows.append(
+            (name, f"{facts['rate']:.2g}", facts["setting"], loss, spread([result.steps], 2))
+        )
+    return markdown_table(("arm", "rate", "setting", "final loss", "steps"), rows)
+
+
+def regimes(results: Results) -> list[str]:
+    """The teacher of each regime."""
+    header = ("regime", "teacher", "step", "tokens per parameter", "loss", "passed after")
+    rows: Rows = []
+    for regime in results.table.regimes:
+        chosen = results.chosen(regime)
+        summary = chosen and results.teacher(chosen["teacher"])
+        if chosen and summary:
+            per_parameter = chosen["tokens"] / summary.run.student_parameters
+            passed = NEVER if chosen["passed"] is None else f"{chosen['passed']:.2f}"
+            numbers = (f"{per_parameter:.0f}", f"{chosen['loss']:.3f}", passed)
+            rows.append((regime, chosen["teacher"], str(chosen["iteration"]), *numbers))
+    return markdown_table(header, rows)
+
+
+def elsewhere(results: Results) -> list[str]:
+    """The other regimes and the controls: seed 1, at plain training's rate."""
+    header = ("regime or control", "arm", "setting", "final loss", "other domain", "steps", "FLOPs")
+    rows: Rows = []
+    for result in (*results.group("regimes"), *results.group("controls")):
+        planned, facts = result.planned, result.summary.facts
+        documentation = result.summary.scores["documentation"].bits_per_byte
+        numbers = (f"{result.summary.loss:.3f}", f"{documentation:.3f}", spread([result.steps], 2))
+        where = planned.regime if planned.control is None else f"control: {planned.control}"
+        rows.append((where, facts["label"], facts["setting"], *numbers, spread([result.flops], 2)))
+    return markdown_table(header, rows)
+
+
+def costs(results: Results) -> list[str]:
+    """Seconds within one machine, memory, and FLOPs of a whole run."""
+    header = ("arm", "machine", "runs", "seconds", "memory, MiB", "FLOPs over plain's")
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for arm in results.arms:
+        for result in results.seeds(arm):
+            machine = result.summary.facts["machine"]["id"]
+            groups.setdefault((arm.label, machine), []).append(result)
+    rows: Rows = []
+    for (label, machine), found in groups.items():
+        ends = [result.summary.run.final for result in found]
+        seconds, memory = fmean(e.seconds for e in ends), max(e.peak_memory or 0 for e in ends)
+        flops = fmean(r.summary.run.final.flops / r.comparison.plain_total.flops for r in found)
+        numbers = (f"{seconds:.0f}", f"{memory / 2**20:.0f}", f"{flops:.2f}")
+        rows.append((label, machine, str(len(found)), *numbers))
+    return markdown_table(header, rows)
+
+
+def progress(results: Results) -> list[str]:
+    """How many of the declared runs are done."""
+    rows = [(group, str(done), str(all_)) for group, (done, all_) in results.counts().items()]
+    return markdown_table(("runs", "done", "declared"), rows)
+
+
+TABLES: dict[str, Callable[[Results], list[str]]] = {
+    table.__name__: table for table in (models, meet, tuning, regimes, elsewhere, costs, progress)
+}
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and range over the seeds; `never` where no seed has a value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return NEVER
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
+    if len(known) < len(values):
+        return f"{low}-{NEVER}"
+    mean = f"{fmean(known):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({low}-{high})"
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def fill(page: str, results: Results) -> str:
+    """Return the page with every table made anew. KeyError if there is no table of that name."""
+
+    def block(match: re.Match[str]) -> str:
+        return "\n".join([f"{match[1]} -->", *TABLES[match[1]](results), ""])
+
+    return BLOCK.sub(block, page)
+
+
+def unfounded(page: str) -> list[str]:
+    """The decimal numbers behind `RESULTS` that stand neither in a table nor before it."""
+    design, _, said = page.partition(RESULTS)
+    tables = [match[2] for match in BLOCK.finditer(page)]
+    known = set(DECIMAL.findall("\n".join([design, *tables])))
+    return [number for number in DECIMAL.findall(BLOCK.sub("", said)) if number not in known]
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Draw each regime that has runs: validation loss over steps."""
+    plain, *guides = results.arms
+    found = {MEET: [result for arm in (plain, *guides) for result in results.seeds(arm)]}
+    for result in results.group("regimes"):
+        first = found.setdefault(result.planned.regime, results.seeds(plain)[:1])
+        first.append(result)
+    for regime, runs in found.items():
+        chosen = results.chosen(regime)
+        if chosen and len(runs) > 1:
+            comparisons = [result.comparison for result in runs]
+            title = f"{regime}: validation loss at 21 tokens per parameter"
+            path = folder / f"study-{regime}.png"
+            plot_comparison(comparisons, path, teacher_loss=chosen["loss"], title=title)
+
+
+def main() -> None:
+    """Write the page and its pictures, or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
+    check = parser.parse_args().check
+    results = Results(Study(STUDY, ROOT / "runs" / "study" / "full", RECORD))
+    page = PAGE.read_text()
+    filled = fill(page, results)
+    if check and filled != page:
+        sys.exit(f"{PAGE} is not what the record says: run examples/study/report.py")
+    if wrong := unfounded(filled):
+        sys.exit(f"{PAGE} has numbers that stand in none of its tables: {', '.join(wrong)}")
+    if not check:
+        PAGE.write_text(filled)
+        draw(results, PAGE.parent)
+        print(f"Wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
