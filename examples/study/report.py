@@ -100,14 +100,14 @@ def regimes(results: Results) -> list[str]:
     """The teacher of each regime."""
     header = ("regime", "teacher", "step", "tokens per parameter", "loss", "passed after")
     rows: Rows = []
+    recipe = results.table.recipe
     for regime in results.table.regimes:
-        chosen = results.chosen(regime)
-        summary = chosen and results.teacher(chosen["teacher"])
-        if chosen and summary:
-            per_parameter = chosen["tokens"] / summary.run.student_parameters
+        if chosen := results.chosen(regime):
+            size = chosen["teacher"].removeprefix("teacher-")
+            parameters = recipe.teachers[size].parameters(recipe.vocab_size)
             passed = NEVER if chosen["passed"] is None else f"{chosen['passed']:.2f}"
-            numbers = (f"{per_parameter:.0f}", f"{chosen['loss']:.3f}", passed)
-            rows.append((regime, chosen["teacher"], str(chosen["iteration"]), *numbers))
+            numbers = (f"{chosen['tokens'] / parameters:.0f}", f"{chosen['loss']:.3f}", passed)
+            rows.append((regime, size, str(chosen["iteration"]), *numbers))
     return markdown_table(header, rows)
 
 

@@ -107,10 +107,6 @@ class Results:
         path = self._study.record / "teachers" / regime / "chosen.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def teacher(self, name: str) -> Summary | None:
-        """A teacher's own training run."""
-        return self._study.summary(name)
-
     def counts(self) -> dict[str, tuple[int, int]]:
         """Finished and declared runs by group."""
         found = {}

@@ -77,8 +77,11 @@ class Study:
 
     def summary(self, name: str) -> Summary | None:
         """The record of a finished run."""
-        path = self.record / "runs" / f"{name}.jsonl"
+        path = self._record_of(name)
         return read_summary(path) if path.exists() else None
+
+    def _record_of(self, name: str) -> Path:
+        return self.record / "runs" / f"{name}.jsonl"
 
     def planned(self, name: str) -> Planned:
         """The declared run of that name."""
@@ -86,7 +89,7 @@ class Study:
 
     def is_done(self, name: str) -> bool:
         """Whether nothing is left to do; the teacher's checkpoints must also be at hand."""
-        done = self.summary(name) is not None
+        done = self._record_of(name).exists()
         if name in self.teachers and not all(map(self._is_chosen, self.table.regimes)):
             return done and is_finished(self._save(name))
         return done
@@ -108,7 +111,7 @@ class Study:
     def overview(self) -> str:
         """A line for each run: done, begun, open."""
         lines = [self._state(name) for name in self.names]
-        done = sum(self.summary(name) is not None for name in self.names)
+        done = sum(self._record_of(name).exists() for name in self.names)
         return "\n".join([*lines, f"{done} of {len(lines)} runs are done."])
 
     def _state(self, name: str) -> str:
@@ -158,7 +161,7 @@ class Study:
         # The log's own hash holds the path of the data.
         recipe = self.table.recipe
         facts["data"] = f"{recipe.train_bytes} bytes in rows of {recipe.seq_length}"
-        write_summary(self.record / "runs" / f"{name}.jsonl", self._save(name), facts, scores)
+        write_summary(self._record_of(name), self._save(name), facts, scores)
 
     def _resolve(self, run: Planned) -> tuple[Model, str, dict[str, Any]]:
         """What the runs before this one have decided: rate, setting, the layers' layout."""
