@@ -30,8 +30,12 @@ class Workers:
         threads = [threading.Thread(target=self._work) for _ in range(jobs)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:  # the runs have heard it too: begin no others
+            self._end = time.monotonic()
+            raise
         if self._failures:
             raise SystemExit("\n".join(self._failures))
 

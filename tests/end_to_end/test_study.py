@@ -39,6 +39,9 @@ def test_the_fast_table_is_made_kept_and_taken_up_elsewhere(tmp_path):
         assert len(evaluations) == FAST.recipe.evaluations and score["kind"] == "score", name
         assert score["valid"]["bytes"] > 0 and start["versions"]["torch"] and start["machine"]["id"]
         assert str(ROOT) not in lines[0]
+    first = {name: json.loads(lines[1])["lm loss"] for name, lines in found.items()}
+    # Growth starts as its teacher: four steps later it is where plain training is not.
+    assert first["growth-rate-0.002"] < first["plain-rate-0.004"] - 0.2
     before = {path: path.stat().st_mtime_ns for path in record.rglob("*")}
     assert "16 of 16 runs are done" in study(elsewhere, *options)
     assert before == {path: path.stat().st_mtime_ns for path in record.rglob("*")}
