@@ -1,8 +1,8 @@
 """The planner against Megatron's own formulas, and against the FLOPs of real tiny models.
 
 Tolerances: Megatron's formulas 1e-6 relative (1 % allowed); counted FLOPs exact for a student, 1e-4
-for a teacher (older transformers compute the rotary angles by a product), where attention is counted
-over the whole square, as it is computed on CPU, not over half of it.
+for a teacher (older transformers compute the rotary angles by a product), where attention is
+counted over the whole square, as it is computed on CPU, not over half of it.
 """
 
 import pytest
