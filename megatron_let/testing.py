@@ -126,18 +126,24 @@ def run_distributed(function: str, world_size: int, *args: Any, **kwargs: Any) -
 
 
 def run_program(
-    program: str, *argv: str, timeout: float = CASE_SECONDS
+    program: str,
+    *argv: str,
+    launcher: dict[str, str] | None = None,
+    timeout: float = CASE_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python file as `python PROGRAM ARGV` would on CPU, but for the imports it need not do.
 
     Args:
         program: path of the file, or the name of a module.
         argv: its command line.
+        launcher: what torchrun would put into its environment.
         timeout: seconds after which it is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "out"), Path(folder, "err")
-        process = _fork_server().Process(target=_program, args=(program, argv, *outputs))
+        process = _fork_server().Process(
+            target=_program, args=(program, argv, launcher or {}, *outputs)
+        )
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -147,12 +153,15 @@ def run_program(
     return subprocess.CompletedProcess([program, *argv], process.exitcode, out, err)
 
 
-def _program(program: str, argv: tuple[str, ...], out: Path, err: Path) -> None:
+def _program(
+    program: str, argv: tuple[str, ...], launcher: dict[str, str], out: Path, err: Path
+) -> None:
     for path, stream in ((out, 1), (err, 2)):
         with path.open("w") as file:
             os.dup2(file.fileno(), stream)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    os.environ |= launcher
     sys.argv = [program, *argv]
     if program.endswith(".py"):
         runpy.run_path(program, run_name="__main__")

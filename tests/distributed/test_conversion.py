@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -1,13 +1,11 @@
 """Megatron's --fake-process-group: one rank of a layout trains alone, whichever it is."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_let.testing import run_program
 from megatron_let.tiny_run import FLAGS, STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,16 +20,10 @@ def test_a_rank_that_others_feed_trains_every_step(corpus, tmp_path, rank, stage
     layout = "--fake-process-group --sequence-parallel --tensor-model-parallel-size 2".split()
     layout += ["--pipeline-model-parallel-size", stages]
     elsewhere = ["--data-cache-path", str(tmp_path)]  # where no first rank has been
-    command = [sys.executable, "pretrain_let.py", *FLAGS, *corpus.flags, *elsewhere]
-    environment = {"RANK": str(rank), "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *corpus.let("--let-layer", "4", *layout)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    launcher = {"RANK": str(rank), "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    argv = [*FLAGS, *corpus.flags, *elsewhere, *corpus.let("--let-layer", "4", *layout)]
+    done = run_program(str(ROOT / "pretrain_let.py"), *argv, launcher=launcher)
     assert done.returncode == 0, done.stderr[-4000:]
     steps = re.findall(rf"iteration +(\d+)/ +{STEPS} \|", done.stdout)
     assert steps == [str(step + 1) for step in range(STEPS)]
