@@ -286,9 +286,6 @@ class Run:
             checks.append((is_spiky, "Spiky loss", False))
         for rejects, message, fatal in checks:
             rejects = functools.partial(self._tell_rejected, rejects, message)
-            if fatal and not machine.first_iteration_complete and rejects(loss):
-                # Megatron looks only from a start's second step on, when the weights are spoilt.
-                raise RuntimeError(f"{message}, in the first step of this start")
             machine.validate_result(
                 result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal
             )

@@ -1,7 +1,7 @@
 """What a run tells: the summary at start, our values in Megatron's log, and `metrics.jsonl`.
 
-Megatron's loop has no hook for a step's end, so two of its functions are wrapped: `training_log`,
-called on every rank after each step, and `evaluate`. A test pins both signatures.
+Megatron's loop has no hook for a step's end, so functions of it are wrapped: `training_log`, called
+on every rank after each step, `evaluate` and `save_checkpoint`. A test pins their signatures.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank, print_rank_0
 
+from megatron_let.finite import check_gradients, check_weights, ranks_with
 from megatron_let.methods.base import Method
 from megatron_let.metrics import MetricsFile
 from megatron_let.retention import Retention
@@ -46,22 +47,23 @@ class RunLog:
 
     @contextlib.contextmanager
     def installed(self, model_config: Any, bad_losses: Callable[[], int]) -> Iterator[None]:
-        """Wrap Megatron's two functions as long as the run lasts; have its model counted.
+        """Wrap Megatron's functions as long as the run lasts; have its model counted.
 
         `bad_losses` tells how many losses of a step were not finite, on this rank.
         """
         self._count_bad_losses = bad_losses
         model_config.pre_wrap_hooks.append(self._count_model)
-        originals = training.training_log, training.evaluate
+        originals = training.training_log, training.evaluate, training.save_checkpoint
         training.training_log = self._around_training_log(training.training_log)
         training.evaluate = self._around_evaluate(training.evaluate)
+        training.save_checkpoint = _around_save_checkpoint(training.save_checkpoint)
         try:
             yield
         except SystemExit:  # Megatron's end before the end: the totals of steps not logged yet
             self.file.write("stop", self._iteration)
             raise
         finally:
-            training.training_log, training.evaluate = originals
+            training.training_log, training.evaluate, training.save_checkpoint = originals
 
     def start(self, data: str | None) -> None:
         """Print what the run will do, and write its facts; called once all is built.
@@ -146,10 +148,13 @@ class RunLog:
             loss_scale: float,
             report_memory_flag: bool,
             skipped_iter: int,
+            grad_norm: float | None,
             *args: Any,
             **kwargs: Any,
         ) -> Any:
             ours = self.method.end_step()
+            if not skipped_iter:
+                check_gradients(iteration, grad_norm, ours, self._count_bad_losses)
             if is_last_rank():
                 for key in self._known_keys - ours.keys():
                     total_loss_dict.pop(key, None)  # else logged as 0.0 for the rest of the run
@@ -167,6 +172,7 @@ class RunLog:
                 loss_scale,
                 report_memory_flag,
                 skipped_iter,
+                grad_norm,
                 *args,
                 **kwargs,
             )
@@ -191,9 +197,7 @@ class RunLog:
 
     def _tell_skipped(self, iteration: int) -> None:
         """Say which ranks' losses made Megatron skip a step's update; called on every rank."""
-        counts: list[int] = [0] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(counts, self._count_bad_losses())
-        ranks = [rank for rank, count in enumerate(counts) if count]
+        ranks = ranks_with(self._count_bad_losses())
         what = "a gradient is not finite, the language-model loss is on every rank"
         if ranks:
             what = f"the loss is not finite on rank {', '.join(map(str, ranks))}"
@@ -235,6 +239,15 @@ class RunLog:
             values = {key: value.item() for key, value in losses.items()}
             values["peak memory"] = peak_memory
             self.file.write("valid", self._iteration, **values)
+
+
+def _around_save_checkpoint(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save_checkpoint)
+    def wrapped(iteration: int, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
+        check_weights(iteration, model)
+        return save_checkpoint(iteration, model, *args, **kwargs)
+
+    return wrapped
 
 
 def _peak_memory() -> float:

@@ -3,8 +3,6 @@
 A test never imports Megatron; it reads metrics and checkpoints, which is what a user is left with.
 """
 
-import contextlib
-import io
 import json
 import os
 import resource
@@ -52,33 +50,6 @@ def train_tracked(argv: list[str]) -> str | None:
         wandb.finish()
         os.environ.clear()
         os.environ.update(environment)
-
-
-def train_with_nan(argv: list[str], step: int, rank: int) -> tuple[str | int | None, str]:
-    """Train with the losses of one step on one rank made NaN; return how it ended, and printed."""
-    import torch
-
-    import pretrain_let
-    from megatron_let.run import Run
-
-    def poisoned(self: Run, loss_mask: torch.Tensor, losses: torch.Tensor) -> object:
-        bad = self.args.curr_iteration + 1 == step and torch.distributed.get_rank() == rank
-        return loss(self, loss_mask, losses * float("nan") if bad else losses)
-
-    forget_last_run()
-    sys.argv = ["pretrain_let.py", *argv]
-    printed, end = io.StringIO(), None
-    loss, Run.loss = Run.loss, poisoned
-    try:
-        with contextlib.redirect_stdout(printed):
-            pretrain_let.main()
-    except SystemExit as error:
-        end = error.code
-    except RuntimeError as error:
-        end = str(error)
-    finally:
-        Run.loss = loss
-    return end, printed.getvalue()
 
 
 def train_on_a_full_disk(argv: list[str], largest: int) -> str | None:

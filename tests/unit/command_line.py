@@ -75,7 +75,7 @@ def parser_facts() -> dict[str, Any]:
 
 def signatures() -> dict[str, list[str]]:
     """Parameters of the functions of Megatron that a run log wraps."""
-    functions = (training.training_log, training.evaluate)
+    functions = (training.training_log, training.evaluate, training.save_checkpoint)
     return {f.__name__: list(inspect.signature(f).parameters) for f in functions}
 
 

@@ -1,0 +1,78 @@
+"""What is not finite ends the run before it reaches a checkpoint.
+
+Megatron looks at gradients from a start's second step on, and only with its flag. Here the norm is
+looked at that it has computed and brought to the host in any case, and the weights when they are
+saved; neither makes a training step wait.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from megatron.training.async_utils import maybe_finalize_async_save
+
+
+def check_gradients(
+    step: int,
+    norm: float | None,
+    losses: Mapping[str, torch.Tensor],
+    count_bad_losses: Callable[[], int],
+) -> None:
+    """End the run if a step's update was made from gradients that are not finite.
+
+    Args:
+        step: as the log numbers it.
+        norm: of the gradients over all ranks; None if no update was made.
+        losses: among them the method's, equal on all ranks.
+        count_bad_losses: tells how many of this rank's losses are not finite; waits for them.
+
+    Raises:
+        SystemExit: on every rank.
+    """
+    if norm is None or math.isfinite(norm):
+        return
+    also = [name for name in losses if "loss" in name and not losses[name].isfinite().all()]
+    also += [f"the loss on rank {rank}" for rank in ranks_with(count_bad_losses())]
+    end_run(
+        f"step {step}: the norm of the gradients is {norm}"
+        f"{'; not finite either: ' * bool(also)}{', '.join(also)}. Nothing of this step is saved: "
+        "start again to go on from the newest checkpoint, with --iterations-to-skip "
+        f"{step} to leave this step's batch out."
+    )
+
+
+def check_weights(step: int, chunks: Sequence[torch.nn.Module]) -> None:
+    """End the run if it is about to save weights that are not finite.
+
+    Raises:
+        SystemExit: on every rank.
+    """
+    weights = [named for chunk in chunks for named in chunk.named_parameters()]
+    largest = torch.nn.utils.get_total_norm([weight.detach() for _, weight in weights], math.inf)
+    ranks = ranks_with(not math.isfinite(largest))
+    if not ranks:
+        return
+    bad = (name for name, weight in weights if not weight.isfinite().all())
+    names: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, next(bad, "").replace("module.", ""))
+    end_run(
+        f"step {step}: {names[ranks[0]]} on rank {ranks[0]} is not finite, so the step is not "
+        "saved: start again to go on from the newest checkpoint, perhaps with a smaller --lr."
+    )
+
+
+def ranks_with(count: int) -> list[int]:
+    """The ranks whose count is not zero; called on every rank."""
+    counts: list[int] = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, int(count))
+    return [rank for rank, found in enumerate(counts) if found]
+
+
+def end_run(message: str) -> None:
+    """End the run with one message; called on every rank."""
+    maybe_finalize_async_save(blocking=True, terminate=True)  # an earlier step's
+    if torch.distributed.get_rank() == 0:
+        print(f"pretrain_let.py: error: {message}", file=sys.stderr, flush=True)
+    torch.distributed.barrier()  # or torchrun ends rank 0 with the others, before it has spoken
+    sys.exit(1)
