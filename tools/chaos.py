@@ -15,17 +15,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.chaos import FAULTS, LAYOUTS, Outcome, befall, run_to_its_end  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.report.table import markdown_table  # noqa: E402
-from megatron_let.tiny_run import Corpus, make_corpus  # noqa: E402
+
+# megatron_let.chaos imports torch and Megatron, which --help does without.
+if TYPE_CHECKING:
+    from megatron_let.chaos import Outcome
 
 
 def draw(count: int, seed: int) -> list[tuple[str, str, str]]:
     """Return fault, moment and layout of every case: the kinds of fault in turn, shuffled."""
+    from megatron_let.chaos import FAULTS, LAYOUTS
+
     rng = random.Random(seed)
     kinds = list(FAULTS)
     faults = [kinds[i % len(kinds)] for i in range(count)]
@@ -37,7 +42,7 @@ def draw(count: int, seed: int) -> list[tuple[str, str, str]]:
     ]
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence["Outcome"]) -> str:
     """Return a row for each fault."""
     header = ("fault", "in", "layout", "after step", "starts", "put aside", "same weights", "s")
     rows = [
@@ -56,8 +61,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(markdown_table(header, rows))
 
 
-def run(output: Path, count: int, seed: int) -> list[Outcome]:
+def run(output: Path, count: int, seed: int) -> list["Outcome"]:
     """Run what is missing; every outcome is kept as it comes."""
+    from megatron_let.chaos import LAYOUTS, Outcome, befall, run_to_its_end
+    from megatron_let.tiny_run import Corpus, make_corpus
+
     corpus = Corpus(output / "corpus")
     if not (output / "corpus" / "complete").exists():
         shutil.rmtree(output / "corpus", ignore_errors=True)

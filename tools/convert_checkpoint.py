@@ -8,16 +8,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.conversion.checkpoint import find_checkpoint  # noqa: E402
-from megatron_let.conversion.from_hf import (  # noqa: E402
-    FLAGS_FILE,
-    ImportConfig,
-    import_model,
-    local_folder,
-)
-from megatron_let.conversion.to_hf import DTYPES, ExportConfig, export, sample  # noqa: E402
-from megatron_let.conversion.verify import verify  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
+
+# The conversion imports torch and transformers, which --help does without.
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
         )
-        command.add_argument("--dtype", choices=list(DTYPES), help="default: as saved")
+        command.add_argument("--dtype", choices=DTYPES, help="default: as saved")
         command.add_argument(
             "--verify", action="store_true", help="compare both models' logits on a text"
         )
@@ -58,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def to_hf(values: dict[str, Any]) -> None:
     """Export; then what was asked for besides."""
+    from megatron_let.conversion.checkpoint import find_checkpoint
+    from megatron_let.conversion.to_hf import ExportConfig, export, sample
+    from megatron_let.conversion.verify import verify
+
     prompt, check = values.pop("sample"), values.pop("verify")
     # A run that goes on training must not move on between the export and what follows.
     step = find_checkpoint(values["load"], values["ckpt_step"])
@@ -73,6 +71,10 @@ def to_hf(values: dict[str, Any]) -> None:
 
 def from_hf(values: dict[str, Any]) -> None:
     """Import; then what was asked for besides."""
+    from megatron_let.conversion.checkpoint import find_checkpoint
+    from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model, local_folder
+    from megatron_let.conversion.verify import verify
+
     check = values.pop("verify")
     config = ImportConfig(**values)
     print(f"Wrote {import_model(config)}; the flags of a run that starts from it:\n", flush=True)

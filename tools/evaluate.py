@@ -12,16 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
-import torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-
-from megatron_let.conversion.tokenizer_files import load_tokenizer  # noqa: E402
 from megatron_let.data import documents, sources  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.evaluation.harness import (  # noqa: E402
@@ -31,10 +27,11 @@ from megatron_let.evaluation.harness import (  # noqa: E402
     find_tasks,
     local_data,
 )
-from megatron_let.evaluation.perplexity import Document, TextScore, TextScorer  # noqa: E402
 from megatron_let.evaluation.results import Results, identity  # noqa: E402
-from megatron_let.evaluation.tables import accuracy_table, text_table  # noqa: E402
-from megatron_let.terminal import bars_on_a_terminal_only  # noqa: E402
+
+# The rest imports torch and transformers, which --help does without.
+if TYPE_CHECKING:
+    from megatron_let.evaluation.perplexity import Document
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -78,8 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
         command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        command.add_argument("--device", default=device, help="default here: %(default)s")
+        command.add_argument("--device", help="default: cuda where there is one, else cpu")
     return parser
 
 
@@ -105,6 +101,8 @@ def labelled(words: Sequence[str]) -> dict[str, Path]:
 
 def evaluate_tasks(options: argparse.Namespace) -> str:
     """Score every model on every task; returns the table."""
+    from megatron_let.evaluation.tables import accuracy_table
+
     tasks = find_tasks(options.tasks)
     data = local_data(tasks, options.task_data) if options.task_data is not None else {}
     scores: dict[str, dict[str, TaskScore]] = {}
@@ -134,6 +132,12 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
 
 def evaluate_text(options: argparse.Namespace) -> str:
     """Score every model on the text; returns the table."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_let.conversion.tokenizer_files import load_tokenizer
+    from megatron_let.evaluation.perplexity import TextScore, TextScorer
+    from megatron_let.evaluation.tables import text_table
+
     paths = sources.expand(options.input)
     stats = {path: Path(path).stat() for path in paths}
     scores: dict[str, dict[str, TextScore]] = {}
@@ -164,6 +168,8 @@ def evaluate_text(options: argparse.Namespace) -> str:
 
 def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     """The context and stride in tokens."""
+    from transformers import AutoConfig
+
     longest = AutoConfig.from_pretrained(folder).max_position_embeddings
     context = options.context or longest
     stride = options.stride or max(context // 2, 1)
@@ -174,12 +180,14 @@ def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     return context, stride
 
 
-def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator[Document]:
+def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator["Document"]:
     """Yield the documents of the files.
 
     Raises:
         UsageError: a record is no document.
     """
+    from megatron_let.evaluation.perplexity import Document
+
     for index, path in enumerate(paths):
         for block in sources.InputFile(path, index, [key]).blocks(sources.Position(index)):
             found = documents.parse(block, [key], group)
@@ -196,6 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+
+    import torch
+    from safetensors import SafetensorError
+
+    from megatron_let.terminal import bars_on_a_terminal_only
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     bars_on_a_terminal_only()
     try:
         print(COMMANDS[options.command](options))

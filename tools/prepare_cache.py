@@ -12,11 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let import cpu  # noqa: E402
-
-cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
-
-from megatron_let.data.run_data import build_datasets, parse_run  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 
 
@@ -29,6 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _, flags = parser.parse_known_args(arguments)
+
+    from megatron_let import cpu
+
+    cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
+
+    from megatron_let.data.run_data import build_datasets, parse_run
+
     try:
         args = parse_run(parser.prog, flags)
         if args.data_cache_path is None or args.mock_data:

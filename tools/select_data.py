@@ -18,15 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let import cpu  # noqa: E402
-
-cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
-
-from megatron_let.data.run_data import build_datasets, parse_run  # noqa: E402
-from megatron_let.data.select import SelectConfig, select  # noqa: E402
-from megatron_let.data.selection import number_wanted  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
-from megatron_let.teacher.load import DTYPES  # noqa: E402
+
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--top-k", type=int, default=10, help="tokens within the scorer's reach (default 10)"
     )
     parser.add_argument(
-        "--scorer-dtype", dest="dtype", choices=list(DTYPES), default="fp32", help="default: fp32"
+        "--scorer-dtype", dest="dtype", choices=DTYPES, default="fp32", help="default: fp32"
     )
     parser.add_argument(
         "--scorer-batch", dest="batch", type=int, default=8, help="samples at once (default 8)"
@@ -59,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
     options, flags = parser.parse_known_args(arguments)
+
+    from megatron_let import cpu
+
+    cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
+
+    from megatron_let.data.run_data import build_datasets, parse_run
+    from megatron_let.data.select import SelectConfig, select
+    from megatron_let.data.selection import number_wanted
+
     try:
         config = SelectConfig(**vars(options))
         args = parse_run(parser.prog, flags)

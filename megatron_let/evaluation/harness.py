@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.conversion.tokenizer_files import own_folder
 from megatron_let.errors import UsageError
 
 
@@ -111,7 +110,10 @@ class Harness:
     """
 
     def __init__(self, folder: Path, dtype: str, device: str, batch_size: int) -> None:
-        from lm_eval.models.huggingface import HFLM  # late: it takes seconds
+        # Late: they take seconds.
+        from lm_eval.models.huggingface import HFLM
+
+        from megatron_let.conversion.tokenizer_files import own_folder
 
         class Model(HFLM):
             """Draws progress bars on a terminal only."""
