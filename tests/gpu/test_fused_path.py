@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,19 @@ def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("gpu"))
 
 
+def train_both(corpus, method, first, second):
+    """Two runs at once, each a folder and its flags; what `train` returns of them."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda run: train(corpus, run[0], method, *run[1:]), [first, second]))
+
+
 def train(corpus, save, method, *flags):
     """Run once; return the losses by step, and those of the method."""
     teacher = ["--teacher-model", f"{corpus.folder}/teacher"] if METHODS[method] else []
     common = [flag for flag in FLAGS if flag != "--cpu"]
     command = [sys.executable, str(ROOT / "pretrain_let.py"), *common, *MODEL, *corpus.flags]
     command += [*METHODS[method], *teacher, *flags, "--save", str(save)]
+    command += ["--data-cache-path", f"{save}-cache"]  # of its own: another run makes one now
     environment = os.environ | {"NVIDIA_TF32_OVERRIDE": "0", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     losses, guided = series(save, "lm loss"), series(save, GUIDED[method])
@@ -52,8 +60,8 @@ def train(corpus, save, method, *flags):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_gpu_computes_what_the_cpu_does(corpus, tmp_path, method):
     local = ["--transformer-impl", "local"]
-    gpu = train(corpus, tmp_path / "gpu", method, *local)
-    cpu = train(corpus, tmp_path / "cpu", method, *local, "--cpu")
+    runs = (tmp_path / "gpu", *local), (tmp_path / "cpu", *local, "--cpu")
+    gpu, cpu = train_both(corpus, method, *runs)
     for ours, theirs in zip(gpu, cpu, strict=True):
         assert ours == pytest.approx(theirs, rel=FP32_TOLERANCE)
     assert len(gpu[0]) == STEPS
@@ -64,8 +72,8 @@ def test_transformer_engine_agrees_with_the_local_layers(corpus, tmp_path, metho
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed (docs/install.md)")
     bf16 = ["--bf16", "--use-distributed-optimizer"]
-    fused = train(corpus, tmp_path / "te", method, *bf16)
-    local = train(corpus, tmp_path / "local", method, *bf16, "--transformer-impl", "local")
+    runs = (tmp_path / "te", *bf16), (tmp_path / "local", *bf16, "--transformer-impl", "local")
+    fused, local = train_both(corpus, method, *runs)
     for ours, theirs in zip(fused, local, strict=True):
         assert ours == pytest.approx(theirs, rel=BF16_TOLERANCE)
 
