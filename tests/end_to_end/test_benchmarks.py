@@ -1,5 +1,6 @@
 """The benchmarks run in their short form, which has no targets."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,3 +40,20 @@ def test_conversion() -> None:
     """The weights come back as they were; the short form has no targets."""
     said = run("conversion.py")
     assert "to-hf" in said and "no targets" in said
+
+
+@pytest.mark.timeout(600)  # half a minute of one core, on a busy machine more
+def test_gpu_on_cpu(tmp_path: Path) -> None:
+    """Its smoke; rank 7 of TP 2 x PP 2 x DP 2 trains its steps, each mode with its own signals."""
+    command = [sys.executable, "benchmarks/gpu.py", "--cpu-smoke", "--output", str(tmp_path)]
+    for known in (0, 3):  # the second call measures nothing again
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert "all parts ran, no target missed" in done.stdout
+        assert done.stdout.count(": known") == known
+    found = json.loads((tmp_path / "7b-rank-7-of-8.json").read_text())["found"]
+    assert found["trained"] == found["steps"] == 12
+    passes = found["teacher_passes"]
+    assert set(passes) == {"let", "salt"} and passes["let"] == passes["salt"] > 0
+    [row] = (tmp_path / "tested_on.md").read_text().splitlines()
+    assert row.startswith("| 20") and "smoke" in row
