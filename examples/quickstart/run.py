@@ -1,6 +1,6 @@
 """Show on a laptop that a small teacher saves a larger student steps: `make quickstart`.
 
-1. corpus: Python sources from pinned wheels of PyPI (--fast: what is installed), split by package
+1. corpus: the Python sources installed on this machine, split by package
 2. a BPE tokenizer, and Megatron's .bin/.idx files
 3. a small teacher, trained plainly and exported to a Hugging Face folder
 4. for each seed: a plain student, and a LET student on the same batches from the same weights
@@ -62,7 +62,7 @@ class Recipe:
     let_flags: str = ""
     kd_flags: str = ""
     """Of SALT, for `examples/comparison`."""
-    from_wheels: bool = True
+    from_wheels: bool = False
     """Text of the pinned wheels, the same on every machine; else of what is installed."""
     train_bytes: int = 24_000_000
     valid_bytes: int = 48_000
@@ -100,7 +100,6 @@ FAST = Recipe(
     seq_length=64,
     batch=8,
     evaluations=5,
-    from_wheels=False,
 )
 
 

@@ -227,6 +227,7 @@ STUDY = Table(
         batch=64,
         evaluations=50,
         saves=10,
+        from_wheels=True,
     ),
     runs=declare(TUNED, seeds=(2, 3)),
     hashes={
