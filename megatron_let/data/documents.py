@@ -71,13 +71,9 @@ def _records(block: Block, keys: Sequence[str]) -> Iterator[Any]:
     if block.kind == "rows":
         yield from block.content.to_pylist()
     elif block.kind == "text":
-        yield _decoded(block.content, keys)
+        yield _decoded(block.content.tobytes(), keys)
     else:
-        lines = block.content.split(b"\n")
-        if not lines[-1]:  # behind the last line end
-            lines.pop()
-        for line in lines:
-            yield _loaded(line)
+        yield from map(_loaded, _lines(block.content.tobytes()))
 
 
 def _decoded(text: bytes, keys: Sequence[str]) -> dict[str, str] | ValueError:
@@ -87,14 +83,24 @@ def _decoded(text: bytes, keys: Sequence[str]) -> dict[str, str] | ValueError:
         return ValueError(f"not UTF-8: {error}")
 
 
-def _loaded(line: bytes) -> Any:
+def _lines(content: bytes) -> Iterator[memoryview]:
+    """The lines without their ends; as views, since most of a line is one text."""
+    view, start = memoryview(content), 0
+    while (end := content.find(b"\n", start)) >= 0:
+        yield view[start:end]
+        start = end + 1
+    if start < len(content):  # the last one lacks its end
+        yield view[start:]
+
+
+def _loaded(line: memoryview) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         pass
     try:
         # What Megatron's tool reads with: it knows NaN and Infinity, which a meta may hold.
-        return json.loads(line.decode())
+        return json.loads(line.tobytes().decode())
     except (ValueError, RecursionError) as error:
         return ValueError(f"not a JSON object in UTF-8: {error}")
 
@@ -108,7 +114,7 @@ def _text(record: Any, key: str) -> tuple[str, int]:
     if not isinstance(text, str):
         raise ValueError(f"the value of {key!r} must be a string, found {type(text).__name__}")
     try:
-        return text, len(text.encode())
+        return text, len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
         raise ValueError(f"the value of {key!r} is not valid Unicode: {error}") from error
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 Kind = Literal["lines", "text", "rows"]
 
 _KINDS: dict[str, Kind] = {".jsonl": "lines", ".json": "lines", ".txt": "text", ".parquet": "rows"}
@@ -46,7 +48,7 @@ class Block:
     first: int
     """Number of its first record in the file, from 1."""
     content: Any
-    """`bytes` of whole lines or of a whole text; a `pyarrow.RecordBatch` of rows."""
+    """Bytes of whole lines or of a whole text, `[size]`; a `pyarrow.RecordBatch` of rows."""
     size: int
     """Bytes of the content."""
     end: Position
@@ -135,7 +137,7 @@ class InputFile:
     def _text_block(self, start: Position) -> Iterator[Block]:
         if text := b"".join(self._bytes()):
             if not start.records:
-                yield self._block(1, text, len(text), 1, len(text))
+                yield self._block(1, np.frombuffer(text, np.uint8), len(text), 1, len(text))
 
     def _line_blocks(self, start: Position) -> Iterator[Block]:
         offset, records = start.offset, start.records
@@ -143,7 +145,8 @@ class InputFile:
             # A last line may lack its end.
             lines = content.count(b"\n") + (not content.endswith(b"\n"))
             offset += len(content)
-            yield self._block(records + 1, content, len(content), lines, offset)
+            array = np.frombuffer(content, np.uint8)
+            yield self._block(records + 1, array, len(content), lines, offset)
             records += lines
 
     def _row_blocks(self, start: Position) -> Iterator[Block]:
@@ -231,14 +234,18 @@ def _after(offset: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Blocks that end where a line does, of about `_BLOCK_BYTES` or one longer line."""
+    """Blocks that end where a line does, of about `_BLOCK_BYTES` or one longer line.
+
+    The first ones are smaller, so that all workers soon have one.
+    """
     held: list[bytes] = []  # joined once: one line may be most of the file
-    size = 0
+    size, wanted = 0, min(_READ_BYTES, _BLOCK_BYTES)
     for piece in pieces:
         held.append(piece)
         size += len(piece)
-        end = piece.rfind(b"\n") + 1 if size >= _BLOCK_BYTES else 0
+        end = piece.rfind(b"\n") + 1 if size >= wanted else 0
         if end:
+            wanted = min(2 * wanted, _BLOCK_BYTES)
             yield b"".join([*held[:-1], piece[:end]])
             held = [piece[end:]]
             size = len(held[0])

@@ -16,7 +16,7 @@ from megatron_let.data.sources import Block, InputFile, Position
 from megatron_let.data.workers import map_in_order
 from megatron_let.data.workplace import State, Workplace, add_counts
 
-COMMIT_SECONDS = 5.0
+COMMIT_SECONDS = 1.0
 """What a killed run loses at most, besides what is under way in the workers."""
 
 MAX_DATASETS = 400

@@ -1,7 +1,9 @@
 """Spread work over processes and take the results in order, with bounded memory."""
 
+import mmap
 import multiprocessing
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,8 +11,46 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+_UNDER_WAY = 5
+"""Items a worker that are submitted before the first result is taken."""
+_PLACE_BYTES = 2 * 1024**2
+_ALIGNMENT = 64
+
+
+class _SharedMemory:
+    """What large arrays are handed over in: through a pipe they take six times as long.
+
+    It has places of one size. An array that does not fit into its place goes through the pipe.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._memory = memoryview(mmap.mmap(-1, places * _PLACE_BYTES))
+
+    def pack(self, value: Any, place: int) -> tuple[bytes, list[slice | bytes]]:
+        """Put the arrays of `value` into a place; return what the other process unpacks."""
+        buffers: list[pickle.PickleBuffer] = []
+        head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        start, end = place * _PLACE_BYTES, (place + 1) * _PLACE_BYTES
+        parts: list[slice | bytes] = []
+        for raw in (buffer.raw() for buffer in buffers):
+            part = slice(start, start + raw.nbytes)
+            if part.stop > end:
+                parts.append(bytes(raw))
+                continue
+            self._memory[part] = raw
+            parts.append(part)
+            start += -(-raw.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return head, parts
+
+    def unpack(self, packed: tuple[bytes, list[slice | bytes]]) -> Any:
+        """The value, whose arrays lie in its place."""
+        head, parts = packed
+        buffers = (self._memory[p] if isinstance(p, slice) else p for p in parts)
+        return pickle.loads(head, buffers=buffers)
+
+
 # What a worker process computes. It is set once when the worker starts, not sent with each item.
-_WORKER: dict[str, Callable[[Any], Any]] = {}
+_WORKER: dict[str, Any] = {}
 
 
 def map_in_order[Item, Result](
@@ -18,29 +58,33 @@ def map_in_order[Item, Result](
 ) -> Iterator[Result]:
     """Yield `function(item)` for each of `items`, in their order, computed in `workers` processes.
 
-    Items are taken only as results are: at most five a worker are under way. An exception of
-    `function` is raised here. Raises ValueError if a worker process was killed.
+    Items are taken only as results are: at most five a worker are under way. The arrays of a result
+    are overwritten after the next one was asked for. An exception of `function` is raised here.
+    Raises ValueError if a worker process was killed.
     """
+    window = _UNDER_WAY * workers
+    memory = _SharedMemory(2 * window)
     # Forked workers share what the function holds instead of importing and loading it again.
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function, memory))
     # A bounded window: submitting everything at once would pull all items into memory.
-    pending: deque[Future[Result]] = deque()
+    pending: deque[Future[Any]] = deque()
     try:
-        for item in items:
-            pending.append(pool.submit(_run_in_worker, item))
-            if len(pending) >= 5 * workers:
-                yield pending.popleft().result()
+        for number, item in enumerate(items):
+            place = 2 * (number % window)
+            pending.append(pool.submit(_run_in_worker, memory.pack(item, place), place + 1))
+            if len(pending) >= window:
+                yield memory.unpack(pending.popleft().result())
         while pending:
-            yield pending.popleft().result()
+            yield memory.unpack(pending.popleft().result())
     except BrokenProcessPool as error:
         raise ValueError("a worker was killed, often for memory; use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(function: Callable[[Any], Any]) -> None:
-    _WORKER["function"] = function
+def _start_worker(function: Callable[[Any], Any], memory: _SharedMemory) -> None:
+    _WORKER.update(function=function, memory=memory)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -52,5 +96,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _run_in_worker(item: Any) -> Any:
-    return _WORKER["function"](item)
+def _run_in_worker(packed: Any, place: int) -> Any:
+    memory = _WORKER["memory"]
+    return memory.pack(_WORKER["function"](memory.unpack(packed)), place)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_let.data.workers import map_in_order
@@ -52,6 +53,19 @@ def test_items_are_taken_only_as_results_are() -> None:
     next(results)
     assert len(taken) == 10
     results.close()
+
+
+def doubled(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    return [2 * array for array in arrays]
+
+
+def test_arrays_come_back_whole() -> None:
+    """More of them than places, of all sizes, and too large ones among them."""
+    sizes = [0, 1, 63, 65, 300_000, 1_100_000, 5_000_000]
+    items = [[np.arange(size, dtype=np.uint16)] * (size % 3) for size in sizes * 8]
+    for item, result in zip(items, map_in_order(doubled, iter(items), workers=2), strict=True):
+        assert len(result) == len(item)
+        assert all(np.array_equal(r, 2 * i) for r, i in zip(result, item, strict=True))
 
 
 def test_exception_is_raised_in_the_caller() -> None:
