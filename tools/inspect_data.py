@@ -13,6 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary  # noqa: E402
+from megatron_let.data.lean_start import without_models  # noqa: E402
 from megatron_let.data.tokenizer import (  # noqa: E402
     TOKENIZER_TYPES,
     TokenizerConfig,
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a damaged dataset ends in one paragraph and exit status 2."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    if arguments is None:  # this process does nothing else
+        without_models()
     for prefix in options.prefix:
         try:
             show(open_pair(prefix), options)

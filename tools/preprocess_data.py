@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.engines import ENGINES  # noqa: E402
+from megatron_let.data.lean_start import without_models  # noqa: E402
 from megatron_let.data.preprocess import PreprocessConfig, preprocess  # noqa: E402
 from megatron_let.data.sources import SUFFIXES  # noqa: E402
 from megatron_let.data.tokenizer import TOKENIZER_TYPES  # noqa: E402
@@ -133,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     values = vars(parser.parse_args(arguments))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if arguments is None and not values["trust_remote_code"]:  # this process does nothing else
+        without_models()
     try:
         prefixes = preprocess(PreprocessConfig(**values))
     except (ValueError, OSError) as error:

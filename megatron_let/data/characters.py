@@ -9,7 +9,7 @@ characters at once. What a character does is found out when it first occurs.
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,16 +34,15 @@ class Normalizer(Protocol):
         ...
 
 
-def revealing(source: str) -> str:
-    """The tokenizer.json `source` with a vocabulary whose tokens show every cut beside a character.
+def revealing(tokenizer: dict[str, Any]) -> str:
+    """A tokenizer.json whose tokens show every cut beside a character.
 
-    Only of byte-level tokenizers, since others do not cut by kinds of characters: they come back as
-    they are. The merges join an ASCII character of `_in_context` with the first or last byte of its
-    neighbour.
+    Of a byte-level one its vocabulary is replaced: the merges join an ASCII character of
+    `_in_context` with the first or last byte of its neighbour. Others do not cut by kinds of
+    characters, and stay as they are.
     """
-    tokenizer = json.loads(source)
     if "ByteLevel" not in json.dumps(tokenizer["pre_tokenizer"]):
-        return source
+        return json.dumps(tokenizer)
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()
@@ -53,9 +52,8 @@ def revealing(source: str) -> str:
     pairs += [(one, other) for one in last for other in neighbours]
     merges = [(letters[one], letters[other]) for one, other in pairs]
     tokens = [*letters.values(), *(one + other for one, other in merges)]
-    tokenizer["model"] |= {"vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
-    tokenizer |= {"added_tokens": [], "post_processor": None}
-    return json.dumps(tokenizer)
+    model = tokenizer["model"] | {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}
+    return json.dumps(tokenizer | {"model": model, "added_tokens": [], "post_processor": None})
 
 
 def _in_context(character: str) -> str:
@@ -66,7 +64,7 @@ class Screen:
     """Decides what of each text the fast engine may see, at some hundred megabytes a second.
 
     Args:
-        ours, theirs: two `revealing` tokenizers, of the fast engine and of the library.
+        ours, theirs: the fast engine and the library, with the same `revealing` tokenizer.
         normalizer: the library's, of `UNICODE_FORMS`, which the fast engine is to do without.
         added_tokens: what both look for in a text before they normalize what lies between.
     """
@@ -89,25 +87,21 @@ class Screen:
         """The text for the fast engine, normalized; None if only the library takes it right."""
         if text.isascii():
             return text
-        points = _code_points(text)
-        traits = self._traits_of(points)
-        if traits.max() == _KNOWN:
-            return text
-        if not self._is_normalized(points, traits):
+        traits = self._traits_of(_beyond_ascii(text))
+        if (traits & _ACTIVE).any() and not self._is_normalized(text):
             # An added token could be torn apart, or arise.
             if self._added.search(text):
                 return None
             text = self._normalized(text)
-            traits = self._traits_of(_code_points(text))
             if self._added.search(text):
                 return None
+            traits = self._traits_of(_beyond_ascii(text))
         return None if (traits & _CUT_DIFFERENTLY).any() else text
 
-    def _is_normalized(self, points: np.ndarray, traits: np.ndarray) -> bool:
+    def _is_normalized(self, text: str) -> bool:
         """Whether a text is in its form; of characters that are not active each part is."""
-        active = traits & _ACTIVE != 0
-        if not active.any():
-            return True
+        points = _code_points(text)
+        active = self._traits[points] & _ACTIVE != 0
         with_the_one_before = active.copy()
         with_the_one_before[:-1] |= active[1:]
         part = points[with_the_one_before].tobytes().decode("utf-32-le")
@@ -157,6 +151,12 @@ def _joined_to_others() -> set[str]:
     made = {whole: part for whole, part in zip(characters, parts, strict=True) if whole != part}
     behind = {character for part in made.values() for character in part[1:]}
     return behind | {whole for whole, part in made.items() if part[0] in behind}
+
+
+def _beyond_ascii(text: str) -> np.ndarray:
+    """Code points of the characters that are not ASCII."""
+    units = np.frombuffer(text.encode(), np.uint8)
+    return _code_points(units[units >= 0x80].tobytes().decode())
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_let.data.documents import Documents, Skipped, parse
-from megatron_let.data.engines import Engine, Library, Tokens, with_end
+from megatron_let.data.engines import Engine, Library, Rows, Tokens, with_end
 from megatron_let.data.indexed import MAX_LENGTH
 from megatron_let.data.sources import Block, Position
 
@@ -79,27 +79,21 @@ class BlockEncoder:
         )
 
     def _parts(self, key: str, block: Block, documents: Documents) -> Iterator[Part]:
-        tokens = self.engine.encode(documents.texts[key])
+        rows = self.engine.encode(documents.texts[key])
         if self.engine.name != self.reference.name:
-            self._verify(tokens, key, block, documents)
-        tokens = with_end(tokens, self.eod, self.dtype)
-        if tokens.lengths.max(initial=0) > MAX_LENGTH:
-            record = documents.records[int(tokens.lengths.argmax())]
-            raise ValueError(
-                f"{block.path}:{record}: a document of more than the {MAX_LENGTH} tokens that "
-                "Megatron's index can hold; split it"
-            )
-        groups, sizes = np.array(documents.groups), np.array(documents.text_bytes[key], np.int64)
+            self._verify(rows, key, block, documents)
         for group in dict.fromkeys(documents.groups):
-            chosen = groups == group
-            if chosen.all():
-                yield Part(group, key, tokens, int(sizes.sum()))
-            else:
-                ids = tokens.ids[np.repeat(chosen, tokens.lengths)]
-                part = Tokens(ids, tokens.lengths[chosen])
-                yield Part(group, key, part, int(sizes[chosen].sum()))
+            places = [place for place, its in enumerate(documents.groups) if its == group]
+            tokens = with_end([rows[place] for place in places], self.eod, self.dtype)
+            if tokens.lengths.max(initial=0) > MAX_LENGTH:
+                record = documents.records[places[int(tokens.lengths.argmax())]]
+                raise ValueError(
+                    f"{block.path}:{record}: a document of more than the {MAX_LENGTH} tokens that "
+                    "Megatron's index can hold; split it"
+                )
+            yield Part(group, key, tokens, sum(documents.text_bytes[key][i] for i in places))
 
-    def _verify(self, tokens: Tokens, key: str, block: Block, documents: Documents) -> None:
+    def _verify(self, rows: Rows, key: str, block: Block, documents: Documents) -> None:
         records = np.array(documents.records)
         dice = np.random.default_rng([block.end.file, block.first])
         wanted = dice.random(len(records)) < self.verify_fraction
@@ -107,9 +101,8 @@ class BlockEncoder:
             wanted |= records <= VERIFIED_FIRST
         places = np.flatnonzero(wanted).tolist()
         expected = self.reference.encode([documents.texts[key][place] for place in places])
-        found = tokens.rows()
-        for place, row in zip(places, expected.rows(), strict=True):
-            if not np.array_equal(row, found[place]):
+        for place, row in zip(places, expected, strict=True):
+            if not np.array_equal(row, rows[place]):
                 raise EngineDiffers(f"{block.path}:{records[place]} (key {key!r})")
 
 

@@ -6,27 +6,31 @@ while it runs.
 """
 
 import json
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_let.data.characters import UNICODE_FORMS, Encode, Normalizer, Screen, revealing
-from megatron_let.data.tokenizer import hugging_face
-
-if TYPE_CHECKING:
-    from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
+from megatron_let.data.tokenizer import Tokenizer
 
 ENGINES = ("auto", "gigatoken", "tokenizers")
 """`tokenizers` stands for the tokenizer's own library; `auto` tries gigatoken and falls back."""
 
 _CACHE_GROWTH_BYTES = 128 * 1024**2
 """What gigatoken's table of words seen may take before it starts anew."""
+_UNWATCHED_CHARACTERS = 4 * 1024**2
+"""Between two looks at the memory, which take a quarter of a millisecond."""
 _PROVEN_NORMALIZERS = {"Prepend", "Replace"}
 """Which gigatoken does by itself, besides the Unicode forms, which it is not let do."""
+
+
+Rows = list[np.ndarray]
+"""The token ids of each text, integers."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,13 @@ class Tokens:
     lengths: np.ndarray
     """`[texts]`, int64."""
 
-    def rows(self) -> list[np.ndarray]:
-        """Ids of each text."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
-
 
 class Engine(Protocol):
     """Tokenizes texts, with what the tokenizer itself adds around each."""
 
     name: str
 
-    def encode(self, texts: Sequence[str]) -> Tokens:
+    def encode(self, texts: Sequence[str]) -> Rows:
         """Tokens of all texts, in order."""
         ...
 
@@ -62,37 +62,22 @@ class Library:
 
     name = "tokenizers"
 
-    def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = _library_batch(tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> Tokens:
+    def encode(self, texts: Sequence[str]) -> Rows:
         """Tokens of all texts, in order."""
-        return _flat(self._encode(list(texts)))
+        return [np.fromiter(row, np.uint32, len(row)) for row in self._encode(list(texts))]
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> Tokens:
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    total = int(lengths.sum())
-    return Tokens(np.fromiter(chain.from_iterable(rows), np.uint32, total), lengths)
-
-
-def _library_batch(
-    tokenizer: "MegatronTokenizerText",
-) -> Callable[[list[str]], Sequence[Sequence[int]]]:
-    backend = _fast_backend(tokenizer)
+def _library_batch(tokenizer: Tokenizer) -> Encode:
+    backend, special = tokenizer.fast, tokenizer.include_special_tokens
     if backend is None:
         return lambda texts: [tokenizer.tokenize(text) for text in texts]
-    special = tokenizer._tokenizer.include_special_tokens
     backend.no_truncation()
     backend.no_padding()
     encode = backend.encode_batch_fast
     return lambda texts: [row.ids for row in encode(texts, add_special_tokens=special)]
-
-
-def _fast_backend(tokenizer: "MegatronTokenizerText") -> Any:
-    """Hugging Face's compiled tokenizer behind Megatron's wrapper, or None."""
-    inner = hugging_face(tokenizer)
-    return inner.backend_tokenizer if inner is not None and inner.is_fast else None
 
 
 class Gigatoken:
@@ -107,9 +92,14 @@ class Gigatoken:
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer: "MegatronTokenizerText") -> None:
-        source, normalizer = _without_unicode_form(tokenizer)
-        self._load = _gigatoken_loader(source)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.fast is None:
+            # A SentencePiece model it would take, but then reads "</s>" in a text as the end token
+            # and normalizes U+0085 and some combined letters differently.
+            raise Unsuited("gigatoken does not take this kind of tokenizer")
+        source = json.loads(tokenizer.fast.to_str())
+        normalizer = _take_out_unicode_form(source, tokenizer.fast)
+        self._load = _gigatoken_loader(json.dumps(source))
         self._own_library = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
         try:
@@ -117,33 +107,38 @@ class Gigatoken:
         except Exception as error:  # its binding raises several kinds
             raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
         self._memory_at_start: int | None = None
-        added = [token["content"] for token in json.loads(source)["added_tokens"]]
-        self._screen = Screen(*_to_compare(revealing(source)), normalizer, added)
+        self._unwatched = 0
+        added = [token["content"] for token in source["added_tokens"]]
+        self._screen = Screen(*_compared(revealing(source)), normalizer, added)
 
-    def encode(self, texts: Sequence[str]) -> Tokens:
+    def encode(self, texts: Sequence[str]) -> Rows:
         """Tokens of all texts, in order."""
+        self._bound_memory(sum(map(len, texts)))
         admitted = list(map(self._screen.admit, texts))
+        # Many texts a call would come back in a library's arrays that take long to import.
+        rows = [self._around(self._tokenizer.encode(text or "")) for text in admitted]
         others = [index for index, text in enumerate(admitted) if text is None]
-        tokens = self._encode([text or "" for text in admitted])
-        if not others:
-            return tokens
-        return _replaced(tokens, others, self._own_library.encode([texts[i] for i in others]))
+        if others:
+            own = self._own_library.encode([texts[index] for index in others])
+            for index, row in zip(others, own, strict=True):
+                rows[index] = row
+        return rows
 
-    def _encode(self, texts: Sequence[str]) -> Tokens:
-        self._bound_memory()
-        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout
-        offsets = np.asarray(rows.offsets.data)
-        ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
-        tokens = Tokens(ids, np.diff(offsets).astype(np.int64))
+    def _around(self, ids: np.ndarray) -> np.ndarray:
+        """The ids between what the tokenizer puts around each text."""
         if not (self._prefix or self._suffix):
-            return tokens
-        return _around(tokens, self._prefix, self._suffix, np.ones(len(texts), bool))
+            return ids
+        return np.concatenate([self._prefix, ids, self._suffix], dtype=np.uint32, casting="unsafe")
 
-    def _bound_memory(self) -> None:
+    def _bound_memory(self, characters: int) -> None:
         """Start anew before the table of words seen has taken too much memory.
 
         It never forgets a word, and text such as hashes or logs never runs out of new ones.
         """
+        self._unwatched += characters
+        if self._memory_at_start is not None and self._unwatched < _UNWATCHED_CHARACTERS:
+            return
+        self._unwatched = 0
         now = _resident_bytes()
         self._memory_at_start = self._memory_at_start or now
         if now - self._memory_at_start > _CACHE_GROWTH_BYTES:
@@ -152,29 +147,23 @@ class Gigatoken:
             self._memory_at_start = _resident_bytes()
 
 
-def _without_unicode_form(tokenizer: "MegatronTokenizerText") -> tuple[str, Normalizer | None]:
-    """The tokenizer.json without its Unicode normalizer, and that one.
+def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Normalizer | None:
+    """Leave a Unicode normalizer out of a tokenizer.json, and return it.
 
     Raises:
-        Unsuited: the tokenizer is none of Hugging Face's, or what it does to a text before cutting
-            it was not proven to be the same in gigatoken.
+        Unsuited: what the tokenizer does to a text before cutting it was not proven to be the same
+            in gigatoken.
     """
-    backend = _fast_backend(tokenizer)
-    if backend is None:
-        # A SentencePiece model it would take, but then reads "</s>" in a text as the end token and
-        # normalizes U+0085 and some combined letters differently.
-        raise Unsuited(f"gigatoken does not take this kind of tokenizer: {tokenizer.path}")
-    source = json.loads(backend.to_str())
     kinds = set(_normalizer_kinds(source["normalizer"]))
-    if kinds and kinds <= UNICODE_FORMS:
-        normalizer, source["normalizer"] = backend.normalizer, None
-        for token in (token["content"] for token in source["added_tokens"]):
-            if normalizer.normalize_str(token) != token:
-                raise Unsuited(f"the added token {token!r} is not normalized")
-        return json.dumps(source), normalizer
     if kinds <= _PROVEN_NORMALIZERS:
-        return backend.to_str(), None
-    raise Unsuited(f"gigatoken is not used with the normalizer {' + '.join(sorted(kinds))}")
+        return None
+    if not kinds <= UNICODE_FORMS:
+        raise Unsuited(f"gigatoken is not used with the normalizer {' + '.join(sorted(kinds))}")
+    for token in (token["content"] for token in source["added_tokens"]):
+        if backend.normalizer.normalize_str(token) != token:
+            raise Unsuited(f"the added token {token!r} is not normalized")
+    source["normalizer"] = None
+    return backend.normalizer
 
 
 def _normalizer_kinds(normalizer: dict[str, Any] | None) -> list[str]:
@@ -193,71 +182,45 @@ def _gigatoken_loader(source: str) -> Callable[[], Any]:
     return partial(gigatoken.Tokenizer.from_json, source)
 
 
-def _to_compare(source: str) -> tuple[Encode, Encode]:
-    """What gigatoken and the library make of texts by the tokenizer.json `source`."""
-    import gigatoken
+def _compared(source: str) -> tuple[Encode, Encode]:
+    """What gigatoken and the library make of texts by a tokenizer.json."""
     from tokenizers import Tokenizer
 
-    ours, library = gigatoken.Tokenizer.from_json(source), Tokenizer.from_str(source)
+    ours, library = _gigatoken_loader(source)(), Tokenizer.from_str(source)
     return (
-        lambda texts: ours.encode_batch_list(texts, parallel=False),
+        lambda texts: [ours.encode(text).tolist() for text in texts],
         lambda texts: [r.ids for r in library.encode_batch_fast(texts, add_special_tokens=False)],
     )
 
 
-def _added_around(tokenizer: "MegatronTokenizerText") -> tuple[list[int], list[int]]:
+def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and behind a text, such as BOS."""
-    backend = _fast_backend(tokenizer)
-    if backend is None or not tokenizer._tokenizer.include_special_tokens:
+    if not tokenizer.include_special_tokens:
         return [], []
-    bare = backend.encode("a", add_special_tokens=False).ids
-    wrapped = backend.encode("a", add_special_tokens=True).ids
+    bare, wrapped = (
+        tokenizer.fast.encode("a", add_special_tokens=special).ids for special in (False, True)
+    )
     for start in range(len(wrapped) - len(bare) + 1):
         if wrapped[start : start + len(bare)] == bare:
             return wrapped[:start], wrapped[start + len(bare) :]
     raise Unsuited("gigatoken cannot add what this tokenizer adds to a text")
 
 
-def with_end(tokens: Tokens, eod: int | None, dtype: type[np.number]) -> Tokens:
+def with_end(rows: Rows, eod: int | None, dtype: type[np.number]) -> Tokens:
     """The tokens in `dtype`, with `eod` behind every text that is not empty."""
-    if eod is None:
-        return Tokens(tokens.ids.astype(dtype), tokens.lengths)
-    return _around(Tokens(tokens.ids.astype(dtype), tokens.lengths), [], [eod], tokens.lengths > 0)
-
-
-def _around(tokens: Tokens, prefix: list[int], suffix: list[int], where: np.ndarray) -> Tokens:
-    """The tokens with a prefix and a suffix around every text of the mask `where`."""
-    lengths = tokens.lengths + where * (len(prefix) + len(suffix))
-    ends = np.cumsum(lengths)
-    ids = np.empty(int(lengths.sum()), tokens.ids.dtype)
-    is_text = np.ones(len(ids), bool)
-    firsts, lasts = (ends - lengths)[where], (ends - len(suffix))[where]
-    for places, added in ((firsts, prefix), (lasts, suffix)):
-        for offset, token in enumerate(added):
-            ids[places + offset] = token
-            is_text[places + offset] = False
-    ids[is_text] = tokens.ids
-    return Tokens(ids, lengths)
-
-
-def _replaced(tokens: Tokens, places: list[int], others: Tokens) -> Tokens:
-    """The tokens with those of the texts at `places` taken from `others`."""
-    rows, lengths = tokens.rows(), tokens.lengths.copy()
-    for place, row in zip(places, others.rows(), strict=True):
-        rows[place] = row
-    lengths[places] = others.lengths
-    return Tokens(np.concatenate(rows), lengths)
+    end = [] if eod is None else [np.array([eod])]
+    pieces = [piece for row in rows if len(row) for piece in (row, *end)]
+    lengths = np.fromiter((len(row) + len(end) * (len(row) > 0) for row in rows), np.int64)
+    empty = np.empty(0, dtype)
+    return Tokens(np.concatenate([empty, *pieces], dtype=dtype, casting="unsafe"), lengths)
 
 
 def _resident_bytes() -> int:
-    import psutil
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
-    return psutil.Process().memory_info().rss
 
-
-def make_engine(
-    name: str, tokenizer: "MegatronTokenizerText", tell: Callable[[str], None]
-) -> Engine:
+def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) -> Engine:
     """The engine of that name, one of `ENGINES`; `tell` gets to know why `auto` fell back.
 
     Raises:

@@ -13,6 +13,19 @@ from typing import Any
 
 import numpy as np
 
+HEADER = b"MMIDIDX\x00\x00"
+"""What an index begins with."""
+DTYPES = (
+    np.uint8,
+    np.int8,
+    np.int16,
+    np.int32,
+    np.int64,
+    np.float64,
+    np.float32,
+    np.uint16,
+)
+"""Types of tokens; an index has their place in this list, from 1."""
 _LENGTH = np.dtype("<i4")
 MAX_LENGTH = np.iinfo(_LENGTH).max
 _CHUNK = 1 << 20
@@ -34,8 +47,8 @@ class PairWriter:
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents of at most `MAX_LENGTH` tokens; an empty one holds no sequence."""
         tokens, sizes = self._files
-        tokens.write(ids.tobytes())
-        sizes.write(lengths.astype(_LENGTH).tobytes())
+        tokens.write(np.ascontiguousarray(ids))
+        sizes.write(lengths.astype(_LENGTH))
 
     def commit(self) -> dict[str, int]:
         """Bring everything to the disk; return what makes a later writer go on from here."""
@@ -68,15 +81,18 @@ def _open_at(path: Path, committed: dict[str, int] | None) -> Any:
     return file
 
 
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The type in which Megatron stores the tokens of a vocabulary of this size."""
+    return np.uint16 if vocab_size < 65_500 else np.int32
+
+
 def write_index(prefix: Path, dtype: type[np.number]) -> None:
     """Write `prefix`.idx from `prefix`.lengths, in the layout of Megatron's `_IndexWriter`."""
-    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
-
     _, path = pair_files(prefix)
     documents = path.stat().st_size // _LENGTH.itemsize
     sequences = sum(np.count_nonzero(lengths) for lengths in read_lengths(path))
     with prefix.with_name(f"{prefix.name}.idx").open("wb") as index:
-        index.write(_INDEX_HEADER + struct.pack("<QB", 1, DType.code_from_dtype(dtype)))
+        index.write(HEADER + struct.pack("<QB", 1, DTYPES.index(dtype) + 1))
         index.write(struct.pack("<QQ", sequences, documents + 1))
         for lengths in read_lengths(path):
             index.write(lengths[lengths > 0].tobytes())

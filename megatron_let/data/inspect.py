@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_let.data.indexed import DTYPES, HEADER
+
 _HEAD = struct.Struct("<9sQBQQ")
 _SCANNED_BYTES = 32 * 1024**2
 
@@ -77,15 +79,13 @@ def open_pair(prefix: str) -> Pair:
 
 
 def _read_head(index: Path) -> tuple[np.dtype, int, int]:
-    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
-
     head = index.open("rb").read(_HEAD.size)
-    if len(head) < _HEAD.size or not head.startswith(_INDEX_HEADER):
+    if len(head) < _HEAD.size or not head.startswith(HEADER):
         raise ValueError(f"{index} is no index of Megatron's: it does not begin with MMIDIDX")
     _, version, code, sequences, boundaries = _HEAD.unpack(head)
-    if version != 1 or code not in [kind.value for kind in DType]:
+    if version != 1 or not 1 <= code <= len(DTYPES):
         raise ValueError(f"{index} has version {version} and token type {code}, which are unknown")
-    return np.dtype(DType.dtype_from_code(code)), sequences, boundaries
+    return np.dtype(DTYPES[code - 1]), sequences, boundaries
 
 
 def _check(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -22,20 +22,17 @@ from megatron_let.data.documents import GROUP_PARENT
 from megatron_let.data.encode import BlockEncoder, EngineDiffers, dataset_name
 from megatron_let.data.engines import ENGINES, Engine, Library, make_engine
 from megatron_let.data.fingerprint import tokenizer_fingerprint
-from megatron_let.data.indexed import write_index
+from megatron_let.data.indexed import token_dtype, write_index
 from megatron_let.data.shuffle import shuffle_documents
 from megatron_let.data.sources import InputFile, Position, expand
 from megatron_let.data.stream import Stream
 from megatron_let.data.tokenizer import (
+    Tokenizer,
     TokenizerConfig,
     end_of_document,
     load_tokenizer,
-    token_ids,
 )
 from megatron_let.data.workplace import State, Workplace
-
-if TYPE_CHECKING:
-    from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +99,17 @@ def preprocess(config: PreprocessConfig) -> list[str]:
             output that exists, a record that is no document, a tokenizer without the token asked
             for.
     """
-    from megatron_let import cpu  # imports torch, which --help does without
-
-    cpu.quieten()
     _check(config)
     paths = expand(config.input)
     tokenizer = load_tokenizer(config)
-    identity = _identity(config, paths, tokenizer)
+    ids = tokenizer.ids()
+    identity = _identity(config, paths, ids)
     workplace = Workplace(config.output_prefix, identity)
     state = workplace.state
     try:
         if state is None or not state.moves:
             _check_outputs(config)
-            job = _Job(config, paths, tokenizer)
+            job = _Job(config, paths, tokenizer, _fitting_dtype(tokenizer.vocab_size, ids))
             state = _tokenized(job, workplace, identity)
             job.complete(workplace, state)
         datasets = [moved for name, moved in state.moves.items() if name.endswith(".idx")]
@@ -160,12 +155,10 @@ def _check_outputs(config: PreprocessConfig) -> None:
                 )
 
 
-def _identity(
-    config: PreprocessConfig, paths: list[str], tokenizer: "MegatronTokenizerText"
-) -> dict[str, Any]:
+def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -> dict[str, Any]:
     stats = [os.stat(path) for path in paths]
     return {
-        "tokenizer": tokenizer_fingerprint(token_ids(tokenizer)),
+        "tokenizer": tokenizer_fingerprint(ids),
         "input": [
             [path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
         ],
@@ -205,11 +198,14 @@ class _Job:
     """What does not change between two attempts."""
 
     def __init__(
-        self, config: PreprocessConfig, paths: list[str], tokenizer: "MegatronTokenizerText"
+        self,
+        config: PreprocessConfig,
+        paths: list[str],
+        tokenizer: Tokenizer,
+        dtype: type[np.number],
     ) -> None:
-        self.config, self.paths, self.tokenizer = config, paths, tokenizer
+        self.config, self.paths, self.tokenizer, self.dtype = config, paths, tokenizer, dtype
         self.reference = Library(tokenizer)
-        self.dtype = token_dtype(tokenizer)
         name = config.tokenizer_model or str(config.vocab_file)
         self.eod = end_of_document(tokenizer, name) if config.append_eod else None
 
@@ -293,19 +289,16 @@ def _tell(line: str) -> None:
     tqdm.write(f"> {line}", file=sys.stderr)
 
 
-def token_dtype(tokenizer: "MegatronTokenizerText") -> type[np.number]:
-    """The type of the ids in the .bin file, by Megatron's rule.
+def _fitting_dtype(vocab_size: int, ids: dict[str, int]) -> type[np.number]:
+    """The type of the ids in the .bin file.
 
     Raises:
         ValueError: an id does not fit into it.
     """
-    from megatron.core.datasets.indexed_dataset import DType
-
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    highest = max(token_ids(tokenizer).values())
+    dtype, highest = token_dtype(vocab_size), max(ids.values())
     if highest > np.iinfo(dtype).max:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but an id {highest}, which does not "
-            f"fit into the {np.dtype(dtype).name} that Megatron stores for that many"
+            f"the tokenizer has {vocab_size} tokens but an id {highest}, which does not fit into "
+            f"the {np.dtype(dtype).name} that Megatron stores for that many"
         )
     return dtype

@@ -119,7 +119,7 @@ def differing(engines: tuple[Gigatoken, Library], texts: Iterable[str]) -> list[
     """Those of the texts whose tokens differ."""
     found = []
     for part in itertools.batched(texts, 100_000):
-        rows = zip(part, *(engine.encode(part).rows() for engine in engines), strict=True)
+        rows = zip(part, *(engine.encode(part) for engine in engines), strict=True)
         found += [ascii(t) for t, one, other in rows if one.tolist() != other.tolist()]
     return found
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import megatron_let
 from megatron_let.data import sources
-from megatron_let.data.engines import Gigatoken, Tokens
+from megatron_let.data.engines import Gigatoken, Rows
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
@@ -258,12 +258,11 @@ def test_an_engine_that_differs_is_found_out(
     config["input"] = (write_jsonl(tmp_path / "in.jsonl", records),)
     right = Gigatoken.encode
 
-    def wrong(self: Gigatoken, texts: list[str]) -> Tokens:
-        tokens = right(self, texts)
-        ids = tokens.ids.copy()
+    def wrong(self: Gigatoken, texts: list[str]) -> Rows:
+        rows = right(self, texts)
         for index in (i for i, text in enumerate(texts) if text == "fox Spain fox"):
-            ids[int(tokens.lengths[:index].sum())] += 1
-        return Tokens(ids, tokens.lengths)
+            rows[index] = rows[index] + 1
+        return rows
 
     monkeypatch.setattr(Gigatoken, "encode", wrong)
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 2000)
