@@ -121,7 +121,7 @@ def facts(commit: str | None, smoke: bool) -> dict[str, Any]:
     """Device, versions and commit: what a result belongs to."""
     if smoke:
         cores = len(os.sched_getaffinity(0))
-        found = {"device": f"CPU ({cores} cores), smoke", "bytes": 0, "torch": version("torch")}
+        found = {"device": f"CPU ({cores} cores), tiny", "bytes": 0, "torch": version("torch")}
         found |= {"CUDA": None, "Transformer Engine": None}
     else:
         said = subprocess.check_output([sys.executable, "-c", _DEVICE], text=True)
@@ -375,7 +375,7 @@ def main() -> None:
     print(gpu_report.page(results, missed, here))
     if not options.parts:
         page = options.output / "tested_on.md" if smoke else ROOT / gpu_report.PAGE
-        gpu_report.write_row(page, gpu_report.row(results, missed, here))
+        gpu_report.write_row(page, gpu_report.row(results, missed, here, smoke))
     sys.exit(bool(missed or results.failed))
 
 

@@ -195,15 +195,17 @@ def verdict(results: Results, missed: list[str]) -> str:
 # --- the row -----------------------------------------------------------------------------------
 
 
-def row(results: Results, missed: list[str], here: dict[str, Any]) -> str:
-    """The line of the table in docs/tested_on.md."""
+def row(results: Results, missed: list[str], here: dict[str, Any], smoke: bool = False) -> str:
+    """The line of the table in docs/tested_on.md; a smoke has no figures."""
     said = [results.found["tests"]["summary"]] if "tests" in results.found else []
-    shares = recipe_overhead(results.ranks(), "let")
-    said += [f"LET {share:+.1%} of a {size} step" for size, share in shares.items()]
-    said += [f"1.4b {m}: {_speed(f, here['device'])}" for m, f in results.whole().items()]
+    if not smoke:
+        shares = recipe_overhead(results.ranks(), "let")
+        said += [f"LET {share:+.1%} of a {size} step" for size, share in shares.items()]
+        said += [f"1.4b {m}: {_speed(f, here['device'])}" for m, f in results.whole().items()]
     said += [verdict(results, missed), *missed]
     today = datetime.date.today().isoformat()
-    cells = [today, here["device"], software(here), here["commit"], "`benchmarks/gpu.py`"]
+    command = f"`benchmarks/gpu.py{' --cpu-smoke' * smoke}`"
+    cells = [today, here["device"], software(here), here["commit"], command]
     return "| " + " | ".join([*cells, "; ".join(said)]) + " |"
 
 

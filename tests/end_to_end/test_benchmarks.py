@@ -56,4 +56,4 @@ def test_gpu_on_cpu(tmp_path: Path) -> None:
     passes = found["teacher_passes"]
     assert set(passes) == {"let", "salt"} and passes["let"] == passes["salt"] > 0
     [row] = (tmp_path / "tested_on.md").read_text().splitlines()
-    assert row.startswith("| 20") and "smoke" in row
+    assert row.startswith("| 20") and "`benchmarks/gpu.py --cpu-smoke`" in row
