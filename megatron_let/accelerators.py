@@ -35,13 +35,15 @@ WITHOUT = {
 def platform_defaults() -> dict[str, Any]:
     """Defaults of Megatron's flags that this machine's packages call for; tells the user once.
 
-    What is missing changes what `WITHOUT` says; a flag on the command line still wins.
+    What is missing changes what `WITHOUT` says; a flag on the command line still wins. On CPU no
+    package would help, so none is named.
     """
-    defaults: dict[str, Any] = {"distributed_backend": "gloo"} if cpu.is_active() else {}
+    on_cpu = cpu.is_active()
+    defaults: dict[str, Any] = {"distributed_backend": "gloo"} if on_cpu else {}
     missing = [name for name, present in accelerators().items() if not present]
     for name in missing:
         defaults |= WITHOUT[name].defaults
-    if missing:
+    if missing and not on_cpu:
         means = ", ".join(WITHOUT[name].means for name in missing)
         _tell_once(
             f"> without {', '.join(missing)}: {means} (docs/install.md says how to add them)"

@@ -1,7 +1,7 @@
 """The CPU platform: unmodified Megatron-Core trains without a GPU, on gloo.
 
 Megatron calls `torch.cuda` everywhere. `activate()` redirects those calls, once, at start-up, and
-only where no GPU is present (or `--cpu` is given); with a GPU this module does nothing. Every
+only where no GPU is there and none promised (`gpus.py`), or `--cpu` is given. Every
 redirect stands in one of the tables below with its reason, and a test checks that each name still
 exists upstream. A `TorchFunctionMode` would be shorter, but costs 24-29 % of a tiny step; patched
 factories cost nothing measurable.
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._device import _device_constructors
+
+from megatron_let import gpus
 
 CPU = torch.device("cpu")
 
@@ -238,6 +240,17 @@ def _loader_with_generator(init: Callable[..., None]) -> Callable[..., None]:
     return with_generator
 
 
+def _says_process(tell: Callable[..., None]) -> Callable[..., None]:
+    """Each process is a GPU to Megatron, whose log says so."""
+
+    @functools.wraps(tell)
+    def says_process(text: str, *args: Any, **kwargs: Any) -> None:
+        text = text.replace("per GPU (TFLOP/s/GPU)", "per process (TFLOP/s/process)")
+        tell(text.replace("TFLOP/s/GPU", "TFLOP/s/process"), *args, **kwargs)
+
+    return says_process
+
+
 def _get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
     return lambda *args, **kwargs: torch.get_rng_state()
 
@@ -350,6 +363,10 @@ MEGATRON_REDIRECTS: list[Redirect] = [
         lambda original: functools.partial(original, allow_no_cuda=True),
         "asserts that CUDA is there",
     ),
+    *(
+        Redirect("megatron.training.training", name, _says_process, "counts TFLOP/s of GPUs")
+        for name in ("print_rank_last", "append_to_progress_log")
+    ),
 ]
 
 # ----------------------------------------------------------------------------------------------
@@ -365,11 +382,6 @@ def resolve(dotted: str) -> Any:
             continue
         return functools.reduce(getattr, parts[end:], found)
     raise ImportError(dotted)
-
-
-def wanted(argv: list[str]) -> bool:
-    """Whether this process runs on CPU: there is no GPU, or `--cpu` is among its arguments."""
-    return "--cpu" in argv or not torch.cuda.is_available()
 
 
 def is_active() -> bool:
@@ -389,9 +401,22 @@ def activate() -> None:
     _apply(MEGATRON_REDIRECTS)
 
 
-def activate_if_wanted(argv: list[str] | None = None) -> None:
-    """Activate the CPU platform if there is no GPU or `--cpu` is among `argv`."""
-    if wanted(sys.argv if argv is None else argv):
+def activate_if_wanted(argv: list[str] | None = None, work: str = "training") -> None:
+    """Activate the CPU platform if there is no GPU or `--cpu` is among `argv`.
+
+    Args:
+        argv: the command line, this process's by default.
+        work: what is then done on the CPU, for the user to read.
+
+    Raises:
+        SystemExit: GPUs are promised that torch cannot use, and nobody has asked for the CPU.
+    """
+    argv = sys.argv if argv is None else argv
+    if "--cpu" in argv or is_active():
+        activate()
+    elif not torch.cuda.is_available():
+        if not {"-h", "--help"} & set(argv):
+            gpus.fall_back(f"no GPU: {work} on CPU")
         activate()
 
 

@@ -2,10 +2,16 @@
 
 from datetime import timedelta
 
+from megatron_let import cpu
 from megatron_let.metrics import Totals
 
 TOKENS, TFLOPS = "tokens per second", "TFLOP/s per GPU"
 TEACHER_SHARE, SECONDS_LEFT = "teacher share", "seconds left"
+
+
+def tflops_name() -> str:
+    """What the computing rate is called: a process on CPU is no GPU."""
+    return TFLOPS.replace("GPU", "process") if cpu.is_active() else TFLOPS
 
 
 class Speed:
@@ -39,7 +45,7 @@ class Speed:
         flops = self._student_flops + self._teacher_flops
         found = {
             TOKENS: done["tokens"] / seconds,
-            TFLOPS: flops / seconds / self._num_ranks / 1e12,
+            tflops_name(): flops / seconds / self._num_ranks / 1e12,
             TEACHER_SHARE: self._teacher_flops / flops if flops else 0.0,
             SECONDS_LEFT: steps_left * seconds / max(self._num_steps, 1),
         }
@@ -51,5 +57,5 @@ def speed_line(speed: dict[str, float]) -> str:
     """Return the console's line on an interval."""
     share = f", teacher {100 * speed[TEACHER_SHARE]:.1f} %" if speed[TEACHER_SHARE] else ""
     left = timedelta(seconds=round(speed[SECONDS_LEFT]))
-    tokens, tflops = speed[TOKENS], speed[TFLOPS]
-    return f"> {tokens:,.0f} tokens/s | {tflops:.3g} TFLOP/s per GPU{share} | {left} left"
+    tokens, rate = speed[TOKENS], f"{speed[tflops_name()]:.3g} {tflops_name()}"
+    return f"> {tokens:,.0f} tokens/s | {rate}{share} | {left} left"

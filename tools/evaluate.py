@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
+from megatron_let import gpus  # noqa: E402
 from megatron_let.data import documents, sources  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.evaluation.harness import (  # noqa: E402
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
         command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-        command.add_argument("--device", help="default: cuda where there is one, else cpu")
+        command.add_argument("--device", help="default: cuda, or cpu where no GPU is promised")
     return parser
 
 
@@ -197,6 +198,16 @@ def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterato
                 yield Document(subset, text)
 
 
+def default_device() -> str:
+    """Return the GPU, or the CPU with a word; ends the process where a GPU is promised."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    gpus.fall_back("no GPU: evaluating on CPU", "--device cpu", sys.stderr)
+    return "cpu"
+
+
 COMMANDS = {"tasks": evaluate_tasks, "text": evaluate_text}
 
 
@@ -205,12 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
 
-    import torch
     from safetensors import SafetensorError
 
     from megatron_let.terminal import bars_on_a_terminal_only
 
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or default_device()
     bars_on_a_terminal_only()
     try:
         print(COMMANDS[options.command](options))

@@ -1,6 +1,6 @@
 """Build the index caches of a run's datasets ahead, on one node and without its GPUs.
 
-    python tools/prepare_cache.py <the flags of the run, with --data-cache-path> [--cpu]
+    python tools/prepare_cache.py <the flags of the run, with --data-cache-path>
 
 The run's ranks then find them instead of waiting while the first one builds.
 """
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from megatron_let import cpu
 
-    cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
+    cpu.activate()  # before Megatron is imported, which reads torch.compile at import
 
     from megatron_let.data.run_data import build_datasets, parse_run
 

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from megatron_let import cpu
 
-    cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
+    # Before Megatron is imported, which reads torch.compile at import.
+    cpu.activate_if_wanted(work="scoring")
 
     from megatron_let.data.run_data import build_datasets, parse_run
     from megatron_let.data.select import SelectConfig, select

@@ -6,7 +6,8 @@
 4. for each seed: a plain student, and a LET student on the same batches from the same weights
 5. the report: table, picture, and a sample from the LET student
 
-Every stage is kept under runs/quickstart; a second call goes on where the first one stopped.
+Every stage is kept under runs/quickstart; a second call goes on where the first one stopped. All of
+it runs on the CPU, GPUs or not: the models are small, and the processes share one machine.
 """
 
 import argparse
@@ -194,7 +195,7 @@ class Quickstart:
             f"--valid-data-path {folder}/valid_text_document "
             "--tokenizer-type HuggingFaceTokenizer "
             f"--tokenizer-model {folder}/tokenizer --data-cache-path {folder}/cache "
-            "--num-workers 0 --no-create-attention-mask-in-dataloader "
+            "--num-workers 0 --no-create-attention-mask-in-dataloader --cpu "
             f"--full-validation --multiple-validation-sets --eval-iters 1 "
             f"--eval-interval {max(1, model.steps // evaluations)} --log-interval 10 "
             f"--save {save} --load {save} --save-interval {max(1, model.steps // recipe.saves)}"

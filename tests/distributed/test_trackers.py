@@ -5,11 +5,12 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_let.speed import SECONDS_LEFT, TEACHER_SHARE, TFLOPS, TOKENS
+from megatron_let.speed import SECONDS_LEFT, TEACHER_SHARE, TOKENS
 from megatron_let.testing import run_distributed
 from megatron_let.tiny_run import FLAGS, STEPS
 from tests.distributed.training import records, run
 
+TFLOPS = "TFLOP/s per process"  # on CPU
 SPEEDS = (TOKENS, TFLOPS, TEACHER_SHARE, SECONDS_LEFT)
 STOP = 4  # of `tiny_run.LET`
 
@@ -41,6 +42,7 @@ def test_tensorboard_has_it(watched):
     for key in ("lm loss", *SPEEDS):
         assert [e.step for e in events.Scalars(key)] == list(range(1, STEPS + 1)), key
     assert [e.step for e in events.Scalars("let loss")] == list(range(1, STOP + 1))
+    assert not [key for key in events.Tags()["scalars"] if "GPU" in key]
 
 
 def test_both_starts_are_one_wandb_run(watched):

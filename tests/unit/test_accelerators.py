@@ -63,8 +63,9 @@ def test_an_extension_that_does_not_load_counts_as_missing(packages, tmp_path):
     assert accelerators.platform_defaults() == WITHOUT_EXTENSIONS
 
 
-def test_on_cpu_no_accelerator_is_used_even_if_installed(packages, monkeypatch):
+def test_on_cpu_no_accelerator_is_used_even_if_installed(packages, monkeypatch, capsys):
     packages(*TE, *APEX, *EXTENSIONS)
     monkeypatch.setattr(cpu, "is_active", lambda: True)
     assert not any(accelerators.accelerators().values())
     assert accelerators.platform_defaults()["distributed_backend"] == "gloo"
+    assert not capsys.readouterr().out  # it is the CPU, no missing package

@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_let import cpu
 from megatron_let.speed import SECONDS_LEFT, TEACHER_SHARE, TFLOPS, TOKENS, Speed, speed_line
 
 
@@ -24,3 +25,11 @@ def test_the_line_names_the_teacher_as_long_as_it_works():
         "> 123,457 tokens/s | 151 TFLOP/s per GPU, teacher 4.8 % | 1 day, 1:01:01 left"
     )
     assert "teacher" not in speed_line(values | {TEACHER_SHARE: 0.0})
+
+
+def test_a_process_on_cpu_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(cpu, "is_active", lambda: True)
+    speed = Speed({"tokens": 0, "flops": 0.0, "seconds": 0.0}, num_ranks=1)
+    found = speed.end_interval({"tokens": 1, "flops": 1.0, "seconds": 1.0}, steps_left=0)
+    assert "TFLOP/s per process" in found and TFLOPS not in found
+    assert " TFLOP/s per process | " in speed_line(found)

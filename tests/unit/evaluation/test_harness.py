@@ -74,7 +74,7 @@ def test_a_killed_evaluation_goes_on(folder: Path, capfd: pytest.CaptureFixture[
     content = json.loads((folder / "out" / "first-tasks.json").read_text())
     del content["results"]["boolq"]
     (output / "first-tasks.json").write_text(json.dumps(content))
-    flags = ["--task-data", str(folder / "data"), "--output", str(output)]
+    flags = ["--task-data", str(folder / "data"), "--output", str(output), "--device", "cpu"]
     main(["tasks", f"first={folder / 'one'}", *flags])
     assert capfd.readouterr().err.split() == ["first:", "boolq"]
     again = json.loads((output / "first-tasks.json").read_text())
@@ -111,7 +111,7 @@ def test_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file = tmp_path / "text.jsonl"
     rows = [{"text": f"w{i} w{i + 1} w{i + 2}", "meta": {"set": "xy"[i % 2]}} for i in range(9)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--input", str(file), "--by-meta", "set", "--context", "32"]
+    flags = ["--input", str(file), "--by-meta", "set", "--context", "32", "--device", "cpu"]
     command = ["text", str(folder / "one"), str(folder / "two"), *flags]
     main([*command, "--output", str(tmp_path / "out")])
     printed = capsys.readouterr()

@@ -1,0 +1,79 @@
+"""No run falls back to the CPU in silence where this machine promises GPUs.
+
+Imports torch only to ask why: a tool can use it before it knows whether it needs torch.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+COUNTS = "SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPUS".split()
+"""What a job was given, as a number or as `a100:8`."""
+INDICES = "SLURM_JOB_GPUS SLURM_STEP_GPUS GPU_DEVICE_ORDINAL CUDA_VISIBLE_DEVICES".split()
+HIDDEN = ("", "-1", "NoDevFiles")
+"""No index, by torch and by Slurm."""
+FIRST_RANK_SECONDS = 30
+"""The other ranks wait: torchrun ends all with the first, which must have spoken by then."""
+
+
+def promise(environment: Mapping[str, str], root: Path = Path("/")) -> str | None:
+    """Return what says that there are GPUs here; None if nothing does.
+
+    Devices that `CUDA_VISIBLE_DEVICES` hides are no promise, but a job's GPUs are.
+    """
+    for name in COUNTS:
+        numbers = [part.split(":")[-1] for part in environment.get(name, "").split(",")]
+        if any(number.isdecimal() and int(number) > 0 for number in numbers):
+            return f"{name}={environment[name]}"
+    for name in INDICES:
+        if environment.get(name, "").strip() not in HIDDEN:
+            return f"{name}={environment[name]}"
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return None
+    files = [*sorted((root / "dev").glob("nvidia[0-9]*")), root / "dev" / "nvidiactl"]
+    files.append(root / "proc" / "driver" / "nvidia")
+    return next((str(file) for file in files if file.exists()), None)
+
+
+def reason() -> str:
+    """Return why torch cannot use a GPU, in its own words where it has some."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "it is a build without CUDA"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).splitlines()[0].rstrip(".")
+    return "it counts no device"
+
+
+def fall_back(line: str, way_out: str = "--cpu", told: TextIO | None = None) -> None:
+    """Say that the CPU is used; end the process where GPUs are promised.
+
+    Args:
+        line: what to say, on the first rank.
+        way_out: the flag that asks for the CPU.
+        told: where; the standard output by default.
+
+    Raises:
+        SystemExit: with status 1, which lets a scheduler try another node.
+    """
+    found = promise(os.environ)
+    if found is None:
+        if os.environ.get("RANK", "0") == "0":
+            print(line, file=told, flush=True)
+        return
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(FIRST_RANK_SECONDS)
+        sys.exit(1)
+    import torch
+
+    sys.exit(
+        f"{Path(sys.argv[0]).name}: error: GPUs are promised here ({found}), but torch "
+        f"{torch.__version__} cannot use them: {reason()}. Mend that, or add {way_out} to run on "
+        "the CPU."
+    )
