@@ -58,13 +58,13 @@ def parse_arguments() -> Namespace:
     Raises:
         UsageError: a flag of ours, a mode of Megatron's or a path that can't be right.
     """
-    if not any("fsdp" in word for word in sys.argv):
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     _refuse_unsupported(sys.argv)
     flags = parse_args(arguments.add_arguments)
+    if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     _refuse_ignored(flags)
     arguments.check_flags(flags, sys.argv)
     _check_data_paths(flags)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import inspect
 import io
+import os
 import sys
 from typing import Any
 
@@ -46,6 +47,13 @@ def usage_error(flags: list[str]) -> str:
     except SystemExit:  # argparse's own
         return printed.getvalue()
     return ""
+
+
+def connections(flags: list[str]) -> str | None:
+    """`CUDA_DEVICE_MAX_CONNECTIONS` as a command line leaves it, be it right or wrong."""
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    usage_error(flags)
+    return os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
 
 
 def aligned_layers(flags: list[str]) -> tuple[int, int]:

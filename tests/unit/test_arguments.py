@@ -297,6 +297,21 @@ def test_pairs_are_layers_of_student_and_teacher(pair, layers, tmp):
     assert run_distributed("tests.unit.command_line:aligned_layers", 1, line) == [layers]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--save runs/fsdp_study --save-interval 5", "1"),
+        ("--megatron-fsdp-main-params-dtype fp32", "1"),
+        ("--use-megatron-fsdp --ckpt-format fsdp_dtensor", None),
+        ("--use-torch-fsdp2", None),
+    ],
+)
+def test_only_fsdps_own_flags_leave_the_connections_unset(flags, expected):
+    """Megatron demands one with tensor parallelism, and more with FSDP."""
+    words = [*PLAIN.split(), *flags.split()]
+    assert run_distributed("tests.unit.command_line:connections", 1, words) == [expected]
+
+
 # --- names, and help ----------------------------------------------------------------------------
 
 
