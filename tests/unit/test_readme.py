@@ -1,7 +1,10 @@
 """What the README says exists."""
 
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from megatron_let.conversion.families import FAMILIES, FLAG_OF
 from megatron_let.evaluation.harness import PAPER_TASKS
@@ -16,6 +19,17 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert {"quickstart", "test"} <= set(targets)
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="make has made no .venv here")
+def test_commands_run_as_typed_in_a_bare_shell():
+    """After the line that activates .venv, which stands before all of them."""
+    typed = re.findall(r"^(?:python|torchrun) \S+|^\. \S+", README, re.MULTILINE)
+    assert typed[0] == ". .venv/bin/activate" and len(typed) > 5
+    plan = re.findall(r"^python tools/plan.py .*", README, re.MULTILINE)[0]
+    for command in (plan, "torchrun --help"):
+        script = f"{typed[0]} && {command} > /dev/null"
+        subprocess.run(["sh", "-ec", script], check=True, cwd=ROOT, env={"PATH": "/usr/bin:/bin"})
 
 
 def test_linked_and_listed_files_exist():
