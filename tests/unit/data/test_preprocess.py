@@ -243,6 +243,7 @@ def test_numbers_that_json_does_not_know_are_read(
     assert len(IndexedDataset(prefix)) == 2
 
 
+@pytest.mark.parametrize("length", [1, 2_000])
 @pytest.mark.parametrize("document, fraction", [(30, 0.0), (450, 1.0)])
 def test_an_engine_that_differs_is_found_out(
     tmp_path: Path,
@@ -251,16 +252,17 @@ def test_an_engine_that_differs_is_found_out(
     capsys: pytest.CaptureFixture[str],
     document: int,
     fraction: float,
+    length: int,
 ) -> None:
-    """Among the first hundred, or with that part of the others looked at."""
+    """Among the first hundred, or with that part of the others looked at; in a long one too."""
     records = make_records(500)
-    records[document]["text"] = "fox Spain fox"
+    records[document]["text"] = "fox Spain fox Spain " * length
     config["input"] = (write_jsonl(tmp_path / "in.jsonl", records),)
     right = Gigatoken.encode
 
     def wrong(self: Gigatoken, texts: list[str]) -> Rows:
         rows = right(self, texts)
-        for index in (i for i, text in enumerate(texts) if text == "fox Spain fox"):
+        for index in (i for i, text in enumerate(texts) if text.startswith("fox Spain fox Spain")):
             rows[index] = rows[index] + 1
         return rows
 
