@@ -53,7 +53,8 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        sys.exit(f"pretrain_let.py: error: {error}")
+        print(f"pretrain_let.py: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
     except SAVE_ERRORS as error:
         if (reason := explain_failed_save(error)) is None:
             raise

@@ -20,7 +20,7 @@ from megatron.training import get_args
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_let.conversion.checkpoint import TRACKER, stored_bytes
-from megatron_let.errors import UsageError
+from megatron_let.errors import MachineError, UsageError
 
 SUMS = "integrity.json"
 """Megatron's `save_integrity_manifest`."""
@@ -41,7 +41,7 @@ def go_on_from_a_whole_checkpoint(args: Namespace) -> None:
     """
     if args.load is None or not (Path(args.load) / TRACKER).is_file():
         return
-    verdict: list[str | None] = [None]
+    verdict: list[UsageError | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             own = _is_same(args.load, args.save)
@@ -49,10 +49,10 @@ def go_on_from_a_whole_checkpoint(args: Namespace) -> None:
             if args.verify_integrity and not (used / SUMS).is_file():
                 save_integrity_manifest(str(used))  # Megatron takes none without them any more
         except (UsageError, OSError) as error:  # or the other ranks would wait for ever
-            verdict = [str(error)]
+            verdict = [error if isinstance(error, UsageError) else MachineError(str(error))]
     torch.distributed.broadcast_object_list(verdict)
     if verdict[0] is not None:
-        raise UsageError(verdict[0])
+        raise verdict[0]
 
 
 def explain_failed_save(error: BaseException) -> str | None:
@@ -139,7 +139,7 @@ def find_damage(folder: Path) -> str | None:
     their sizes can be.
 
     Raises:
-        UsageError: a file is there and cannot be read now, which is no damage.
+        MachineError: a file is there and cannot be read now, which is no damage.
     """
     config = folder / "metadata.json"
     if not folder.is_dir():
@@ -149,7 +149,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         return _differing(folder) or _cut(folder, config)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be read now: {error}") from error
+        raise MachineError(f"{folder} cannot be read now: {error}") from error
 
 
 def is_written(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,12 @@ class UsageError(ValueError):
     `pretrain_let.py` prints it as one paragraph without a traceback; library callers can catch it
     as the `ValueError` it is.
     """
+
+    status = 2
+    """What a process ends with, as argparse's own errors do: to try again is of no use."""
+
+
+class MachineError(UsageError):
+    """The same, but the fault is this machine's at this time: a scheduler may try again."""
+
+    status = 1

@@ -100,12 +100,13 @@ def compare(quickstart: Quickstart, seeds: int) -> None:
             if seed == 1 or name in MAIN:
                 print(f"{quickstart.results.name}: {name}, seed {seed}", flush=True)
                 runs.append(comparison.student(name, flags, seed))
-        report(quickstart.results, runs, comparison.teacher)
+        report(quickstart, runs, comparison.teacher)
 
 
-def report(folder: Path, runs: list[Run], teacher: Run) -> None:
+def report(quickstart: Quickstart, runs: list[Run], teacher: Run) -> None:
     """Print and keep the tables, draw the picture."""
-    text = compare_runs(runs, teacher)
+    folder, warning = quickstart.results, quickstart.recipe.warning
+    text = f"{warning}\n\n" * bool(warning) + compare_runs(runs, teacher)
     (folder / "comparison.md").write_text(text + "\n")
     picture = folder / "comparison.png"
     title = f"{len(variants(FULL)) + 1} ways to train on the same batches"

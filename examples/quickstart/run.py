@@ -33,6 +33,10 @@ from tools import convert_checkpoint, preprocess_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "import os\n\n\ndef "
+SMOKE = (
+    "A SMOKE, NO EVIDENCE: so few steps show that everything runs, and nothing about the methods. "
+    "Leave out --fast for a comparison."
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Recipe:
     """Evaluations a student run, each over the whole validation set."""
     saves: int = 2
     """Checkpoints a run."""
+    warning: str | None = None
+    """What its report begins with."""
 
 
 FULL = Recipe(
@@ -101,6 +107,7 @@ FAST = Recipe(
     seq_length=64,
     batch=8,
     evaluations=5,
+    warning=SMOKE,
 )
 
 
@@ -210,8 +217,10 @@ class Quickstart:
     def report(self, runs: list[Run], teacher: Run) -> None:
         """Print and keep the table; draw the picture."""
         comparisons = compare_all(runs)
+        warning = [self.recipe.warning] if self.recipe.warning else []
         text = "\n\n".join(
             [
+                *warning,
                 comparison_table(comparisons, teacher),
                 losses_table(comparisons),
                 regime_sentence(runs[0], teacher.final.loss),
@@ -219,7 +228,8 @@ class Quickstart:
         )
         (self.results / "report.md").write_text(text + "\n")
         picture = self.results / "report.png"
-        plot_comparison(comparisons, picture, teacher_loss=teacher.final.loss)
+        title = self.recipe.warning and self.recipe.warning.split(":")[0]
+        plot_comparison(comparisons, picture, teacher_loss=teacher.final.loss, title=title)
         print(f"\n{text}\n\nPicture: {picture}")
 
     def sample(self, folder: Path) -> None:

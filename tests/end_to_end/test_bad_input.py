@@ -28,7 +28,7 @@ def pretrain(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_mistake_ends_with_one_paragraph():
     result = pretrain(*"--method let --teacher-model ./nowhere --let-decay constant".split())
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     [line] = [x for x in result.stderr.splitlines() if x.startswith("pretrain_let.py: error: ")]
     assert "--teacher-model ./nowhere: there is no such folder. Give the folder" in line

@@ -22,7 +22,9 @@ def quickstart(folder, *options):
 def test_fast_quickstart_reports_and_is_kept(tmp_path):
     first = quickstart(tmp_path)
     results = tmp_path / "fast" / "behind"
-    assert "| let" in (results / "report.md").read_text()
+    report = (results / "report.md").read_text()
+    assert "| let" in report
+    assert report.startswith("A SMOKE, NO EVIDENCE: ") and report in first
     assert (results / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "Regime: the plain student" in first
     assert "goes on from" in first

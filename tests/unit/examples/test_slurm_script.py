@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 END = '{"kind": "end", "iteration": 9}\n'
 SRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" > "$HERE/srun.txt"
+printf '%s\\n' "$@" "connections:$CUDA_DEVICE_MAX_CONNECTIONS" > "$HERE/srun.txt"
 [ -z "$REACHES" ] || echo "$REACHES" > "$HERE/save/latest_checkpointed_iteration.txt"
 exit "$STATUS"
 """
@@ -80,6 +81,28 @@ def test_it_stays_down_after_the_second_failure_at_a_step(job: Job) -> None:
     assert job.start(reaches="100", status=1)[0] == 0 and job.requeued  # submitted again
     assert job.start(status=1)[0] == 0 and job.requeued
     assert job.start(status=1)[0] == 1
+
+
+def test_wrong_flags_end_the_job(job: Job) -> None:
+    """At once: a second try would fail as the first."""
+    status, said = job.start("--no-such-flag", status=2)
+    assert status == 1 and not job.requeued and "the flags are wrong" in said
+    assert job.start(status=143)[0] == 0 and job.requeued
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(2)", 2), ("os.abort()", 1)])
+def test_its_torchrun_ends_with_a_ranks_status(end: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(f"import os, sys\n{end}")
+    launch = [sys.executable, ROOT / "examples/slurm/launch.py", "--standalone"]
+    done = subprocess.run([*launch, tmp_path / "rank.py"], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+
+
+def test_only_fsdp_leaves_the_connections_alone(job: Job) -> None:
+    study = ["--tensorboard-dir", "runs/fsdp_study"]
+    for flags, connections in ((study, "1"), (["--use-torch-fsdp2"], "")):
+        job.start(*flags, status=1)
+        assert f"connections:{connections} " in job.given
 
 
 def test_a_failure_is_never_complete(job: Job) -> None:
