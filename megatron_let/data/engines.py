@@ -5,7 +5,6 @@ Both give what Megatron's `tokenize` gives for one text at a time. The library d
 while it runs.
 """
 
-import json
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from megatron_let.data.characters import UNICODE_FORMS, Encode, Normalizer, Screen, revealing
 from megatron_let.data.tokenizer import Tokenizer
@@ -97,9 +97,9 @@ class Gigatoken:
             # A SentencePiece model it would take, but then reads "</s>" in a text as the end token
             # and normalizes U+0085 and some combined letters differently.
             raise Unsuited("gigatoken does not take this kind of tokenizer")
-        source = json.loads(tokenizer.fast.to_str())
+        source = orjson.loads(tokenizer.fast.to_str())
         normalizer = _take_out_unicode_form(source, tokenizer.fast)
-        self._load = _gigatoken_loader(json.dumps(source))
+        self._load = _gigatoken_loader(orjson.dumps(source))
         self._own_library = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
         try:
@@ -174,7 +174,7 @@ def _normalizer_kinds(normalizer: dict[str, Any] | None) -> list[str]:
     return [normalizer["type"]]
 
 
-def _gigatoken_loader(source: str) -> Callable[[], Any]:
+def _gigatoken_loader(source: str | bytes) -> Callable[[], Any]:
     try:
         import gigatoken
     except ImportError as error:
