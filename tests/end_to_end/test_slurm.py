@@ -106,14 +106,25 @@ def test_time_limit_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dict, t
     assert hashes(job.save) == undisturbed
 
 
-def test_a_run_that_does_not_get_on_stays_down(slurm: Cluster, corpus: Corpus, tmp_path: Path):
-    job = Job(slurm, corpus, tmp_path / "broken")
-    slurm.run("scancel", job.id)
-    flags = ["--parsable", "--job-name=broken2", "--gpus-per-node=0", f"--output={job.log}"]
-    for training, message in (
-        (["--save", str(tmp_path / "broken"), "--no-such-flag"], "not requeued"),
-        (["--train-iters", "5"], "add --save DIR"),
-    ):
-        broken = slurm.run("sbatch", *flags, SCRIPT, *training, cwd=ROOT)
-        assert slurm.wait(broken, "FAILED", "COMPLETED", seconds=SECONDS) == "FAILED"
-        assert message in job.log.read_text()
+@pytest.mark.parametrize(
+    ("training", "python", "message", "starts"),
+    [
+        ("--save SAVE --no-such-flag", "", "the flags are wrong", 1),
+        ("--save SAVE --method let --cpu", "", "the flags are wrong", 1),
+        ("--train-iters 5", "", "add --save DIR", 0),
+        ("--save SAVE --cpu", "/bin/false", "twice no new checkpoint", 2),
+    ],
+    ids=["argparse", "usage", "script", "stuck"],
+)
+def test_what_does_not_get_on_stays_down(
+    slurm: Cluster, tmp_path: Path, training: str, python: str, message: str, starts: int
+):
+    """At once where the flags are wrong, as both of two nodes say."""
+    log = tmp_path / "log"
+    flags = ["--parsable", f"--job-name={tmp_path.name}", "--gpus-per-node=0", f"--output={log}"]
+    words = training.replace("SAVE", str(tmp_path / "save")).split()
+    command = ["sbatch", *flags, "--ntasks-per-node=2", SCRIPT, *words]
+    job = slurm.run(*command, cwd=ROOT, PYTHON=python)
+    assert slurm.wait(job, "FAILED", "COMPLETED", seconds=SECONDS) == "FAILED"
+    text = log.read_text()
+    assert message in text and text.count(": start ") == starts, text
