@@ -146,7 +146,7 @@ def test_gradients_of_a_later_step_that_nobody_checks(corpus, tmp_path, flags):
     assert tracked(tmp_path) == STEP - 1
 
 
-def test_a_loss_in_a_first_step(corpus, tmp_path):
+def test_the_first_step_of_a_start_is_no_exception(corpus, tmp_path):
     found = train(tmp_path, *corpus.flags, step=1)
     assert ends(found) == [1, 1]
     assert f"not finite either: the loss on rank {RANK}. " in errors(found)[0]
