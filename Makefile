@@ -7,8 +7,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all test-oldest test-newest lint
 VENV ?= .venv
-# Two at a time, a file's tests in one process: they share its pools and fixtures.
-PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+# Two at a time, a file's tests in one process, which share its pools and fixtures; small files last.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export VENV CONSTRAINTS PYTHON
 
 help: ## show this list

@@ -1,8 +1,8 @@
 """Test helpers: pools of real gloo processes, whole programs, tiny models of real architectures.
 
 Importing Megatron and starting a process group is the dear part of a distributed test. So a server
-imports Megatron once (`preloaded.py`), its forks run programs or form pools, and a pool, one for
-each world size, runs many cases.
+imports Megatron once (`PRELOADED`), its forks run programs or form pools, and a pool, one for each
+world size, runs many cases.
 """
 
 import atexit
@@ -26,13 +26,15 @@ from typing import Any
 
 START_SECONDS = 120
 CASE_SECONDS = 180
+PRELOADED = "tests.preloaded"
+"""What the server imports; a fork imports it if the server, started elsewhere, did not find it."""
 
 
 @functools.cache
 def _fork_server() -> Any:
     """Start processes as forks of one that has imported Megatron: 0.1 s instead of 7."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_let.preloaded"])
+    context.set_forkserver_preload([PRELOADED])
     return context
 
 
@@ -162,6 +164,7 @@ def _program(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.environ |= launcher
+    importlib.import_module(PRELOADED)
     sys.argv = [program, *argv]
     if program.endswith(".py"):
         runpy.run_path(program, run_name="__main__")
@@ -195,6 +198,7 @@ def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> 
         "MASTER_PORT": str(port),
     }
     sys.stdout = open(os.devnull, "w")  # Megatron prints its 900 arguments at every start
+    importlib.import_module(PRELOADED)
     import torch
 
     torch.distributed.init_process_group("gloo")
