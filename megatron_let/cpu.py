@@ -10,16 +10,14 @@ Call `activate()` before the first import of Megatron: `megatron.core.jit` reads
 when it is imported.
 """
 
-import contextlib
 import copy
 import functools
 import importlib
 import logging
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_let import gpus
+from megatron_let.cpu_streams import Event, Stream, in_order
 
 CPU = torch.device("cpu")
 
@@ -43,62 +42,6 @@ class Redirect(NamedTuple):
 # ----------------------------------------------------------------------------------------------
 # What a GPU call becomes
 # ----------------------------------------------------------------------------------------------
-
-
-class Stream:
-    """A CUDA stream on a machine that runs everything in order: waiting is a no-op."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_stream(self, stream: "Stream") -> None:
-        """All earlier work is already done."""
-
-    def wait_event(self, event: "Event") -> None:
-        """All earlier work is already done."""
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        """Return an event that has already happened."""
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        """All earlier work is already done."""
-
-    def query(self) -> bool:
-        """All earlier work is already done."""
-        return True
-
-
-class Event:
-    """A CUDA event: the wall clock at the moment it was recorded."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._seconds = 0.0
-
-    def record(self, stream: Stream | None = None) -> None:
-        """Note the time."""
-        self._seconds = time.perf_counter()
-
-    def wait(self, stream: Stream | None = None) -> None:
-        """All earlier work is already done."""
-
-    def synchronize(self) -> None:
-        """All earlier work is already done."""
-
-    def query(self) -> bool:
-        """All earlier work is already done."""
-        return True
-
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this event to `end`."""
-        return 1000 * (end._seconds - self._seconds)
-
-
-@contextlib.contextmanager
-def _in_order(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
 
 
 def _names_cuda(device: Any) -> bool:
@@ -311,7 +254,7 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect("torch.cuda", "reset_peak_memory_stats", _NOTHING, "memory report"),
     Redirect("torch.cuda", "Stream", lambda original: Stream, "DDP's communication stream"),
     Redirect("torch.cuda", "Event", lambda original: Event, "timing"),
-    Redirect("torch.cuda", "stream", lambda original: _in_order, "DDP's communication stream"),
+    Redirect("torch.cuda", "stream", lambda original: in_order, "DDP's communication stream"),
     Redirect("torch.cuda", "set_stream", _NOTHING, "one stream"),
     Redirect("torch.cuda", "current_stream", _returns(Stream), "DDP's communication stream"),
     Redirect("torch.cuda", "default_stream", _returns(Stream), "DDP's communication stream"),
