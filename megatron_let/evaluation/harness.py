@@ -22,6 +22,8 @@ class Task:
     """A task of the harness and its data set on the hub."""
 
     name: str
+    folder: str
+    """Where the harness describes it."""
     dataset: str
     subset: str | None
     chance: float
@@ -29,15 +31,15 @@ class Task:
 
 
 PAPER_TASKS = (
-    Task("hellaswag", "Rowan/hellaswag", None, 1 / 4),
-    Task("winogrande", "allenai/winogrande", "winogrande_xl", 1 / 2),
-    Task("lambada_openai", "EleutherAI/lambada_openai", "default", 0.0),
-    Task("openbookqa", "allenai/openbookqa", "main", 1 / 4),
-    Task("arc_easy", "allenai/ai2_arc", "ARC-Easy", 1 / 4),
-    Task("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", 1 / 4),
-    Task("piqa", "baber/piqa", None, 1 / 2),
-    Task("sciq", "allenai/sciq", None, 1 / 4),
-    Task("boolq", "aps/super_glue", "boolq", 1 / 2),
+    Task("hellaswag", "hellaswag", "Rowan/hellaswag", None, 1 / 4),
+    Task("winogrande", "winogrande", "allenai/winogrande", "winogrande_xl", 1 / 2),
+    Task("lambada_openai", "lambada", "EleutherAI/lambada_openai", "default", 0.0),
+    Task("openbookqa", "openbookqa", "allenai/openbookqa", "main", 1 / 4),
+    Task("arc_easy", "arc", "allenai/ai2_arc", "ARC-Easy", 1 / 4),
+    Task("arc_challenge", "arc", "allenai/ai2_arc", "ARC-Challenge", 1 / 4),
+    Task("piqa", "piqa", "baber/piqa", None, 1 / 2),
+    Task("sciq", "sciq", "allenai/sciq", None, 1 / 4),
+    Task("boolq", "super_glue/boolq", "aps/super_glue", "boolq", 1 / 2),
 )
 
 
@@ -121,6 +123,7 @@ class Harness:
             def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
                 return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
 
+        _keep_no_environment()
         self._manager = _task_manager()
         self._model = Model(
             pretrained=str(folder),
@@ -190,10 +193,20 @@ class Harness:
 
 @functools.cache
 def _task_manager() -> Any:
-    """The harness's index of its thousands of tasks, which takes seconds to read."""
-    from lm_eval.tasks import TaskManager
+    """The harness's index of the nine: to read all its thousands takes many seconds."""
+    from lm_eval import tasks
 
-    return TaskManager()
+    own = Path(tasks.__file__).parent
+    folders = dict.fromkeys(str(own / task.folder) for task in PAPER_TASKS)
+    return tasks.TaskManager(include_path=list(folders), include_defaults=False)
+
+
+def _keep_no_environment() -> None:
+    """Spare each task seconds of `pip list` and git's complaints, for what nobody reads here."""
+    from lm_eval import evaluator
+
+    evaluator.add_env_info = lambda results: None
+    evaluator.get_git_commit_hash = lambda: None
 
 
 @contextmanager
