@@ -41,15 +41,28 @@ def test_linked_and_listed_files_exist():
     assert not missing
 
 
-def test_flags_and_defaults_of_the_table_are_the_parsers():
-    rows = re.findall(r"^\| `(--[^|]*)` \| ([^|]*) \|", README, re.MULTILINE)
+def test_flags_and_defaults_of_the_tables_are_the_parsers():
+    methods = (ROOT / "docs" / "methods.md").read_text()
+    defaults = methods.split("## Defaults")[1]
+    rows = re.findall(r"^\| `(--[^|]*)` \| ([^|]*) \|", README + defaults, re.MULTILINE)
     flags = {flag for cell, _ in rows for flag in re.findall(r"--[a-z-]+", cell)}
     [known] = run_distributed("megatron_let.testing:our_flags", 1)
     assert flags <= known.keys()
     for cell, default in rows:
-        name = re.findall(r"--[a-z-]+", cell)[0]
-        if known[name] is not None:
-            assert default.strip("` ") == str(known[name]), name
+        names = re.findall(r"--[a-z-]+", cell)
+        values = [value.strip("` ") for value in default.split(", ")]
+        for name, value in zip(names, values, strict=False):
+            if known[name] is not None:
+                assert value == str(known[name]), name
+
+
+def test_methods_tells_where_each_default_comes_from():
+    methods = (ROOT / "docs" / "methods.md").read_text()
+    told = set(re.findall(r"--[a-z-]+", methods.split("## Defaults")[1]))
+    [known] = run_distributed("megatron_let.testing:our_flags", 1)
+    valued = {flag for flag in known if flag.startswith(("--let-", "--kd-"))}
+    no_default = {"--let-teacher-layer", "--let-pair", "--let-stop-samples", "--kd-selection"}
+    assert valued - no_default <= told
 
 
 def test_checkpoints_names_what_is_converted_and_evaluated():
