@@ -14,7 +14,7 @@ from megatron_let import run_log
 from megatron_let.methods.with_teacher import TeacherMethod
 from megatron_let.run import Run
 from megatron_let.run_log import RunLog
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 
 End = tuple[str | int | None, str]
 

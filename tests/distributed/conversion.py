@@ -16,7 +16,7 @@ from megatron.training.checkpointing import save_checkpoint
 
 from megatron_let import entry, torch_adam
 from megatron_let.methods import build_method
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 
 
 def load_run_and_save(argv: list[str], ids_MBS: np.ndarray) -> np.ndarray | None:

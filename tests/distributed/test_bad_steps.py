@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from megatron_let.finite import check_gradients
-from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import FLAGS, STEPS, checkpoint, hashes, tensor_names
 from tests.distributed.training import TP2_PP2, records, run
+from tests.support.testing import run_distributed
+from tests.support.tiny_run import FLAGS, STEPS, checkpoint, hashes, tensor_names
 
 STEP, RANK = 3, 1
 SKIP = "--bf16 --use-distributed-optimizer --loss-scale 1 --no-check-for-nan-in-loss-and-grad"

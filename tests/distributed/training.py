@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_let.errors import UsageError
-from megatron_let.testing import forget_last_run, run_distributed
-from megatron_let.tiny_run import FLAGS
+from tests.support.testing import forget_last_run, run_distributed
+from tests.support.tiny_run import FLAGS
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
 

@@ -10,7 +10,7 @@ import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from tests.support.testing import run_distributed, save_tiny_teacher
 
 STEPS = "--eval-interval 5 --train-iters 10"
 LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
