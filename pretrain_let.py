@@ -23,9 +23,16 @@ from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.resume import resume_check  # noqa: E402
 from megatron_let.run import Run  # noqa: E402
 from megatron_let.run_log import RunLog  # noqa: E402
+from megatron_let.save_lock import one_run_in, save_folder  # noqa: E402
 
 
 def main() -> None:
+    """One run in its `--save`: nothing is written there before."""
+    with one_run_in(save_folder(sys.argv)):
+        train()
+
+
+def train() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
     torch_adam.install()
