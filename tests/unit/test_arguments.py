@@ -155,6 +155,10 @@ MISTAKES = {
         f"{PLAIN} --rampup-batch-size 4 2 100",
         "--rampup-batch-size 4 2 100 has no effect.*Use --step-batch-size-schedule",
     ),
+    "writer that would not be there": (
+        f"{PLAIN} --async-save",
+        "--async-save alone has no effect.*--use-persistent-ckpt-worker --async-strategy mcore",
+    ),
     "distillation flag without the method": (
         f"{PLAIN} --kd-weight 0.5",
         "--kd-weight has no effect with --method baseline. .* salt or let.salt or reverse-kd to",
