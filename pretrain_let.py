@@ -17,20 +17,28 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from megatron_let import entry, torch_adam  # noqa: E402
+from megatron_let.async_saves import prepare_saves  # noqa: E402
 from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.resume import resume_check  # noqa: E402
 from megatron_let.run import Run  # noqa: E402
 from megatron_let.run_log import RunLog  # noqa: E402
+from megatron_let.save_lock import one_run_in, save_folder  # noqa: E402
 
 
 def main() -> None:
+    """One run in its `--save`: nothing is written there before."""
+    with one_run_in(save_folder(sys.argv)):
+        train()
+
+
+def train() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
     torch_adam.install()
     args = entry.parse_arguments()
-    entry.keep_save_results_here(args)
+    prepare_saves(args)
     method = build_method(args)
     model_config = entry.model_config(args, method)
     model_config.pre_wrap_hooks.insert(0, resume_check(args, method))

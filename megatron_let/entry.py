@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import queue
 import sys
 import traceback
 from argparse import Namespace
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets import utils as dataset_utils
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_tokenizer
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
@@ -40,16 +38,6 @@ def use_prebuilt_helpers() -> None:
     """
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
-
-
-def keep_save_results_here(args: Namespace) -> None:
-    """Keep Megatron from starting a process on every rank for the results of a synchronous save.
-
-    Upstream's queue lives in a process of its own, which imports the whole program once more: on
-    CPU ten seconds at a run's first save. Only an asynchronous save needs it.
-    """
-    if not args.async_save and filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def parse_arguments() -> Namespace:
@@ -96,6 +84,11 @@ def _refuse_ignored(args: Namespace) -> None:
         raise UsageError(
             f"--rampup-batch-size {given} has no effect in Megatron-Core 0.19. Use "
             "--step-batch-size-schedule, pairs of tokens and batch size such as 0:256,1B:512."
+        )
+    if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
+        raise UsageError(
+            "--async-save alone has no effect in Megatron-Core 0.19, and nvidia-resiliency-ext's "
+            "writer is not proven here. Add --use-persistent-ckpt-worker --async-strategy mcore."
         )
     if args.openai_gelu:
         raise UsageError(

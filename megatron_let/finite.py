@@ -1,13 +1,14 @@
 """What is not finite ends the run before it reaches a checkpoint.
 
 Megatron looks at gradients from a start's second step on, and only with its flag. Here the norm is
-looked at that it has computed and brought to the host in any case, and the weights when they are
-saved; neither makes a training step wait.
+looked at that it has computed and brought to the host in any case, and weights and optimizer when
+they are saved; neither makes a training step wait.
 """
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -42,24 +43,37 @@ def check_gradients(
     )
 
 
-def check_weights(step: int, chunks: Sequence[torch.nn.Module]) -> None:
-    """End the run if it is about to save weights that are not finite.
+def check_weights(step: int, chunks: Sequence[torch.nn.Module], optimizer: Any) -> None:
+    """End the run if it is about to save weights or optimizer state that are not finite.
 
     Raises:
         SystemExit: on every rank.
     """
     weights = [named for chunk in chunks for named in chunk.named_parameters()]
-    largest = torch.nn.utils.get_total_norm([weight.detach() for _, weight in weights], math.inf)
+    saved = [*weights, *_optimizer_state(optimizer)]
+    largest = torch.nn.utils.get_total_norm([tensor.detach() for _, tensor in saved], math.inf)
     ranks = ranks_with(not math.isfinite(largest))
     if not ranks:
         return
-    bad = (name for name, weight in weights if not weight.isfinite().all())
+    bad = (name for name, tensor in saved if not tensor.isfinite().all())
     names: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, next(bad, "").replace("module.", ""))
     end_run(
         f"step {step}: {names[ranks[0]]} on rank {ranks[0]} is not finite, so the step is not "
         "saved: start again to go on from the newest checkpoint, perhaps with a smaller --lr."
     )
+
+
+def _optimizer_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Main weights and moments: a moment can overflow where gradients and weights do not."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)  # None: no weight of this rank is trained
+        for group in inner.param_groups if inner else ():
+            yield from (("the optimizer's main weight", weight) for weight in group["params"])
+        for state in inner.state.values() if inner else ():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.is_floating_point():
+                    yield f"the optimizer's {name}", value
 
 
 def ranks_with(count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """What a run tells: the summary at start, our values in Megatron's log, and `metrics.jsonl`.
 
 Megatron's loop has no hook for a step's end, so functions of it are wrapped: `training_log`, called
-on every rank after each step, `evaluate` and `save_checkpoint`. A test pins their signatures.
+on every rank after each step, and `evaluate`. A test pins their signatures.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank, print_rank_0
 
-from megatron_let.finite import check_gradients, check_weights, ranks_with
+from megatron_let.finite import check_gradients, ranks_with
 from megatron_let.methods.base import Method
 from megatron_let.metrics import MetricsFile
 from megatron_let.retention import Retention
+from megatron_let.saves import watched_saves
 from megatron_let.speed import Speed, speed_line
 from megatron_let.tracking import record_start
 
@@ -53,18 +54,18 @@ class RunLog:
         """
         self._count_bad_losses = bad_losses
         model_config.pre_wrap_hooks.append(self._count_model)
-        originals = training.training_log, training.evaluate, training.save_checkpoint
+        originals = training.training_log, training.evaluate
         training.training_log = self._around_training_log(training.training_log)
         training.evaluate = self._around_evaluate(training.evaluate)
-        if not self.args.fake_process_group:
-            training.save_checkpoint = _around_save_checkpoint(training.save_checkpoint)
+        is_alone = self.args.fake_process_group
         try:
-            yield
+            with contextlib.nullcontext() if is_alone else watched_saves(self.args):
+                yield
         except SystemExit:  # Megatron's end before the end: the totals of steps not logged yet
             self.file.write("stop", self._iteration)
             raise
         finally:
-            training.training_log, training.evaluate, training.save_checkpoint = originals
+            training.training_log, training.evaluate = originals
 
     def start(self, data: str | None) -> None:
         """Print what the run will do, and write its facts; called once all is built.
@@ -240,15 +241,6 @@ class RunLog:
             values = {key: value.item() for key, value in losses.items()}
             values["peak memory"] = peak_memory
             self.file.write("valid", self._iteration, **values)
-
-
-def _around_save_checkpoint(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(save_checkpoint)
-    def wrapped(iteration: int, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        check_weights(iteration, model)
-        return save_checkpoint(iteration, model, *args, **kwargs)
-
-    return wrapped
 
 
 def _peak_memory() -> float:

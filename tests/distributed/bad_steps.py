@@ -1,20 +1,22 @@
 """Run in a worker: training with something that is not finite in one step on one rank."""
 
 import contextlib
+import functools
 import io
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.training import get_args, training
 
 import pretrain_let
-from megatron_let import run_log
+from megatron_let import run_log, saves
 from megatron_let.methods.with_teacher import TeacherMethod
 from megatron_let.run import Run
-from megatron_let.run_log import RunLog
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 
 End = tuple[str | int | None, str]
 
@@ -34,11 +36,11 @@ def train(
     """
     forget_last_run()
     printed, end = io.StringIO(), None
-    off = ("check_gradients", "check_weights") * (not checked)
+    off = ((run_log, "check_gradients"), (saves, "check_weights")) * (not checked)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_let.py", *argv]))
-        for name in off:
-            stack.enter_context(mock.patch.object(run_log, name, lambda *args: None))
+        for module, name in off:
+            stack.enter_context(mock.patch.object(module, name, lambda *args: None))
         stack.enter_context(POISONS[what](step, rank, value))
         stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(contextlib.redirect_stderr(printed))
@@ -101,26 +103,56 @@ def _gradient(step: int, rank: int, value: float) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _weight(step: int, rank: int, value: float) -> Iterator[None]:
-    """Between the update and the save."""
+def _between_update_and_save(
+    spoil: Callable[[Any, Any, float], None], step: int, rank: int, value: float
+) -> Any:
+    """Spoil the model or the optimizer; then the run ends, if its flags have it end so."""
 
-    def remembering(self: Run, data_iterator: Any, model: Any, *args: Any) -> Any:
-        chunks[:] = [model]
-        return forward_step(self, data_iterator, model, *args)
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        if kwargs["iteration"] + 1 == step:
+            _ask_to_end(get_args())
+            if _here(rank):
+                spoil(args[2][0], args[3], value)
+        return result
 
-    def poisoned(self: RunLog, loss_dict: Any) -> None:
-        if self._iteration == step and _here(rank):
-            _last_weight(chunks[0]).data.fill_(value)
-        count_step(self, loss_dict)
-
-    chunks: list[Any] = []
-    forward_step, count_step = Run.forward_step, RunLog._count_step
-    with (
-        mock.patch.object(Run, "forward_step", remembering),
-        mock.patch.object(RunLog, "_count_step", poisoned),
-    ):
-        yield
+    train_step = training.train_step
+    return mock.patch.object(training, "train_step", poisoned)
 
 
-POISONS = {"loss": _loss, "teacher": _teacher, "gradient": _gradient, "weight": _weight}
+def _ask_to_end(args: Any) -> None:
+    if args.exit_signal_handler:
+        signal.raise_signal(signal.SIGTERM)
+    if args.exit_duration_in_mins:
+        training._TRAIN_START_TIME = 0.0
+
+
+def _weight(model: Any, optimizer: Any, value: float) -> None:
+    _last_weight(model).data.fill_(value)
+
+
+def _frozen_weight(model: Any, optimizer: Any, value: float) -> None:
+    _last_weight(model).requires_grad_(False).data.view(-1)[-1] = value
+
+
+def _expert_weight(model: Any, optimizer: Any, value: float) -> None:
+    [weight] = [weight for name, weight in model.named_parameters() if ".experts." in name][-1:]
+    weight.data.view(-1)[-1] = value
+
+
+def _main_weight(model: Any, optimizer: Any, value: float) -> None:
+    """Of a bf16 model: its copy comes of it at the next update."""
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
+    inner.param_groups[-1]["params"][-1].data.view(-1)[-1] = value
+
+
+def _moment(model: Any, optimizer: Any, value: float) -> None:
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
+    list(inner.state.values())[-1]["exp_avg_sq"].view(-1)[-1] = value
+
+
+SPOILT = (_weight, _frozen_weight, _expert_weight, _main_weight, _moment)
+POISONS = {"loss": _loss, "teacher": _teacher, "gradient": _gradient}
+POISONS |= {
+    spoil.__name__[1:]: functools.partial(_between_update_and_save, spoil) for spoil in SPOILT
+}

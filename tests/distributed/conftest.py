@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from tests.support.testing import run_distributed, save_tiny_teacher
 
 WEIGHT = 10.0
 """So large that a wrong factor cannot hide under the language-model gradient."""
@@ -43,7 +43,7 @@ Check = Callable[..., Agreement]
 def corpus(tmp_path_factory):
     """Data and teachers of whole runs, see `tiny_run.Corpus`."""
     folder = tmp_path_factory.mktemp("corpus")
-    return run_distributed("megatron_let.tiny_run:make_corpus", 1, folder)[0]
+    return run_distributed("tests.support.tiny_run:make_corpus", 1, folder)[0]
 
 
 def relative_error(value: np.ndarray, expected: np.ndarray) -> float:

@@ -34,9 +34,9 @@ from megatron_let.alignment.resize import interpolate
 from megatron_let.methods import build_method
 from megatron_let.run import Run
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
-from megatron_let.testing import forget_last_run
 from tests.distributed.faults import DISTILLATION_FAULTS, FAULTS
 from tests.distributed.gathered_attention import context_parallel_attention
+from tests.support.testing import forget_last_run
 
 SEQ, MICRO_BATCH, VOCAB = 16, 2, 256  # NullTokenizer adds one token to --vocab-size
 MODEL_FLAGS = (

@@ -15,8 +15,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import save_checkpoint
 
 from megatron_let import entry, torch_adam
+from megatron_let.async_saves import prepare_saves
 from megatron_let.methods import build_method
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 
 
 def load_run_and_save(argv: list[str], ids_MBS: np.ndarray) -> np.ndarray | None:
@@ -29,7 +30,7 @@ def load_run_and_save(argv: list[str], ids_MBS: np.ndarray) -> np.ndarray | None
     torch_adam.install()
     sys.argv = ["pretrain_let.py", *argv]
     args = entry.parse_arguments()
-    entry.keep_save_results_here(args)
+    prepare_saves(args)
     config = entry.model_config(args, build_method(args))
     training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
     chunks, optimizer, scheduler = training.setup_model_and_optimizer(

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_let import entry
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher
-from megatron_let.testing import forget_last_run
 from tests.distributed.contract import MICRO_BATCH, MODEL_FLAGS, build_student, micro_batch
+from tests.support.testing import forget_last_run
 
 
 def megatron_report(flags: list[str], micro_batches: int) -> dict[str, float]:

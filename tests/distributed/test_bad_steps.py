@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from megatron_let.finite import check_gradients
-from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import FLAGS, STEPS, checkpoint, hashes, tensor_names
 from tests.distributed.training import TP2_PP2, records, run
+from tests.support.testing import run_distributed
+from tests.support.tiny_run import FLAGS, STEPS, checkpoint, hashes, tensor_names
 
 STEP, RANK = 3, 1
 SKIP = "--bf16 --use-distributed-optimizer --loss-scale 1 --no-check-for-nan-in-loss-and-grad"
@@ -25,8 +25,9 @@ def train(
     rank=RANK,
     value=math.nan,
     checked=True,
+    interval=1,
 ):
-    argv = [*FLAGS, *flags, "--save", str(save), "--save-interval", "1"]
+    argv = [*FLAGS, "--save", str(save), "--save-interval", str(interval), *flags]
     function = "tests.distributed.bad_steps:train"
     return run_distributed(function, world_size, argv, what, step, rank, value, checked)
 
@@ -156,7 +157,10 @@ def test_the_first_step_of_a_start_is_no_exception(corpus, tmp_path):
 # --- weights ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", ["", "--async-save"])
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+
+
+@pytest.mark.parametrize("flags", ["", ASYNC], ids=["sync", "async"])
 def test_weights_are_looked_at_before_they_are_saved(corpus, tmp_path, flags):
     flags = [*corpus.flags, *TP2_PP2, "--eval-interval", "100", *flags.split()]
     bad = {"what": "weight", "rank": 3, "value": math.inf}
@@ -165,6 +169,48 @@ def test_weights_are_looked_at_before_they_are_saved(corpus, tmp_path, flags):
     assert f"step {STEP}: output_layer.weight on rank 3 is " in errors(found)[0]
     assert tracked(tmp_path) == STEP - 1
     assert not (tmp_path / f"iter_{STEP:07d}").exists()
+
+
+EXPERTS = "--num-experts 2 --moe-router-topk 2"
+ENDINGS = {
+    "end": f"--train-iters {STEP}",
+    "interval": f"--exit-interval {STEP}",
+    "duration": "--exit-duration-in-mins 60",
+    "SIGTERM": "--exit-signal-handler",
+    "async, end": f"{ASYNC} --train-iters {STEP}",
+    "async, SIGTERM": f"{ASYNC} --exit-signal-handler",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_way_to_save_looks_at_them(corpus, tmp_path, ending):
+    flags = [*corpus.flags, *ENDINGS[ending].split(), "--eval-interval", "100"]
+    found = train(tmp_path, *flags, world_size=1, what="weight", rank=0, interval=100)
+    assert ends(found) == [1] and f"step {STEP}: output_layer.weight" in errors(found)[0]
+    assert not tracked(tmp_path) and not list(tmp_path.glob("iter_*"))
+
+
+@pytest.mark.parametrize(
+    ("what", "flags", "named"),
+    [
+        ("frozen_weight", "", "output_layer.weight"),
+        (
+            "expert_weight",
+            EXPERTS,
+            "decoder.layers.3.mlp.experts.",
+        ),
+        ("main_weight", "--bf16", "the optimizer's main weight"),
+        ("main_weight", "--bf16 --use-distributed-optimizer", "the optimizer's main weight"),
+        ("moment", "", "the optimizer's exp_avg_sq"),
+        ("moment", "--bf16 --use-distributed-optimizer", "the optimizer's exp_avg_sq"),
+        ("moment", EXPERTS, "the optimizer's exp_avg_sq"),
+    ],
+)
+def test_all_that_is_saved_is_looked_at(corpus, tmp_path, what, flags, named):
+    flags = [*corpus.flags, *flags.split(), "--eval-interval", "100"]
+    found = train(tmp_path, *flags, world_size=1, what=what, rank=0, value=math.inf)
+    assert ends(found) == [1] and f"step {STEP}: {named}" in errors(found)[0]
+    assert tracked(tmp_path) == STEP - 1
 
 
 @pytest.mark.parametrize("what", ["teacher", "gradient", "weight"])

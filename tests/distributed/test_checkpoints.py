@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_let.conversion.to_hf import ExportConfig, export
-from megatron_let.tiny_run import checkpoint, hashes, tensor_names
 from tests.distributed.training import TP2_PP2, only_weights, records, run, series
+from tests.support.tiny_run import checkpoint, hashes, tensor_names
 
 METHODS = {"baseline": None, "let": "", "linear": "--let-resize linear"}
 LEARNED_MAP = "decoder.layers.let_resize.weight"

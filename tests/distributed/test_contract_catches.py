@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 PART_TOLERANCE, TOTAL_TOLERANCE = 1e-3, 1e-5
 

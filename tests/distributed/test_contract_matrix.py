@@ -8,8 +8,8 @@ norm within 2 %.
 
 import pytest
 
-from megatron_let.testing import run_distributed
 from tests.distributed.pairwise import pairwise
+from tests.support.testing import run_distributed
 
 PART_TOLERANCE, TOTAL_TOLERANCE = 1e-3, 1e-5
 HALF_COSINE, HALF_NORM = 0.999, 0.02

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model
 from megatron_let.conversion.to_hf import ExportConfig, export
-from megatron_let.testing import run_distributed
 from tests.distributed.training import run, series
+from tests.support.testing import run_distributed
 from tests.unit.conversion.hf_models import MODELS, VOCAB, save_model
 
 TOLERANCE = 1e-5  # of the largest logit; float32 on both sides

@@ -5,8 +5,8 @@ Tolerances, float32: what distillation adds to the gradient 1e-3, the whole of i
 
 import pytest
 
-from megatron_let.testing import run_distributed
 from tests.distributed.conftest import agreement, layout_gradients, shape_flags
+from tests.support.testing import run_distributed
 
 PART_TOLERANCE, TOTAL_TOLERANCE = 1e-3, 1e-5
 WEIGHT = 0.7

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.testing import run_program
-from megatron_let.tiny_run import FLAGS, STEPS
+from tests.support.testing import run_program
+from tests.support.tiny_run import FLAGS, STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {

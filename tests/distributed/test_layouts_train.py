@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_let.tiny_run import FLAGS, checkpoint
 from tests.distributed.training import TP2_PP2, records, run, series
+from tests.support.tiny_run import FLAGS, checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4

@@ -12,7 +12,7 @@ from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import RunShape
 from megatron_let.planning.shapes import LLAMA_STYLE, student_shape
-from megatron_let.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
+from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 
 SEQ, ROWS = 16, 2  # of the contract's student
 SHAPE = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}

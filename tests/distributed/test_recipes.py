@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.recipes import recipe_flags
-from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import checkpoint
 from tests.distributed.training import records
+from tests.support.testing import run_distributed
+from tests.support.tiny_run import checkpoint
 from tests.unit.examples.recipes import without_files
 
 pytestmark = pytest.mark.slow

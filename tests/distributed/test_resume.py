@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import BATCH, FLAGS, SEQ, STEPS, checkpoint, hashes
 from tests.distributed.training import TP2_PP2, records, run, series
+from tests.support.testing import run_distributed
+from tests.support.tiny_run import BATCH, FLAGS, SEQ, STEPS, checkpoint, hashes
 
 STOP = 4  # of `tiny_run.LET`
 KINDS = {

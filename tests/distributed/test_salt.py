@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_let.tiny_run import STEPS, hashes
 from tests.distributed.training import TP2_PP2, records, run, series
+from tests.support.tiny_run import STEPS, hashes
 
 STOP = 4
 SALT = ["--method", "salt", "--kd-stop-step", str(STOP), "--teacher-model"]

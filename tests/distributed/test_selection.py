@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import BATCH, FLAGS, STEPS, VOCAB, hashes
 from tests.distributed.training import TP2_PP2, records, run, series
+from tests.support.testing import run_distributed
+from tests.support.tiny_run import BATCH, FLAGS, STEPS, VOCAB, hashes
 
 STOP = 3
 END = ["--save-interval", str(STEPS)]

@@ -7,8 +7,8 @@ Transformer Engine only --multi-latent-attention is not here, whose local layers
 
 import pytest
 
-from megatron_let.tiny_run import hashes
 from tests.distributed.training import run
+from tests.support.tiny_run import hashes
 
 EXPERTS = "--num-experts 4 --moe-router-topk 2"
 SHAPES = {

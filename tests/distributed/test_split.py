@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from tests.support.testing import run_distributed, save_tiny_teacher
 
 FUNCTION = "tests.distributed.split:own_states"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 METHODS = {
     "let": "--method let --let-layer 2 --let-decay step --let-stop-step 1 --teacher-model",

@@ -6,9 +6,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_let.speed import SECONDS_LEFT, TEACHER_SHARE, TOKENS
-from megatron_let.testing import run_distributed
-from megatron_let.tiny_run import FLAGS, STEPS
 from tests.distributed.training import records, run
+from tests.support.testing import run_distributed
+from tests.support.tiny_run import FLAGS, STEPS
 
 TFLOPS = "TFLOP/s per process"  # on CPU
 SPEEDS = (TOKENS, TFLOPS, TEACHER_SHARE, SECONDS_LEFT)

@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from megatron_let.errors import UsageError
-from megatron_let.testing import forget_last_run, run_distributed
-from megatron_let.tiny_run import FLAGS
+from tests.support.testing import forget_last_run, run_distributed
+from tests.support.tiny_run import FLAGS
 
 TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
 
@@ -65,6 +67,19 @@ def train_on_a_full_disk(argv: list[str], largest: int) -> str | None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return None
+
+
+def train_with_a_slow_writer(argv: list[str]) -> str | None:
+    """As `train`; steps go on before an asynchronous save has written anything."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return right(*args, **kwargs)
+
+    right = FileSystemWriterAsync.write_preloaded_data
+    with mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write)):
+        return train(argv)
 
 
 def select_samples(argv: list[str]) -> None:

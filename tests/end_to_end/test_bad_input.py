@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.testing import run_distributed, run_program, save_tiny_teacher
+from tests.support.testing import run_distributed, run_program, save_tiny_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (

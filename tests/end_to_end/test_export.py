@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.conversion.to_hf import ExportConfig, export, sample
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 VOCAB_SIZE, SEQ_LENGTH, BATCH, ITERATIONS = 300, 64, 8, 3
 TOLERANCE = 1e-4  # relative; fp32 on both sides, in another order

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_let.gpus import COUNTS, INDICES, promise
-from megatron_let.tiny_run import FLAGS
+from tests.support.tiny_run import FLAGS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.testing import run_program
+from tests.support.testing import run_program
 
 ROOT = Path(__file__).parents[2]
 

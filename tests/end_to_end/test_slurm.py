@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.tiny_run import FLAGS, Corpus, hashes, make_corpus
 from tests.distributed.training import records
 from tests.end_to_end.slurm_cluster import Cluster, cluster, missing
+from tests.support.tiny_run import FLAGS, Corpus, hashes, make_corpus
 
 pytestmark = [
     pytest.mark.slow,

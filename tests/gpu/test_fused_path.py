@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.tiny_run import FLAGS, STEPS, make_corpus
 from tests.distributed.training import series
+from tests.support.tiny_run import FLAGS, STEPS, make_corpus
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from megatron_let import arguments, entry
 from megatron_let.errors import UsageError
 from megatron_let.methods import build_method, distill, let
 from megatron_let.run_log import count_parameters
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 "

@@ -10,7 +10,7 @@ import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from tests.support.testing import run_distributed, save_tiny_teacher
 
 STEPS = "--eval-interval 5 --train-iters 10"
 LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
@@ -154,6 +154,10 @@ MISTAKES = {
     "batch size that would not grow": (
         f"{PLAIN} --rampup-batch-size 4 2 100",
         "--rampup-batch-size 4 2 100 has no effect.*Use --step-batch-size-schedule",
+    ),
+    "writer that would not be there": (
+        f"{PLAIN} --async-save",
+        "--async-save alone has no effect.*--use-persistent-ckpt-worker --async-strategy mcore",
     ),
     "distillation flag without the method": (
         f"{PLAIN} --kd-weight 0.5",

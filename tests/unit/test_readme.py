@@ -8,7 +8,7 @@ import pytest
 
 from megatron_let.conversion.families import FAMILIES, FLAG_OF
 from megatron_let.evaluation.harness import PAPER_TASKS
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -46,7 +46,7 @@ def test_flags_and_defaults_of_the_tables_are_the_parsers():
     defaults = methods.split("## Defaults")[1]
     rows = re.findall(r"^\| `(--[^|]*)` \| ([^|]*) \|", README + defaults, re.MULTILINE)
     flags = {flag for cell, _ in rows for flag in re.findall(r"--[a-z-]+", cell)}
-    [known] = run_distributed("megatron_let.testing:our_flags", 1)
+    [known] = run_distributed("tests.support.testing:our_flags", 1)
     assert flags <= known.keys()
     for cell, default in rows:
         names = re.findall(r"--[a-z-]+", cell)

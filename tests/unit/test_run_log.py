@@ -4,7 +4,7 @@ import re
 import pytest
 
 from megatron_let.report.runs import read_run
-from megatron_let.testing import run_distributed, save_tiny_teacher
+from tests.support.testing import run_distributed, save_tiny_teacher
 
 WRAPPED = {
     "training_log": [

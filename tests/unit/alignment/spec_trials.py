@@ -32,7 +32,7 @@ from megatron_let.alignment.attach import Alignment
 from megatron_let.alignment.layer import aligned_block_spec, aligned_layer_class
 from megatron_let.alignment.losses import LOSSES
 from megatron_let.alignment.resize import ResizeConfig
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 from tests.unit.command_line import MODEL
 
 LAYER = 2

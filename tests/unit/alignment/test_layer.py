@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 LOCAL = (
     "--num-layers --qk-layernorm --multi-latent-attention --num-experts --moe-layer-freq"

@@ -1,6 +1,6 @@
 """How steps are measured: whose turn it is, and where the host waits."""
 
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 WORKER = "tests.unit.benchmarks.measuring"
 

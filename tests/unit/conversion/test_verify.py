@@ -12,7 +12,7 @@ from megatron_let.conversion.from_hf import ImportConfig, import_model
 from megatron_let.conversion.to_hf import ExportConfig, export
 from megatron_let.conversion.verify import TOLERANCE, verify
 from megatron_let.errors import UsageError
-from megatron_let.testing import run_program
+from tests.support.testing import run_program
 from tests.unit.conversion.hf_models import MODELS, save_model
 from tools.convert_checkpoint import main
 

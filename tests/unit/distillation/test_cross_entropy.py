@@ -6,7 +6,7 @@ Tolerance 1e-5 absolute on losses and gradients of order one, float32.
 import numpy as np
 import pytest
 
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 FUNCTION = "tests.unit.distillation.shards:losses_and_gradient"
 CASES = {

@@ -5,7 +5,7 @@ import sys
 
 from benchmarks.recipes import without
 from megatron_let import entry
-from megatron_let.testing import forget_last_run
+from tests.support.testing import forget_last_run
 
 ELSEWHERE = ("--tokenizer-", "--train-data-", "--valid-data-", "--data-cache-")
 """What names files or a hub that a test does not have."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.recipes import planned, recipe_flags
-from megatron_let.testing import run_distributed
+from tests.support.testing import run_distributed
 
 ROOT = Path(__file__).resolve().parents[3]
 GPUS = 32

@@ -22,7 +22,7 @@ from megatron_let.teacher.load import (
     read_teacher_config,
     read_token_ids,
 )
-from megatron_let.testing import ARCHITECTURES, save_tiny_teacher
+from tests.support.testing import ARCHITECTURES, save_tiny_teacher
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_let.planning.flops import windowed_tokens
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher, near_random
-from megatron_let.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
+from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 
 VOCAB = 256
 TOKENS_BS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))

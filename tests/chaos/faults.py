@@ -19,9 +19,9 @@ import psutil
 
 from megatron_let.checkpoints import find_damage
 from megatron_let.conversion.checkpoint import TRACKER
-from megatron_let.tiny_run import FLAGS, Corpus, hashes
+from tests.support.tiny_run import FLAGS, Corpus, hashes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL = 60, 15
 RUN = (
     f"--train-iters {STEPS} --save-interval {INTERVAL} --eval-interval {INTERVAL} --eval-iters 2 "

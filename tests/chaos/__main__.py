@@ -1,6 +1,6 @@
 """Hit small LET runs with random faults, and compare what becomes of them with undisturbed runs.
 
-    python tools/chaos.py --faults 20 --seed 1 --output runs/chaos
+    .venv/bin/python -m tests.chaos --faults 20 --seed 1 --output runs/chaos
 
 Every fault has a run of its own, in turns over four layouts: a rank or all of them killed, TERM, a
 rank paused or hung, a file of the newest checkpoint cut or a bit of it flipped, a full disk; at
@@ -17,19 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from megatron_let.errors import UsageError
+from megatron_let.report.table import markdown_table
 
-from megatron_let.errors import UsageError  # noqa: E402
-from megatron_let.report.table import markdown_table  # noqa: E402
-
-# megatron_let.chaos imports torch and Megatron, which --help does without.
+# faults.py imports torch and Megatron, which --help does without.
 if TYPE_CHECKING:
-    from megatron_let.chaos import Outcome
+    from tests.chaos.faults import Outcome
 
 
 def draw(count: int, seed: int) -> list[tuple[str, str, str]]:
     """Return fault, moment and layout of every case: the kinds of fault in turn, shuffled."""
-    from megatron_let.chaos import FAULTS, LAYOUTS
+    from tests.chaos.faults import FAULTS, LAYOUTS
 
     rng = random.Random(seed)
     kinds = list(FAULTS)
@@ -63,8 +61,8 @@ def table(outcomes: Sequence["Outcome"]) -> str:
 
 def run(output: Path, count: int, seed: int) -> list["Outcome"]:
     """Run what is missing; every outcome is kept as it comes."""
-    from megatron_let.chaos import LAYOUTS, Outcome, befall, run_to_its_end
-    from megatron_let.tiny_run import Corpus, make_corpus
+    from tests.chaos.faults import LAYOUTS, Outcome, befall, run_to_its_end
+    from tests.support.tiny_run import Corpus, make_corpus
 
     corpus = Corpus(output / "corpus")
     if not (output / "corpus" / "complete").exists():
@@ -93,7 +91,7 @@ def run(output: Path, count: int, seed: int) -> list["Outcome"]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; the exit status tells whether every run ended as it should."""
     parser = argparse.ArgumentParser(
-        prog="chaos.py",
+        prog="tests.chaos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

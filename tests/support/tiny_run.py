@@ -1,6 +1,6 @@
 """A run that takes seconds: random words, two teachers that know them, and a student's flags.
 
-What the tests and `tools/chaos.py` train.
+What the tests train, those of `tests/chaos` too.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
-from megatron_let.testing import save_tiny_teacher
+from tests.support.testing import save_tiny_teacher
 
 VOCAB, SEQ, BATCH, STEPS = 256, 16, 8, 8
 FLAGS = (

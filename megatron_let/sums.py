@@ -1,0 +1,91 @@
+"""SHA-256 sums of a checkpoint's files, made while training goes on.
+
+Megatron's own are made by rank 0, file after file, while all ranks wait. Here each rank sums the
+files that it has written, in a thread, and rank 0 puts the sums together in Megatron's format, for
+`--verify-integrity`. A run that is killed before leaves a whole checkpoint without sums.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "integrity.json"
+"""Megatron's name and format."""
+PARTS = "integrity_{}.part"
+PATIENCE_SECONDS = 600.0
+"""So long rank 0 waits for the others' sums."""
+LAST_SECONDS = 20.0
+"""So long the end of a run waits for its last sums; torchrun kills 30 s after a SIGTERM."""
+
+
+class Sums:
+    """Sums one checkpoint after the other in the background; no error of it ends the run."""
+
+    def __init__(self) -> None:
+        self._newest: threading.Thread | None = None
+
+    def start(self, folder: Path) -> None:
+        """Sum a checkpoint whose files are all there; called on every rank."""
+        ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._newest = threading.Thread(
+            target=_sum_after, args=(self._newest, folder, *ranks), daemon=True
+        )
+        self._newest.start()
+
+    def finish(self) -> None:
+        """Wait for what is being summed at the end of a run, for a while."""
+        if self._newest is not None:
+            self._newest.join(LAST_SECONDS)
+
+
+def forget_sums(folder: Path) -> None:
+    """Remove the sums of an older attempt before its files are written again."""
+    for path in (folder / FILE, *folder.glob(PARTS.format("*"))):
+        path.unlink(missing_ok=True)
+
+
+def _sum_after(before: threading.Thread | None, folder: Path, rank: int, ranks: int) -> None:
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # this thread's, on Linux
+        if before is not None:
+            before.join()
+        own = sorted(folder.glob(f"*__{rank}_*.distcp"))
+        _write(folder / PARTS.format(rank), {path.name: _sha256(path) for path in own})
+        if rank == 0:
+            _put_together(folder, [folder / PARTS.format(other) for other in range(ranks)])
+    except Exception as error:  # a full disk, or a checkpoint that has been removed
+        print(f"> {folder} stays without sums: {error}", flush=True)
+
+
+def _put_together(folder: Path, parts: list[Path]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while missing := [part.name for part in parts if not part.exists()]:
+        if time.monotonic() > deadline or not folder.exists():
+            raise TimeoutError(f"no {', '.join(missing)} came")
+        time.sleep(0.1)
+    sums = {name: sha for part in parts for name, sha in json.loads(part.read_text()).items()}
+    for path in folder.iterdir():  # what all ranks share, and files of an older layout
+        if path.is_file() and path.name not in sums and path not in parts and path.name != FILE:
+            sums[path.name] = _sha256(path)
+    _write(folder / FILE, {"algorithm": "sha256", "files": dict(sorted(sums.items()))})
+    for part in parts:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2))
+    os.replace(partial, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
