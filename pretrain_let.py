@@ -18,6 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from megatron_let import entry, torch_adam  # noqa: E402
 from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save  # noqa: E402
+from megatron_let.door import Door  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.resume import resume_check  # noqa: E402
@@ -29,11 +30,13 @@ def main() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
     torch_adam.install()
+    door = Door()
+    door.install()
     args = entry.parse_arguments()
     entry.keep_save_results_here(args)
     method = build_method(args)
     model_config = entry.model_config(args, method)
-    model_config.pre_wrap_hooks.insert(0, resume_check(args, method))
+    model_config.pre_wrap_hooks.insert(0, resume_check(door, args, method))
 
     log = RunLog(args, method)
     run = Run(args, model_config, method, log)
