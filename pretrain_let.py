@@ -19,6 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_let import entry, torch_adam  # noqa: E402
 from megatron_let.async_saves import prepare_saves  # noqa: E402
 from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save  # noqa: E402
+from megatron_let.door import Door  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.resume import resume_check  # noqa: E402
@@ -37,11 +38,13 @@ def train() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
     torch_adam.install()
+    door = Door()
+    door.install()
     args = entry.parse_arguments()
     prepare_saves(args)
     method = build_method(args)
     model_config = entry.model_config(args, method)
-    model_config.pre_wrap_hooks.insert(0, resume_check(args, method))
+    model_config.pre_wrap_hooks.insert(0, resume_check(door, args, method))
 
     log = RunLog(args, method)
     run = Run(args, model_config, method, log)

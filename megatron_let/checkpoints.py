@@ -1,8 +1,8 @@
 """Which checkpoint a run goes on from: the newest that is whole.
 
-Megatron takes the one that its tracker names, and writes the tracker last. What can still go wrong
-is found here before anything is loaded: files cut or missing, bits that flipped (with
---verify-integrity, which writes SHA-256 sums beside the files), a tracker torn by a kill.
+The folders decide. Megatron's tracker is written last and not in one go: it can be torn by a kill,
+lost, or edited. Damage is what sizes, sums (--verify-integrity writes them beside the files) or
+the load itself tell (`safe_loading.py`).
 """
 
 import errno
@@ -11,15 +11,22 @@ import json
 import os
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 from megatron.training import get_args
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_let.conversion.checkpoint import TRACKER, stored_bytes
+from megatron_let.conversion.checkpoint import (
+    TRACKER,
+    Checkpoint,
+    cut,
+    is_finished,
+    is_written,
+    iteration_folders,
+    listed,
+)
 from megatron_let.errors import MachineError, UsageError
 
 SUMS = "integrity.json"
@@ -28,31 +35,206 @@ HASHES_AT_ONCE = 8
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 SAVE_ERRORS = (RuntimeError, OSError, CheckpointException)
 """What a failed save raises; the last is no `Exception`."""
+RELEASE = -1
+"""Stands for the iteration of a `release`: weights without one."""
 
 
-def go_on_from_a_whole_checkpoint(args: Namespace) -> None:
-    """Have `--load` name a whole checkpoint; called on every rank when the groups are there.
-
-    A damaged one of this run's own (`--load` is `--save`) is renamed, so that it is neither loaded
-    nor overwritten, and the newest whole one before it takes its place in the tracker.
+def check_flags(args: Namespace) -> None:
+    """Refuse what saves or loads in another way than this program's.
 
     Raises:
-        UsageError: a checkpoint asked for by name, or of another run, is damaged; or none is whole.
+        UsageError: naming the flag and the way out.
     """
-    if args.load is None or not (Path(args.load) / TRACKER).is_file():
+    used = any((args.save, args.load, args.pretrained_checkpoint))
+    for flag, value, good in (
+        ("--ckpt-format", args.ckpt_format if used else None, "torch_dist"),
+        ("--ckpt-convert-format", args.ckpt_convert_format, None),
+        ("--non-persistent-ckpt-type", args.non_persistent_ckpt_type, "global"),
+        ("--enable-msc", args.enable_msc or None, None),
+    ):
+        if value not in (None, good):
+            raise UsageError(
+                f"{flag} {value} is refused: only folders in torch_dist format are read here, of "
+                "which nothing is executed; what is saved otherwise could never be loaded. Leave "
+                "it out. Megatron-LM's pretrain_gpt.py converts older checkpoints that you trust."
+            )
+
+
+def choose(args: Namespace, load: str, damaged: dict[Path, str], sums: bool = True) -> Path | None:
+    """Return the checkpoint in `load` that a run goes on from; None if it starts from scratch.
+
+    Args:
+        args: the command line.
+        load: `--load` or `--pretrained-checkpoint`.
+        damaged: checkpoints that are known to be, and why; what is found is added.
+        sums: whether to read whole files, to compare their sums where there are any.
+
+    Raises:
+        UsageError: there is none; or it was asked for by name, or is another run's, and is damaged.
+    """
+    folder = Path(load)
+    tracked = read_tracker(folder)
+    for step, path in _candidates(args, folder):
+        if not is_finished(path) and args.ckpt_step is None and step > (tracked or 0):
+            continue  # a save that was killed
+        if (problem := damaged.get(path) or find_damage(path, sums)) is None:
+            return path
+        damaged[path] = problem
+        if args.ckpt_step is not None or not is_own(args, folder):
+            raise UsageError(
+                f"{path} is damaged: {problem}. Choose a whole checkpoint with --ckpt-step; "
+                f"{folder} holds: {listed(folder)}."
+            )
+    if problems := [f"{path.name}: {damaged[path]}" for path in damaged if path.parent == folder]:
+        raise UsageError(
+            f"{folder} holds no whole checkpoint ({'; '.join(problems)}). Start a new run with "
+            "another --save."
+        )
+    if load == args.load and args.pretrained_checkpoint is not None:
+        return None
+    if is_own(args, folder) and not args.exit_on_missing_checkpoint:
+        return None
+    raise UsageError(
+        f"No checkpoint in {folder}: give the folder that was a run's --save, not an iter_ folder "
+        "inside it. Only with --save of the same name does a run start without one."
+    )
+
+
+def _candidates(args: Namespace, load: Path) -> Iterator[tuple[int, Path]]:
+    """The checkpoints that may be loaded with their steps, the newest first."""
+    folders = iteration_folders(load)
+    tracked, found = read_tracker(load), list(folders.items())
+    if args.non_persistent_ckpt_type == "global" and str(load) == args.load:
+        found += iteration_folders(
+            Path(args.non_persistent_global_ckpt_dir or load / "non_persistent")
+        ).items()
+    wanted = args.ckpt_step
+    if wanted is None and not is_own(args, load) and tracked not in (None, RELEASE, *folders):
+        wanted = tracked  # another run's newest is gone: it is not for us to take an older one
+    if wanted is not None:
+        there = bool(found)
+        found = [(step, path) for step, path in found if step == wanted]
+        if not found and (there or args.pretrained_checkpoint is None):
+            raise UsageError(
+                f"There is no checkpoint of step {wanted} in {load}, which holds: {listed(load)}. "
+                "Choose one of them with --ckpt-step."
+            )
+    elif (load / "release").is_dir():
+        found.append((RELEASE, load / "release"))
+    yield from reversed(sorted(found, key=lambda pair: pair[0]))
+
+
+def read_tracker(load: Path) -> int | None:
+    """Return the iteration that the tracker names, or `RELEASE`; None if it is gone or torn."""
+    try:
+        word = (load / TRACKER).read_text().strip()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return None
+    if word == "release":
+        return RELEASE
+    return int(word) if word.isdecimal() else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the iteration that a run which goes on from a checkpoint has behind it."""
+    return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
+
+
+def is_own(args: Namespace, load: Path) -> bool:
+    """Whether a folder to load from is the one that this run saves to."""
+    return args.save is not None and os.path.realpath(load) == os.path.realpath(args.save)
+
+
+def refuse_overwriting(args: Namespace, start: int, damaged: dict[Path, str]) -> None:
+    """Refuse a run from a step before whole checkpoints in its `--save`.
+
+    Raises:
+        UsageError: with the ways out.
+    """
+    if args.save is None or args.skip_train:
         return
-    verdict: list[UsageError | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            own = _is_same(args.load, args.save)
-            used = _settle(Path(args.load), args.ckpt_step, own)
-            if args.verify_integrity and not (used / SUMS).is_file():
-                save_integrity_manifest(str(used))  # Megatron takes none without them any more
-        except (UsageError, OSError) as error:  # or the other ranks would wait for ever
-            verdict = [error if isinstance(error, UsageError) else MachineError(str(error))]
-    torch.distributed.broadcast_object_list(verdict)
-    if verdict[0] is not None:
-        raise verdict[0]
+    later = {s: p for s, p in iteration_folders(Path(args.save)).items() if s > start}
+    if whole := [p.name for p in later.values() if p not in damaged and is_written(p)]:
+        raise UsageError(
+            f"This run starts from step {start} and would overwrite {', '.join(whole)} in --save "
+            f"{args.save}. To go on from the newest, add --load {args.save} and leave out "
+            "--ckpt-step and --finetune; or choose another --save."
+        )
+
+
+def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
+    """Once a whole checkpoint is loaded: say what was wrong, and mend what is this run's own.
+
+    A damaged one is renamed, so that it is neither loaded nor overwritten; the tracker is written
+    in one go, as Megatron does not.
+    """
+    load = used.parent
+    tracked, step = read_tracker(load), RELEASE if used.name == "release" else step_of(used)
+    is_tracked = tracked == step or str(load) != str(Path(args.load or ""))
+    if args.ckpt_step is not None or (is_tracked and not damaged):
+        return
+    if not is_tracked:
+        named = "is gone or torn" if tracked is None else f"names step {tracked}"
+        print(f"> {load / TRACKER} {named}", flush=True)
+    for path, problem in damaged.items():
+        print(f"> {path} is damaged: {problem}", flush=True)
+    print(f"> going on from {used}, the newest whole checkpoint", flush=True)
+    if not is_own(args, Path(args.load)):
+        return
+    try:
+        for path in filter(Path.exists, damaged):
+            path.rename(_free_name(path.with_name(f"damaged_{path.name}")))
+        if not is_tracked and step != RELEASE:
+            partial = load / f"{TRACKER}.partial"
+            partial.write_text(str(step))
+            os.replace(partial, load / TRACKER)
+    except OSError as error:
+        print(f"> {args.load} is left as it is: {error}", flush=True)
+
+
+def _free_name(path: Path) -> Path:
+    names = [path, *(path.with_name(f"{path.name}.{i}") for i in range(2, 100))]
+    return next(name for name in names if not name.exists())
+
+
+def find_damage(folder: Path, sums: bool = True) -> str | None:
+    """Say what is wrong with one `torch_dist` checkpoint; None if nothing is.
+
+    With sums every file is read and compared; without them, as Megatron saves by default, sizes
+    are, and what a run reads first is read.
+
+    Raises:
+        MachineError: a file is there and cannot be read now, which is no damage.
+    """
+    if not is_finished(folder):
+        return "it is half-written: metadata.json is missing or damaged"
+    try:
+        found = (sums and _differing(folder)) or cut(folder)
+        return found or Checkpoint(folder).unreadable_state()
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be read now: {error}") from error
+
+
+def _differing(folder: Path) -> str | None:
+    """Compare with the sums, before anything in the files is believed."""
+    if not (folder / SUMS).is_file():
+        return None
+    try:
+        sums = json.loads((folder / SUMS).read_text())["files"]
+    except (ValueError, KeyError) as error:
+        return f"{SUMS} is no list of sums: {error}"
+    with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
+        found = pool.map(lambda name: _sha256(folder / name), sums)
+        differing = [name for name, sha in zip(sums, found, strict=True) if sha != sums[name]]
+    return f"the SHA-256 of {', '.join(differing)} is not what it was" if differing else None
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def explain_failed_save(error: BaseException) -> str | None:
@@ -73,127 +255,3 @@ def explain_failed_save(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}."
     return None
-
-
-def _is_same(load: str, save: str | None) -> bool:
-    return save is not None and Path(load).absolute() == Path(save).absolute()
-
-
-def _settle(load: Path, step: int | None, own: bool) -> Path:
-    """Return the checkpoint that will be loaded."""
-    tracked = (load / TRACKER).read_text().strip()
-    if step is None and tracked == "release":
-        wanted = load / "release"
-    elif step is None and not tracked.isdecimal():
-        wanted = None  # torn: Megatron does not write it in one go
-    else:
-        wanted = load / _name(int(tracked) if step is None else step)
-    problem = "its tracker is torn" if wanted is None else find_damage(wanted)
-    if wanted is not None and problem is None:
-        return wanted
-    assert problem is not None
-    if step is not None or not own or tracked == "release":
-        raise UsageError(
-            f"{wanted or load} is damaged: {problem}. Choose a whole checkpoint with --ckpt-step."
-        )
-    return _step_back(load, wanted, problem)
-
-
-def _step_back(load: Path, damaged: Path | None, problem: str) -> Path:
-    """Put damaged checkpoints aside, from the newest on, once an older one is found to be whole."""
-    aside = [] if damaged is None else [(damaged, problem)]
-    older = (p for p in load.glob("iter_*") if damaged is None or p.name < damaged.name)
-    for newest in sorted(older, reverse=True):
-        if (found := find_damage(newest)) is None:
-            break
-        aside.append((newest, found))
-    else:
-        problems = "; ".join(f"{path.name}: {found}" for path, found in aside) or problem
-        raise UsageError(
-            f"{load} holds no whole checkpoint ({problems}). Start a new run with another --save."
-        )
-    for path, found in aside:
-        print(f"> {path} is damaged: {found}", flush=True)
-        if path.exists():
-            path.rename(_free_name(path.with_name(f"damaged_{path.name}")))
-    partial = load / f"{TRACKER}.partial"
-    partial.write_text(str(int(newest.name.removeprefix("iter_"))))
-    os.replace(partial, load / TRACKER)
-    print(f"> going on from {newest}, the newest whole checkpoint", flush=True)
-    return newest
-
-
-def _free_name(path: Path) -> Path:
-    names = [path, *(path.with_name(f"{path.name}.{i}") for i in range(2, 100))]
-    return next(name for name in names if not name.exists())
-
-
-def _name(step: int) -> str:
-    return f"iter_{step:07d}"
-
-
-def find_damage(folder: Path) -> str | None:
-    """Say what is wrong with one `torch_dist` checkpoint; None if nothing is.
-
-    With sums every file is read and compared; without them, as Megatron saves by default, only
-    their sizes can be.
-
-    Raises:
-        MachineError: a file is there and cannot be read now, which is no damage.
-    """
-    config = folder / "metadata.json"
-    if not folder.is_dir():
-        return "it is not there"
-    if not config.is_file():
-        return "it is half-written: metadata.json is missing"
-    try:
-        return _differing(folder) or _cut(folder, config)
-    except OSError as error:
-        raise MachineError(f"{folder} cannot be read now: {error}") from error
-
-
-def is_written(folder: Path) -> bool:
-    """Whether one `torch_dist` checkpoint has all its files, by their sizes."""
-    config = folder / "metadata.json"
-    return config.is_file() and _cut(folder, config) is None
-
-
-def _differing(folder: Path) -> str | None:
-    """Compare with the sums, before anything in the files is believed."""
-    if not (folder / SUMS).is_file():
-        return None
-    try:
-        sums = json.loads((folder / SUMS).read_text())["files"]
-    except (ValueError, KeyError) as error:
-        return f"{SUMS} is no list of sums: {error}"
-    with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
-        found = pool.map(lambda name: _sha256(folder / name), sums)
-        differing = [name for name, sha in zip(sums, found, strict=True) if sha != sums[name]]
-    return f"the SHA-256 of {', '.join(differing)} is not what it was" if differing else None
-
-
-def _cut(folder: Path, config: Path) -> str | None:
-    """Compare the files' sizes with what `.metadata` says of them."""
-    try:
-        if json.loads(config.read_text())["sharded_backend"] != "torch_dist":
-            return None  # another format, which Megatron reads or refuses
-        needed = stored_bytes(folder)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        return f"it cannot be read: {error}"
-    for name, size in needed.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size < size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
-    return None
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None

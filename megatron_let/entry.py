@@ -16,7 +16,7 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
-from megatron_let import arguments
+from megatron_let import arguments, checkpoints
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
@@ -55,6 +55,7 @@ def parse_arguments() -> Namespace:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     _refuse_ignored(flags)
     arguments.check_flags(flags, sys.argv)
+    checkpoints.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)
     args = _megatron_arguments(tracker_defaults(flags))
@@ -102,6 +103,8 @@ def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
     defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
     try:
         return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+    except UsageError:
+        raise  # a checkpoint's, of --use-checkpoint-args
     except (AssertionError, OSError, ValueError) as error:
         # Some assertions have no words: then the violated condition speaks for itself.
         words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line

@@ -4,22 +4,27 @@ Megatron compares the student's shape with the checkpoint's and knows nothing of
 """
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
-from megatron.training.checkpointing import _load_base_checkpoint
+from megatron.training import checkpointing
 
-from megatron_let.checkpoints import go_on_from_a_whole_checkpoint
+from megatron_let.arguments import GROUPS
+from megatron_let.door import Door
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 
+DEFAULTS = {field.name: field.default for group in GROUPS.values() for field in fields(group)}
 
-def resume_check(args: Namespace, method: Method) -> Callable[[list[Any]], list[Any]]:
+
+def resume_check(door: Door, args: Namespace, method: Method) -> Callable[[list[Any]], list[Any]]:
     """Return the hook that Megatron calls before it loads: on every rank, with the groups there."""
 
     def check(chunks: list[Any]) -> list[Any]:
-        go_on_from_a_whole_checkpoint(args)
+        door.settle(args)
         check_resume(args, method)
         return chunks
 
@@ -53,15 +58,18 @@ def _saved_args(args: Namespace) -> Namespace | None:
     Every rank reads them, as Megatron does with --use-checkpoint-args: it is the small part of a
     checkpoint that holds no tensors.
     """
-    if args.load is None:
+    if args.load is None and args.pretrained_checkpoint is None:
         return None
-    state, _, release, _ = _load_base_checkpoint(args.load, args, rank0=True)
+    state, _, release, _ = checkpointing._load_base_checkpoint(args.load, args, rank0=True)
     return None if release or not state else state.get("args")
 
 
 def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:
+    given = {word.partition("=")[0] for word in sys.argv}
     for name in method.same_on_resume:
-        value, before = vars(args)[name], vars(saved).get(name)
+        if name not in saved and _flag(name, None).split()[-1] not in given:
+            continue  # older code's, which did what is the default now
+        value, before = vars(args)[name], vars(saved).get(name, DEFAULTS[name])
         if value != before:
             raise UsageError(
                 f"This run has {_flag(name, value)}, the checkpoint in {args.load} was saved with "

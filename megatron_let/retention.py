@@ -11,10 +11,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_let.checkpoints import is_written
-from megatron_let.conversion.checkpoint import TRACKER
+from megatron_let.conversion.checkpoint import TRACKER, is_written, iteration_folders
 
-PREFIX = "iter_"
 LEAVING = "removing_"
 """A folder that is being removed has another name: half of it must not pass for a checkpoint."""
 
@@ -75,11 +73,7 @@ def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None)
         keep_last: how many to keep, the newest among them; a half-written one does not count.
         keep_every: checkpoints at its multiples are kept as well.
     """
-    found = {
-        int(path.name.removeprefix(PREFIX)): path
-        for path in save.glob(f"{PREFIX}*")
-        if path.name.removeprefix(PREFIX).isdecimal() and not path.is_symlink()
-    }
+    found = {s: path for s, path in iteration_folders(save).items() if not path.is_symlink()}
     whole = [s for s in sorted(found, reverse=True) if s <= newest and is_written(found[s])]
     if len(whole) < keep_last:
         return []

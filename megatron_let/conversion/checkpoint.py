@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,45 +53,88 @@ DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, 
 """What reading a file raises that is missing, cut or not what it should be."""
 
 
+def step_name(step: int) -> str:
+    """Return the name that Megatron gives the folder of an iteration."""
+    return f"iter_{step:07d}"
+
+
+def iteration_folders(load: Path) -> dict[int, Path]:
+    """Return the checkpoints' folders in `load` by iteration, the newest last.
+
+    Only a name that Megatron gives counts: `iter_0000005.mine` is its owner's.
+    """
+    named = {p.name.removeprefix("iter_"): p for p in load.glob("iter_*") if p.is_dir()}
+    steps = {int(word): path for word, path in named.items() if word.isdecimal()}
+    return {step: steps[step] for step in sorted(steps) if steps[step].name == step_name(step)}
+
+
+def listed(load: Path) -> str:
+    """Say which checkpoints a folder holds."""
+    return ", ".join(path.name for path in iteration_folders(load).values()) or "none"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a save came to its end, which is to write `metadata.json`.
+
+    Raises:
+        UsageError: it has another format than `torch_dist`, which might execute what it holds.
+    """
+    try:
+        saved = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
+    except FileNotFoundError:
+        saved = "torch" if any(folder.glob("mp_rank_*")) else None
+    except (ValueError, KeyError, TypeError):
+        saved = None
+    if saved not in (None, "torch_dist"):
+        raise UsageError(
+            f"{folder} was saved with --ckpt-format {saved}; only torch_dist can be read. "
+            "Megatron-LM's pretrain_gpt.py converts what you trust: --ckpt-convert-format."
+        )
+    return saved is not None
+
+
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
     """Return the folder of one checkpoint below `load` (`--save` of the run).
 
     Args:
-        load: the folder with `latest_checkpointed_iteration.txt`.
-        step: the iteration to take; the tracker's if None.
+        load: the folder that holds the `iter_` folders.
+        step: the iteration to take; the newest that has all its bytes if None.
 
     Raises:
         UsageError: there is no such checkpoint, or it has another format than `torch_dist`.
     """
-    folder = load / _step_folder(load, step)
-    if not folder.is_dir():
-        found = sorted(path.name for path in load.glob("iter_*"))
-        raise UsageError(f"No checkpoint at {folder}. {load} holds: {', '.join(found) or 'none'}.")
-    config = folder / "metadata.json"
-    try:
-        backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else "torch"
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{config} is damaged: {error}") from error
-    if backend != "torch_dist":
-        raise UsageError(
-            f"{folder} was saved with --ckpt-format {backend}; only torch_dist can be read."
-        )
-    return folder
-
-
-def _step_folder(load: Path, step: int | None) -> str:
+    folders = [*iteration_folders(load).values()][::-1] + [load / "release"]
     if step is not None:
-        return f"iter_{step:07d}"
-    tracker = load / TRACKER
-    if not tracker.is_file():
-        raise UsageError(
-            f"--load {load} has no {TRACKER}: give the folder that was the run's --save, not an "
-            "iter_ folder inside it; --ckpt-step chooses among those."
-        )
-    word = tracker.read_text().strip()
-    if word != "release" and not word.isdecimal():
-        raise UsageError(f"{tracker} holds {word!r}, which is not an iteration.")
-    return word if word == "release" else f"iter_{int(word):07d}"
+        folders = [load / step_name(step)]
+    problem: str | None = ""
+    for folder in folders:
+        if is_finished(folder) and (problem := cut(folder)) is None:
+            return folder
+    raise UsageError(
+        f"No whole checkpoint at {load if step is None else folders[0]}. {problem} {load} holds: "
+        f"{listed(load)}. Give the folder that was the run's --save, not an iter_ folder inside "
+        "it; --ckpt-step chooses among those."
+    )
+
+
+def is_written(folder: Path) -> bool:
+    """Whether one `torch_dist` checkpoint has all its files, by their sizes."""
+    return (folder / "metadata.json").is_file() and cut(folder) is None
+
+
+def cut(folder: Path) -> str | None:
+    """Compare the files' sizes with what `.metadata` says of them; say what is wrong."""
+    try:
+        needed = stored_bytes(folder)
+    except UsageError as error:
+        return str(error)
+    for name, size in needed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:
@@ -154,6 +198,18 @@ class Checkpoint:
             for item in items:
                 _narrow(target, item.dest_offsets, item.lengths).copy_(self._piece(item))
         return target if layer is None else target[0]
+
+    def unreadable_state(self) -> str | None:
+        """Say why a run could not read what it reads first, None if it can."""
+        older = self.folder / OLDER_COMMON_STATE
+        try:
+            entry = None if older.exists() else self._mapped(MetadataIndex(COMMON_STATE))
+            torch.load(io.BytesIO(entry or older.read_bytes()), "cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
+            return f"the run's state cannot be read: {why(error)}"
+        return None
 
     def args(self) -> Namespace:
         """Return the run's arguments.
@@ -232,8 +288,7 @@ class Checkpoint:
         try:
             yield
         except DAMAGED as error:
-            reason = (str(error) or "it ends too early").partition("\n")[0]
-            raise UsageError(f"{name} in {self.folder} cannot be read: {reason}") from error
+            raise UsageError(f"{name} in {self.folder} cannot be read: {why(error)}") from error
 
 
 def _narrow(tensor: torch.Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> torch.Tensor:
@@ -246,15 +301,30 @@ def _read_metadata(folder: Path) -> Metadata:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            return _MetadataUnpickler(file).load()
+            metadata = MetadataUnpickler(file).load()
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise ValueError(f"it names a file outside, {stored.relative_path}")
     except Exception as error:  # a damaged pickle can raise anything
+        if isinstance(error, OSError) and path.exists():
+            raise  # the disk's fault
         raise UsageError(f"{path} cannot be read: {error}") from error
+    return metadata
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+def why(error: BaseException) -> str:
+    """Return in a few words why an entry cannot be loaded."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it names {named[1]}, which is no data"
+    words = str(error).rpartition("WeightsUnpickler error: ")[2]
+    return (words or "it ends too early").strip().partition("\n")[0]
+
+
+class MetadataUnpickler(pickle.Unpickler):
     """Builds the metadata classes of `torch.distributed.checkpoint` and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Refuse all other names."""
         if name not in METADATA_CLASSES.get(module, "").split():
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no metadata")
         return super().find_class(module, name)
@@ -278,8 +348,11 @@ def _load_inert(file: io.BytesIO) -> Any:
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         file.seek(0)
-        stand_ins: list[Any] = [(_Inert, name) for name in foreign if name != "argparse.Namespace"]
-        with torch.serialization.safe_globals([Namespace, *stand_ins]):
+        # Not what is allowed already, as in Megatron: the end of `with` would forbid it for good.
+        stand_ins: list[Any] = [
+            (Namespace if name == "argparse.Namespace" else _Inert, name) for name in foreign
+        ]
+        with torch.serialization.safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError("The checkpoint's arguments are damaged, or not data alone.") from error

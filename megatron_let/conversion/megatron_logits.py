@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
-from megatron_let import entry  # noqa: E402
+from megatron_let import entry, safe_loading  # noqa: E402
 from megatron_let.accelerators import platform_defaults  # noqa: E402
 from megatron_let.conversion.checkpoint import Checkpoint  # noqa: E402
 
@@ -69,6 +69,7 @@ def build_model(args: Namespace) -> Any:
 
 def main(folder: str, tokens: str, logits: str, rounded_to: str) -> None:
     """Write float32 logits `[b, s, V]` for token ids `[b, s]`, of weights rounded to a type."""
+    safe_loading.install()
     checkpoint = Checkpoint(Path(folder))
     model = build_model(model_arguments(checkpoint))
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.attack.poison import read_metadata
 from tests.distributed.training import TP2_PP2, records, run, series
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import BATCH, FLAGS, SEQ, STEPS, checkpoint, hashes
@@ -187,6 +188,86 @@ def test_a_damaged_checkpoint_costs_one_more_interval(undamaged, tmp_path, damag
     assert "is damaged" in error and "--ckpt-step" in error
 
 
+def entry(folder, name):
+    """File, offset and length of the first entry of a tensor or object, in a test's own files."""
+    metadata = read_metadata(folder)
+    stored = next(s for index, s in metadata.storage_data.items() if index.fqn.startswith(name))
+    return folder / stored.relative_path, stored.offset, stored.length
+
+
+def overwrite(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def shifted(folder):
+    """Some bytes in the middle are gone, the size is right."""
+    path, offset, length = entry(folder, "decoder.layers.mlp.linear_fc2.weight")
+    content = path.read_bytes()
+    path.write_bytes(content[: offset + 99] + content[offset + 199 :] + bytes(100))
+
+
+def garbage(folder):
+    path, offset, length = entry(folder, "decoder.layers.mlp.linear_fc1.weight")
+    overwrite(path, offset, b"garbage " * (length // 8))
+
+
+def truncated(folder):
+    """An entry that is no tensor ends half way."""
+    path, offset, length = entry(folder, "rng_state")
+    overwrite(path, offset + length // 2, bytes(length - length // 2))
+
+
+SLOW_LAYOUT = ["1", pytest.param("tp2_pp2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("damage", [shifted, garbage, truncated])
+@pytest.mark.parametrize("undamaged", SLOW_LAYOUT, indirect=True)
+def test_damage_that_only_the_load_finds(undamaged, tmp_path, damage):
+    """Some ranks find it; all go on from the checkpoint before, in the same start."""
+    world_size, flags, folder = undamaged
+    save = tmp_path / "run"
+    shutil.copytree(folder / "run", save)
+    newest = save / "iter_0000006"
+    (newest / "integrity.json").unlink()
+    damage(newest)
+    assert not run(world_size, *flags, "--save", str(save), "--load", str(save))
+    assert min(i for i in records(save, "start") if i) == 4
+    assert (save / "damaged_iter_0000006").is_dir()
+    assert hashes(save) == hashes(folder / "whole")
+
+
+@pytest.mark.parametrize("undamaged", ["1"], indirect=True)
+def test_where_nothing_older_is_whole_nothing_is_renamed(undamaged, tmp_path):
+    _, flags, folder = undamaged
+    save = tmp_path / "run"
+    for step in (4, 6):
+        shutil.copytree(folder / "run" / f"iter_{step:07d}", save / f"iter_{step:07d}")
+        (save / f"iter_{step:07d}" / "integrity.json").unlink()
+        garbage(save / f"iter_{step:07d}")
+    error = run(1, *flags, "--save", str(save), "--load", str(save))
+    assert "holds no whole checkpoint (iter_0000006: decoder.layers.mlp.linear_fc1" in error
+    assert not list(save.glob("damaged_*"))
+
+
+@pytest.mark.parametrize("undamaged", ["1"], indirect=True)
+@pytest.mark.parametrize("failure", ["shape", "disk", "memory", "allocator"])
+def test_what_is_no_damage_is_not_taken_for_it(undamaged, tmp_path, failure):
+    _, flags, folder = undamaged
+    save = tmp_path / "run"
+    shutil.copytree(folder / "run", save)
+    argv = [*FLAGS, *flags, "--save", str(save), "--load", str(save)]
+    if failure == "shape":
+        argv += ["--ffn-hidden-size", "128"]
+        [error] = run_distributed("tests.attack.runs:train", 1, argv)
+        assert "mismatch" in error, error
+    else:
+        [error] = run_distributed("tests.attack.runs:train_where_reading_fails", 1, argv, failure)
+        assert failure in error, error
+    assert (save / "iter_0000006").is_dir() and not list(save.glob("damaged_*"))
+
+
 def test_a_full_disk_is_named_and_older_checkpoints_stay(corpus, tmp_path):
     save = ["--save", str(tmp_path / "run")]
     flags = [*corpus.flags, *corpus.let(), *EVERY_2]
@@ -209,3 +290,29 @@ def test_totals_count_steps_that_were_not_logged(corpus, tmp_path):
     assert not run(1, *flags, "--load", str(tmp_path))
     tokens = series(tmp_path, "tokens")
     assert tokens == {step: step * BATCH * SEQ for step in (4, 8)}
+
+
+# --- which checkpoint --------------------------------------------------------------------------
+
+
+def test_a_start_says_where_it_goes_on_or_that_it_is_the_first(corpus, whole, tmp_path):
+    flags = [*corpus.flags, *corpus.let(*KINDS["dropout"].split()), "--exit-interval", "1"]
+    save = str(whole / "dropout")
+    assert "starts from step 0 and would overwrite" in run(1, *flags, "--save", save)
+    folders = ["--load", f"{tmp_path}/mistyped", "--save", f"{tmp_path}/new"]
+    assert "No checkpoint in" in run(1, *flags, *folders)
+    assert not run(1, *flags, "--load", folders[-1], *folders[-2:])
+    assert set(series(tmp_path / "new", "lm loss")) == {1}
+
+
+def test_an_argument_that_older_code_did_not_have_is_its_default(corpus, whole, tmp_path):
+    save = tmp_path / "run"
+    shutil.copytree(whole / "dropout", save)
+    gone = ("let_loss", "let_resize_side", "let_teacher_layer", "teacher_control")
+    change = "tests.attack.poison:change_args"
+    run_distributed(change, 1, save / "iter_0000006", {}, gone)
+    flags = KINDS["dropout"].split()
+    error = resume(corpus, save, tmp_path / "other", 6, *flags, "--let-loss", "logsum")
+    assert "--let-loss logsum" in error and "--let-loss cosine" in error
+    assert not resume(corpus, save, tmp_path / "other", 6, *flags)
+    assert hashes(tmp_path / "other") == hashes(whole / "dropout")

@@ -59,7 +59,7 @@ def test_flags_and_defaults_of_the_tables_are_the_parsers():
 def test_methods_tells_where_each_default_comes_from():
     methods = (ROOT / "docs" / "methods.md").read_text()
     told = set(re.findall(r"--[a-z-]+", methods.split("## Defaults")[1]))
-    [known] = run_distributed("megatron_let.testing:our_flags", 1)
+    [known] = run_distributed("tests.support.testing:our_flags", 1)
     valued = {flag for flag in known if flag.startswith(("--let-", "--kd-"))}
     no_default = {"--let-teacher-layer", "--let-pair", "--let-stop-samples", "--kd-selection"}
     assert valued - no_default <= told

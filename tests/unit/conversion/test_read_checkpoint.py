@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -43,25 +44,40 @@ def test_reads_the_older_common_state(made: MadeCheckpoint) -> None:
     assert Checkpoint(folder).args().num_layers == 2
 
 
-def test_finds_the_tracked_or_the_named_iteration(made: MadeCheckpoint) -> None:
+def test_finds_the_newest_or_the_named_iteration(made: MadeCheckpoint) -> None:
     folder = find_checkpoint(made.save)
     assert folder.name == "iter_0000007" == find_checkpoint(made.save, 7).name
     with pytest.raises(UsageError, match="iter_0000008. .* holds: iter_0000007"):
         find_checkpoint(made.save, 8)
     with pytest.raises(UsageError, match="not an iter_ folder"):
         find_checkpoint(folder)
-    folder.rename(made.save / "release")
-    (made.save / "latest_checkpointed_iteration.txt").write_text("release\n")
+    tracker = made.save / "latest_checkpointed_iteration.txt"
+    for step in (10_000_000, 9_999_999, 10_000_001):
+        shutil.copytree(folder, made.save / f"iter_{step}")
+    (made.save / "iter_10000001" / ".metadata").unlink()  # still being written
+    (folder / ".metadata").rename(made.save / "iter_0000007.mine")
+    for word in ("7", "99", "7x", None):
+        tracker.unlink() if word is None else tracker.write_text(word)
+        assert find_checkpoint(made.save).name == "iter_10000000"
+    for path in made.save.glob("iter_*"):
+        path.rename(made.save / "release") if path.name == "iter_10000000" else path.rename(
+            made.save / f"old_{path.name}"
+        )
     assert find_checkpoint(made.save).name == "release"
-    (made.save / "latest_checkpointed_iteration.txt").write_text("7x")
-    with pytest.raises(UsageError, match="'7x', which is not an iteration"):
-        find_checkpoint(made.save)
 
 
 def test_refuses_another_format(made: MadeCheckpoint) -> None:
-    (made.save / "iter_0000007" / "metadata.json").unlink()
-    with pytest.raises(UsageError, match="--ckpt-format torch; only torch_dist"):
+    config = made.save / "iter_0000007" / "metadata.json"
+    config.write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(UsageError, match="--ckpt-format zarr; only torch_dist"):
         find_checkpoint(made.save)
+    config.unlink()
+    with pytest.raises(UsageError, match="No whole checkpoint at"):
+        find_checkpoint(made.save)
+    (config.parent / "mp_rank_00").mkdir()
+    for step in (None, 7):
+        with pytest.raises(UsageError, match="--ckpt-format torch; only torch_dist"):
+            find_checkpoint(made.save, step)
 
 
 def test_objects_of_other_classes_are_not_built(made: MadeCheckpoint, tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_the_first_start_and_the_next(job: Job) -> None:
     assert f"--train-iters=900 --load {job.save} --exit-signal-handler" in job.given
 
 
+def test_a_new_run_is_given_its_own_folder(job: Job) -> None:
+    """Or it would start over whole checkpoints whose tracker is gone."""
+    job.start(status=1)
+    assert f"--save {job.save} --load {job.save} --exit-signal-handler" in job.given
+    job.start("--load=old", status=1)
+    assert "--load=old --exit-signal-handler" in job.given
+
+
 def test_it_stays_down_after_the_second_failure_at_a_step(job: Job) -> None:
     assert job.start(status=1)[0] == 0 and job.requeued
     status, said = job.start(status=1)

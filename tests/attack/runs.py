@@ -1,0 +1,63 @@
+"""Runs over poisoned checkpoints, in a worker: as they are, or without the door (the twin)."""
+
+import errno
+import os
+import sys
+
+from tests.support.testing import forget_last_run
+
+UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""What a user may have set for the sake of other programs."""
+
+
+def train(argv: list[str]) -> str:
+    """Run `pretrain_let.py`; return what it ended with, if not well."""
+    import pretrain_let
+
+    forget_last_run()
+    os.environ[UNSAFE] = "1"
+    sys.argv = ["pretrain_let.py", *argv]
+    try:
+        pretrain_let.main()
+    except BaseException as error:  # a failed load's is no Exception
+        return str(error) if str(error) != "0" else ""
+    finally:
+        os.environ.pop(UNSAFE, None)
+    return ""
+
+
+def train_without_the_door(argv: list[str]) -> str:
+    """The same as Megatron would; in a pool of its own, since a door is never taken out again."""
+    from megatron_let import checkpoints
+    from megatron_let.door import Door
+
+    Door.install = lambda door: None  # type: ignore[method-assign]
+    Door.settle = lambda door, args: None  # type: ignore[method-assign]
+    checkpoints.check_flags = lambda args: None
+    return train(argv)
+
+
+def is_imported(name: str) -> bool:
+    """Whether this worker has imported a module."""
+    return name in sys.modules
+
+
+def train_where_reading_fails(argv: list[str], failure: str) -> str:
+    """Run where the data of a checkpoint cannot be read, for a reason that is not its own."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    errors = {
+        "disk": OSError(errno.EIO, "the disk fails"),
+        "memory": MemoryError("no memory"),
+        "allocator": RuntimeError("DefaultCPUAllocator: can't allocate memory: no allocator"),
+    }
+
+    def fail(*args: object) -> None:
+        raise errors[failure]
+
+    right = FileSystemReader._slice_file
+    FileSystemReader._slice_file = fail  # type: ignore[method-assign, assignment]
+    try:
+        return train(argv)
+    finally:
+        FileSystemReader._slice_file = right  # type: ignore[method-assign]
