@@ -288,7 +288,7 @@ def test_a_non_persistent_one_counts_where_it_is_asked_for(save: Path) -> None:
     shutil.copytree(save / "iter_0000009", aside / "iter_0000009")
     shutil.copytree(save / "iter_0000009", aside / "iter_0000012")
     assert settle(save) == save / "iter_0000009"
-    assert settle(save, **flags) == aside / "iter_0000012"
+    assert settle(save, load=f"{save}/", **flags) == aside / "iter_0000012"
     cut(next((aside / "iter_0000012").glob("*.distcp")))
     assert settle(save, **flags) == aside / "iter_0000009"
     assert (aside / "damaged_iter_0000012").is_dir() and (save / TRACKER).read_text() == "9"
