@@ -147,8 +147,9 @@ def refuse_overwriting(args: Namespace, start: int, damaged: dict[Path, str]) ->
     """
     if args.save is None or args.skip_train:
         return
-    later = {s: p for s, p in iteration_folders(Path(args.save)).items() if s > start}
-    if whole := [p.name for p in later.values() if p not in damaged and is_written(p)]:
+    known = set(map(os.path.realpath, damaged))
+    later = [p for step, p in iteration_folders(Path(args.save)).items() if step > start]
+    if whole := [p.name for p in later if os.path.realpath(p) not in known and is_written(p)]:
         raise UsageError(
             f"This run starts from step {start} and would overwrite {', '.join(whole)} in --save "
             f"{args.save}. To go on from the newest, add --load {args.save} and leave out "
@@ -163,13 +164,12 @@ def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
     in one go, as Megatron does not.
     """
     load = used.parent
-    tracked, step = read_tracker(load), RELEASE if used.name == "release" else step_of(used)
-    is_tracked = tracked == step or str(load) != str(Path(args.load or ""))
+    step = RELEASE if used.name == "release" else step_of(used)
+    is_tracked = read_tracker(load) == step or load != Path(args.load or "")
     if args.ckpt_step is not None or (is_tracked and not damaged):
         return
     if not is_tracked:
-        named = "is gone or torn" if tracked is None else f"names step {tracked}"
-        print(f"> {load / TRACKER} {named}", flush=True)
+        print(f"> {load / TRACKER} does not name the newest whole checkpoint", flush=True)
     for path, problem in damaged.items():
         print(f"> {path} is damaged: {problem}", flush=True)
     print(f"> going on from {used}, the newest whole checkpoint", flush=True)
@@ -215,7 +215,7 @@ def _differing(folder: Path) -> str | None:
         return None
     try:
         sums = json.loads((folder / SUMS).read_text())["files"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         return f"{SUMS} is no list of sums: {error}"
     with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
         found = pool.map(lambda name: _sha256(folder / name), sums)

@@ -29,7 +29,9 @@ class Door:
         """Replace Megatron's ways; before it parses its command line."""
         safe_loading.install()
         checkpointing._load_base_checkpoint = self._load_base
-        checkpointing.checkpoint_exists = lambda load: self._chosen is not None
+        checkpointing.checkpoint_exists = lambda load: (
+            None not in (load, self._chosen) and Path(load) in Path(self._chosen or "").parents
+        )
         training.load_checkpoint = self._load
 
     def settle(self, args: Namespace) -> None:
