@@ -11,7 +11,6 @@ import json
 import os
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,7 +49,6 @@ def check_flags(args: Namespace) -> None:
         ("--ckpt-format", args.ckpt_format if used else None, "torch_dist"),
         ("--ckpt-convert-format", args.ckpt_convert_format, None),
         ("--non-persistent-ckpt-type", args.non_persistent_ckpt_type, "global"),
-        ("--enable-msc", args.enable_msc or None, None),
     ):
         if value not in (None, good):
             raise UsageError(
@@ -72,27 +70,26 @@ def choose(args: Namespace, load: str, damaged: dict[Path, str], sums: bool = Tr
     Raises:
         UsageError: there is none; or it was asked for by name, or is another run's, and is damaged.
     """
-    folder = Path(load)
-    tracked = read_tracker(folder)
+    folder, problems = Path(load), []
     for step, path in _candidates(args, folder):
-        if not is_finished(path) and args.ckpt_step is None and step > (tracked or 0):
+        if not is_finished(path) and args.ckpt_step is None and step > (read_tracker(folder) or 0):
             continue  # a save that was killed
         if (problem := damaged.get(path) or find_damage(path, sums)) is None:
             return path
         damaged[path] = problem
+        problems.append(f"{path.name}: {problem}")
         if args.ckpt_step is not None or not is_own(args, folder):
             raise UsageError(
                 f"{path} is damaged: {problem}. Choose a whole checkpoint with --ckpt-step; "
                 f"{folder} holds: {listed(folder)}."
             )
-    if problems := [f"{path.name}: {damaged[path]}" for path in damaged if path.parent == folder]:
+    if problems:
         raise UsageError(
             f"{folder} holds no whole checkpoint ({'; '.join(problems)}). Start a new run with "
             "another --save."
         )
-    if load == args.load and args.pretrained_checkpoint is not None:
-        return None
-    if is_own(args, folder) and not args.exit_on_missing_checkpoint:
+    may_start = is_own(args, folder) and not args.exit_on_missing_checkpoint
+    if may_start or (load == args.load and args.pretrained_checkpoint is not None):
         return None
     raise UsageError(
         f"No checkpoint in {folder}: give the folder that was a run's --save, not an iter_ folder "
@@ -100,28 +97,25 @@ def choose(args: Namespace, load: str, damaged: dict[Path, str], sums: bool = Tr
     )
 
 
-def _candidates(args: Namespace, load: Path) -> Iterator[tuple[int, Path]]:
+def _candidates(args: Namespace, load: Path) -> list[tuple[int, Path]]:
     """The checkpoints that may be loaded with their steps, the newest first."""
     folders = iteration_folders(load)
     tracked, found = read_tracker(load), list(folders.items())
-    if args.non_persistent_ckpt_type == "global" and str(load) == args.load:
-        found += iteration_folders(
-            Path(args.non_persistent_global_ckpt_dir or load / "non_persistent")
-        ).items()
+    if args.non_persistent_ckpt_type == "global" and load == Path(args.load):
+        extra = args.non_persistent_global_ckpt_dir or load / "non_persistent"
+        found += iteration_folders(Path(extra)).items()
     wanted = args.ckpt_step
     if wanted is None and not is_own(args, load) and tracked not in (None, RELEASE, *folders):
         wanted = tracked  # another run's newest is gone: it is not for us to take an older one
-    if wanted is not None:
-        there = bool(found)
-        found = [(step, path) for step, path in found if step == wanted]
-        if not found and (there or args.pretrained_checkpoint is None):
-            raise UsageError(
-                f"There is no checkpoint of step {wanted} in {load}, which holds: {listed(load)}. "
-                "Choose one of them with --ckpt-step."
-            )
-    elif (load / "release").is_dir():
-        found.append((RELEASE, load / "release"))
-    yield from reversed(sorted(found, key=lambda pair: pair[0]))
+    if wanted is None:
+        found += [(RELEASE, load / "release")] * (load / "release").is_dir()
+    elif (found or args.pretrained_checkpoint is None) and wanted not in dict(found):
+        raise UsageError(
+            f"There is no checkpoint of step {wanted} in {load}, which holds: {listed(load)}. "
+            "Choose one of them with --ckpt-step."
+        )
+    found = [(step, path) for step, path in found if wanted in (None, step)]
+    return sorted(found, key=lambda pair: pair[0])[::-1]
 
 
 def read_tracker(load: Path) -> int | None:
@@ -153,8 +147,9 @@ def refuse_overwriting(args: Namespace, start: int, damaged: dict[Path, str]) ->
     """
     if args.save is None or args.skip_train:
         return
-    later = {s: p for s, p in iteration_folders(Path(args.save)).items() if s > start}
-    if whole := [p.name for p in later.values() if p not in damaged and is_written(p)]:
+    known = set(map(os.path.realpath, damaged))
+    later = [p for step, p in iteration_folders(Path(args.save)).items() if step > start]
+    if whole := [p.name for p in later if os.path.realpath(p) not in known and is_written(p)]:
         raise UsageError(
             f"This run starts from step {start} and would overwrite {', '.join(whole)} in --save "
             f"{args.save}. To go on from the newest, add --load {args.save} and leave out "
@@ -169,13 +164,12 @@ def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
     in one go, as Megatron does not.
     """
     load = used.parent
-    tracked, step = read_tracker(load), RELEASE if used.name == "release" else step_of(used)
-    is_tracked = tracked == step or str(load) != str(Path(args.load or ""))
+    step = RELEASE if used.name == "release" else step_of(used)
+    is_tracked = read_tracker(load) == step or load != Path(args.load or "")
     if args.ckpt_step is not None or (is_tracked and not damaged):
         return
     if not is_tracked:
-        named = "is gone or torn" if tracked is None else f"names step {tracked}"
-        print(f"> {load / TRACKER} {named}", flush=True)
+        print(f"> {load / TRACKER} does not name the newest whole checkpoint", flush=True)
     for path, problem in damaged.items():
         print(f"> {path} is damaged: {problem}", flush=True)
     print(f"> going on from {used}, the newest whole checkpoint", flush=True)
@@ -221,7 +215,7 @@ def _differing(folder: Path) -> str | None:
         return None
     try:
         sums = json.loads((folder / SUMS).read_text())["files"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         return f"{SUMS} is no list of sums: {error}"
     with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
         found = pool.map(lambda name: _sha256(folder / name), sums)

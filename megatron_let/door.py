@@ -29,7 +29,9 @@ class Door:
         """Replace Megatron's ways; before it parses its command line."""
         safe_loading.install()
         checkpointing._load_base_checkpoint = self._load_base
-        checkpointing.checkpoint_exists = lambda load: self._chosen is not None
+        checkpointing.checkpoint_exists = lambda load: (
+            None not in (load, self._chosen) and Path(load) in Path(self._chosen or "").parents
+        )
         training.load_checkpoint = self._load
 
     def settle(self, args: Namespace) -> None:
@@ -71,14 +73,7 @@ class Door:
         return chosen, finetune
 
     def _load_base(
-        self,
-        load: str,
-        args: Namespace,
-        rank0: bool = False,
-        sharded_state_dict: Any = None,
-        checkpointing_context: Any = None,
-        gpt_compat_layer_maps: Any = None,
-        **groups: Any,
+        self, load: str, args: Namespace, rank0: bool = False, **states: Any
     ) -> tuple[Any, str, bool, Any]:
         """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
         # --use-checkpoint-args comes before there is a process group to agree in.
@@ -94,9 +89,10 @@ class Door:
             return state, str(folder), release, checkpointing.CheckpointType.GLOBAL
         # The sums were compared when it was chosen.
         args = Namespace(**vars(args) | {"verify_integrity": False})
-        context, state = checkpointing_context, sharded_state_dict
+        states.pop("gpt_compat_layer_maps")  # of another format
+        state = states.pop("sharded_state_dict")
         return checkpointing._load_global_dist_base_checkpoint(
-            str(folder.parent), args, False, state, step, release, context, **groups
+            str(folder.parent), args, False, state, step, release, **states
         )
 
     def _load(self, *model: Any, **kwargs: Any) -> tuple[int, int]:

@@ -24,10 +24,10 @@ from megatron_let.methods.base import Method
 from megatron_let.tracking import tracker_defaults
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
-# and the file that replaces the command line, ours included.
+# the file that replaces the command line, ours included, and files that lie in no folder.
 UNSUPPORTED_FLAGS = (
     "sft fim_data logits_load_dir logits_save_dir hybrid_context_parallel perform_rl_step "
-    "dataloader_inter_document_masking yaml_cfg"
+    "dataloader_inter_document_masking yaml_cfg enable_msc"
 ).split()
 
 
@@ -73,8 +73,8 @@ def _refuse_unsupported(argv: list[str]) -> None:
         if flag in given:
             raise UsageError(
                 f"{flag} is not supported: pretrain_let.py trains on documents packed to "
-                "sequences, with its flags on the command line. Use Megatron-LM's "
-                f"pretrain_gpt.py for {flag}."
+                "sequences, with its flags on the command line and its files in folders. Use "
+                f"Megatron-LM's pretrain_gpt.py for {flag}."
             )
 
 

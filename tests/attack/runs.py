@@ -61,3 +61,21 @@ def train_where_reading_fails(argv: list[str], failure: str) -> str:
         return train(argv)
     finally:
         FileSystemReader._slice_file = right  # type: ignore[method-assign]
+
+
+def read_by_libraries(folder: str) -> list[str]:
+    """What torch's and Megatron's own readers say, after `install`, of a checkpoint."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from megatron_let import safe_loading
+
+    os.environ[UNSAFE] = "1"
+    safe_loading.install()
+    found = []
+    for read in (FileSystemReader(folder).read_metadata, lambda: load_common_state_dict(folder)):
+        try:
+            read()
+        except BaseException as error:
+            found.append(str(error))
+    return found

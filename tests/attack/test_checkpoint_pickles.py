@@ -196,6 +196,20 @@ def test_older_formats_are_not_executed(train, without, case, flags):
     assert case.executed == {"pickle"}
 
 
+@pytest.mark.parametrize("part", ["metadata", "common.pt"])
+def test_nor_by_the_libraries_readers(case, part):
+    """Whoever calls them: the run above has looked at these files before."""
+    case.poison("rng_state", metadata=part == "metadata")
+    if part == "common.pt":
+        saved = io.BytesIO()
+        torch.save({"args": None}, saved)
+        pickled = poisoned_archive(saved.getvalue(), case.save.parent / "marks" / part)
+        (case.newest / part).write_bytes(pickled)
+    said = run_distributed("tests.attack.runs:read_by_libraries", 1, str(case.newest))[0]
+    assert len(said) == (2 if part == "metadata" else 1) and not case.executed
+    assert all("open" in words for words in said)
+
+
 def test_a_checkpoint_does_not_say_what_to_import(train, without, case):
     """`--spec` names a function; `this` is a module that nothing else imports."""
     change = ("tests.attack.poison:change_args", 1, case.newest, {"spec": ["this", "s"]})

@@ -64,6 +64,27 @@ MISTAKES = {
         f"{PLAIN} --save-keep-last 2",
         "--save-keep-last 2 has no effect without --save",
     ),
+    **{
+        f"checkpoints by {flag}": (
+            f"{PLAIN} --save-interval 5 {flag}",
+            f"{words} is refused: .*{end}",
+        )
+        for flag, words, end in (
+            ("--save TMP/save --ckpt-format torch", "--ckpt-format torch", "could never be loaded"),
+            ("--load TMP/save --ckpt-format torch_dcp", "--ckpt-format torch_dcp", "Leave it out"),
+            (
+                "--pretrained-checkpoint x --ckpt-format fsdp_dtensor",
+                "--ckpt-format fsdp_dtensor",
+                "",
+            ),
+            (
+                "--load x --ckpt-convert-format torch --ckpt-convert-save y",
+                "--ckpt-convert-format torch",
+                "pretrain_gpt.py converts",
+            ),
+            ("--non-persistent-ckpt-type local", "--non-persistent-ckpt-type local", "executed"),
+        )
+    },
     "pair and number": (
         f"{CONSTANT} --let-pair L2M",
         "--let-pair L2M names both layers. Leave it out, or leave out --let-layer and",

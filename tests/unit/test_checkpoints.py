@@ -6,6 +6,7 @@ import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from megatron.core.dist_checkpointing.validation import save_integrity_manifest
@@ -143,6 +144,24 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(
     assert len(list(save.glob("iter_*"))) == 3
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_nor_where_there_are_no_sums(
+    save: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (save / "iter_0000009" / "integrity.json").unlink()
+    right = Path.open
+
+    def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return right(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UsageError, match="cannot be read now: .*Input/output error"):
+        settle(save)
+    assert len(list(save.glob("iter_*"))) == 3
+
+
 def test_two_damaged_ones_and_a_torn_tracker(save: Path) -> None:
     cut(data(save, 9))
     flip(data(save, 8))
@@ -176,20 +195,14 @@ def track(save: Path, word: str | None) -> None:
     (save / TRACKER).unlink() if word is None else (save / TRACKER).write_text(word)
 
 
-TRACKED = {
-    "gone": (None, "is gone or torn"),
-    "torn": ("", "is gone or torn"),
-    "no number": ("9x", "is gone or torn"),
-    "missing": ("12", "names step 12"),
-    "lower": ("7", "names step 7"),
-}
+TRACKED = {"gone": None, "torn": "", "no number": "9x", "missing": "12", "lower": "7"}
 
 
 @pytest.mark.parametrize("kind", TRACKED)
 def test_the_folders_decide_and_the_tracker_is_mended(
     save: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    word, said = TRACKED[kind]
+    word = TRACKED[kind]
     track(save, word)
     if kind == "missing":  # for the owner to say which one
         with pytest.raises(UsageError, match="no checkpoint of step 12 .*0007, iter_0000008, iter"):
@@ -200,7 +213,10 @@ def test_the_folders_decide_and_the_tracker_is_mended(
     assert name_of(settle(save)) == "iter_0000009"
     assert (save / TRACKER).read_text() == "9"
     printed = capsys.readouterr().out
-    assert f"{TRACKER} {said}\n> going on from {save}/iter_0000009" in printed
+    assert (
+        f"{TRACKER} does not name the newest whole checkpoint\n> going on from {save}/iter_0000009"
+        in printed
+    )
     settle(save)
     assert not capsys.readouterr().out
 
@@ -264,8 +280,9 @@ def test_nothing_whole_is_overwritten(save: Path, tmp_path: Path) -> None:
     assert name_of(settle(save, step=9)) == "iter_0000009"
     assert name_of(settle(save, step=8, save=str(tmp_path / "other"))) == "iter_0000008"
     assert settle(save, load=None, skip_train=True) is None  # it saves nothing
+    (tmp_path / "link").symlink_to(save)
     cut(data(save, 9))
-    assert name_of(settle(save)) == "iter_0000008"
+    assert name_of(settle(save, load=str(tmp_path / "link"))) == "iter_0000008"
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(save: Path) -> None:
@@ -288,7 +305,7 @@ def test_a_non_persistent_one_counts_where_it_is_asked_for(save: Path) -> None:
     shutil.copytree(save / "iter_0000009", aside / "iter_0000009")
     shutil.copytree(save / "iter_0000009", aside / "iter_0000012")
     assert settle(save) == save / "iter_0000009"
-    assert settle(save, **flags) == aside / "iter_0000012"
+    assert settle(save, load=f"{save}/", **flags) == aside / "iter_0000012"
     cut(next((aside / "iter_0000012").glob("*.distcp")))
     assert settle(save, **flags) == aside / "iter_0000009"
     assert (aside / "damaged_iter_0000012").is_dir() and (save / TRACKER).read_text() == "9"
