@@ -22,6 +22,7 @@ from megatron_let import arguments
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
 from megatron_let.tracking import tracker_defaults
 
@@ -111,6 +112,8 @@ def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
         return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
     except (AssertionError, OSError, ValueError) as error:
         # Some assertions have no words: then the violated condition speaks for itself.
+        if "trust_remote_code" in str(error):
+            raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
         words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
 
