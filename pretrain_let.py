@@ -23,6 +23,7 @@ from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.resume import resume_check  # noqa: E402
 from megatron_let.run import Run  # noqa: E402
 from megatron_let.run_log import RunLog  # noqa: E402
+from megatron_let.tracking import scrubbed  # noqa: E402
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        print(f"pretrain_let.py: error: {error}", file=sys.stderr)
+        print(f"pretrain_let.py: error: {scrubbed(str(error))}", file=sys.stderr)
         sys.exit(error.status)
     except SAVE_ERRORS as error:
         if (reason := explain_failed_save(error)) is None:

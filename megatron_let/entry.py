@@ -1,20 +1,23 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import queue
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
-from megatron.training import get_tokenizer
+from megatron.training import arguments as megatron_arguments
+from megatron.training import get_tokenizer, global_vars, initialize, training
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
@@ -24,7 +27,7 @@ from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
-from megatron_let.tracking import tracker_defaults
+from megatron_let.tracking import scrubbed, tracker_defaults
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
 # and the file that replaces the command line, ours included.
@@ -53,6 +56,32 @@ def keep_save_results_here(args: Namespace) -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
+def keep_secrets() -> None:
+    """Have Megatron print its arguments, and give them to TensorBoard and W&B, without secrets."""
+    for module, name in (
+        (megatron_arguments, "_print_args"),
+        (global_vars, "_set_wandb_writer"),
+        (training, "write_args_to_tensorboard"),
+    ):
+        setattr(module, name, _without_secrets(inspect.unwrap(getattr(module, name))))
+
+
+def _without_secrets(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, with a copy of Megatron's arguments, as its last one or as it finds them."""
+
+    @functools.wraps(function)
+    def wrapped(*given: Any) -> None:
+        argv, get_args = sys.argv, initialize.get_args
+        hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
+        sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
+        try:
+            function(*given[:-1], *([hidden] if given else []))
+        finally:
+            sys.argv, initialize.get_args = argv, get_args
+
+    return wrapped
+
+
 def parse_arguments() -> Namespace:
     """Parse and check the command line; sets Megatron's globals (`parse_and_validate_args`).
 
@@ -62,6 +91,7 @@ def parse_arguments() -> Namespace:
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    keep_secrets()
     _refuse_unsupported(sys.argv)
     flags = parse_args(arguments.add_arguments)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
