@@ -13,6 +13,7 @@ from megatron.training.checkpointing import _load_base_checkpoint
 from megatron_let.checkpoints import go_on_from_a_whole_checkpoint
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
+from megatron_let.resume_flags import check_flags
 
 
 def resume_check(args: Namespace, method: Method) -> Callable[[list[Any]], list[Any]]:
@@ -39,12 +40,13 @@ def check_resume(args: Namespace, method: Method) -> None:
         return
     method.check_checkpoint(saved)
     if args.finetune:  # a run of its own, which takes the weights only
-        return
+        return check_flags(args, saved)
     saved_method = vars(saved).get("method", "baseline")  # Megatron-LM's own checkpoints have none
     if saved_method == args.method:
         _check_flags(args, saved, method)
     elif os.environ.get("RANK", "0") == "0":
         print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
+    return check_flags(args, saved)
 
 
 def _saved_args(args: Namespace) -> Namespace | None:
