@@ -56,6 +56,8 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"pretrain_let.py: error: {scrubbed(str(error))}", file=sys.stderr)
         sys.exit(error.status)
+    except ImportError as error:
+        sys.exit(f"pretrain_let.py: error: a flag needs a package that is not here: {error}")
     except SAVE_ERRORS as error:
         if (reason := explain_failed_save(error)) is None:
             raise

@@ -26,6 +26,7 @@ from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
+from megatron_let.ignored_flags import refuse_ignored
 from megatron_let.methods.base import Method
 from megatron_let.tracking import scrubbed, tracker_defaults
 
@@ -96,7 +97,7 @@ def parse_arguments() -> Namespace:
     flags = parse_args(arguments.add_arguments)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
-    _refuse_ignored(flags)
+    refuse_ignored(flags, sys.argv)
     arguments.check_flags(flags, sys.argv)
     _check_data_paths(flags)
     _check_needed(flags)
@@ -120,27 +121,12 @@ def _refuse_unsupported(argv: list[str]) -> None:
             )
 
 
-def _refuse_ignored(args: Namespace) -> None:
-    """Flags that Megatron-Core parses and then forgets."""
-    if args.rampup_batch_size is not None:
-        given = " ".join(map(str, args.rampup_batch_size))
-        raise UsageError(
-            f"--rampup-batch-size {given} has no effect in Megatron-Core 0.19. Use "
-            "--step-batch-size-schedule, pairs of tokens and batch size such as 0:256,1B:512."
-        )
-    if args.openai_gelu:
-        raise UsageError(
-            "--openai-gelu has no effect in Megatron-Core 0.19. Leave it out: with biases GELU is "
-            "computed in that form (tanh), and with --no-bias-gelu-fusion in the exact one."
-        )
-
-
 def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
     """Let Megatron check its flags; what it refuses by an assertion becomes a message."""
     defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
     try:
         return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
-    except (AssertionError, OSError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         # Some assertions have no words: then the violated condition speaks for itself.
         if "trust_remote_code" in str(error):
             raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
