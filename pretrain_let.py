@@ -26,6 +26,7 @@ from megatron_let.resume import resume_check  # noqa: E402
 from megatron_let.run import Run  # noqa: E402
 from megatron_let.run_log import RunLog  # noqa: E402
 from megatron_let.save_lock import one_run_in, save_folder  # noqa: E402
+from megatron_let.tracking import scrubbed  # noqa: E402
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def train() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
     torch_adam.install()
+    entry.keep_secrets()
     door = Door()
     door.install()
     args = entry.parse_arguments()
@@ -64,8 +66,10 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        print(f"pretrain_let.py: error: {error}", file=sys.stderr)
+        print(f"pretrain_let.py: error: {scrubbed(str(error))}", file=sys.stderr)
         sys.exit(error.status)
+    except ImportError as error:
+        sys.exit(f"pretrain_let.py: error: a flag needs a package that is not here: {error}")
     except SAVE_ERRORS as error:
         if (reason := explain_failed_save(error)) is None:
             raise

@@ -65,7 +65,7 @@ import sys, time, orjson
 from transformers import AutoTokenizer
 engine, corpus, tokenizer = sys.argv[1:]
 texts = [orjson.loads(line)["text"] for line in open(corpus, "rb")]
-backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
+backend = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).backend_tokenizer
 if engine == "gigatoken":
     import gigatoken
     encode = gigatoken.Tokenizer.from_json(backend.to_str()).encode_batch

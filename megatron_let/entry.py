@@ -1,18 +1,21 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
-from megatron.training import get_tokenizer
+from megatron.training import arguments as megatron_arguments
+from megatron.training import get_tokenizer, global_vars, initialize, training
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
@@ -20,8 +23,10 @@ from megatron_let import arguments, checkpoints
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import remote_code
+from megatron_let.ignored_flags import refuse_ignored
 from megatron_let.methods.base import Method
-from megatron_let.tracking import tracker_defaults
+from megatron_let.tracking import scrubbed, tracker_defaults
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
 # the file that replaces the command line, ours included, and files that lie in no folder.
@@ -40,6 +45,32 @@ def use_prebuilt_helpers() -> None:
         dataset_utils.compile_helpers = lambda: None
 
 
+def keep_secrets() -> None:
+    """Have Megatron print its arguments, and give them to TensorBoard and W&B, without secrets."""
+    for module, name in (
+        (megatron_arguments, "_print_args"),
+        (global_vars, "_set_wandb_writer"),
+        (training, "write_args_to_tensorboard"),
+    ):
+        setattr(module, name, _without_secrets(inspect.unwrap(getattr(module, name))))
+
+
+def _without_secrets(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, with a copy of Megatron's arguments, as its last one or as it finds them."""
+
+    @functools.wraps(function)
+    def wrapped(*given: Any) -> None:
+        argv, get_args = sys.argv, initialize.get_args
+        hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
+        sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
+        try:
+            function(*given[:-1], *([hidden] if given else []))
+        finally:
+            sys.argv, initialize.get_args = argv, get_args
+
+    return wrapped
+
+
 def parse_arguments() -> Namespace:
     """Parse and check the command line; sets Megatron's globals (`parse_and_validate_args`).
 
@@ -49,11 +80,12 @@ def parse_arguments() -> Namespace:
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    keep_secrets()
     _refuse_unsupported(sys.argv)
     flags = parse_args(arguments.add_arguments)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
-    _refuse_ignored(flags)
+    refuse_ignored(flags, sys.argv)
     arguments.check_flags(flags, sys.argv)
     checkpoints.check_flags(flags)
     _check_data_paths(flags)
@@ -78,26 +110,6 @@ def _refuse_unsupported(argv: list[str]) -> None:
             )
 
 
-def _refuse_ignored(args: Namespace) -> None:
-    """Flags that Megatron-Core parses and then forgets."""
-    if args.rampup_batch_size is not None:
-        given = " ".join(map(str, args.rampup_batch_size))
-        raise UsageError(
-            f"--rampup-batch-size {given} has no effect in Megatron-Core 0.19. Use "
-            "--step-batch-size-schedule, pairs of tokens and batch size such as 0:256,1B:512."
-        )
-    if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
-        raise UsageError(
-            "--async-save alone has no effect in Megatron-Core 0.19, and nvidia-resiliency-ext's "
-            "writer is not proven here. Add --use-persistent-ckpt-worker --async-strategy mcore."
-        )
-    if args.openai_gelu:
-        raise UsageError(
-            "--openai-gelu has no effect in Megatron-Core 0.19. Leave it out: with biases GELU is "
-            "computed in that form (tanh), and with --no-bias-gelu-fusion in the exact one."
-        )
-
-
 def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
     """Let Megatron check its flags; what it refuses by an assertion becomes a message."""
     defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
@@ -105,8 +117,10 @@ def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
         return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
     except UsageError:
         raise  # a checkpoint's, of --use-checkpoint-args
-    except (AssertionError, OSError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         # Some assertions have no words: then the violated condition speaks for itself.
+        if "trust_remote_code" in str(error):
+            raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
         words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
 
@@ -146,6 +160,15 @@ def _check_needed(args: Namespace) -> None:
         ):
             if value is None:
                 raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
+    for name in ("eval_interval", "log_interval", "save_interval", "tensorboard_log_interval"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            without = {
+                "eval_interval": "no evaluation is --eval-iters 0",
+                "save_interval": "without checkpoints leave --save out",
+            }.get(name, "1 is each step")
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {value} must be at least 1 step; {without}.")
     if args.save is not None and args.save_interval is None:
         raise UsageError(
             f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "

@@ -8,11 +8,14 @@ count from the run's first step, across resumes. `megatron_let.report` reads the
 
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Totals = dict[str, float]
+TOTALS = ("tokens", "flops", "seconds")
 
 
 class MetricsFile:
@@ -26,7 +29,7 @@ class MetricsFile:
 
     def __init__(self, path: Path | None, iteration: int) -> None:
         self.path = path
-        self.totals: Totals = {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+        self.totals: Totals = dict.fromkeys(TOTALS, 0)
         if path is not None and path.exists():
             _cut_torn_line(path)
             self.totals |= _totals_at(path, iteration)
@@ -64,7 +67,19 @@ def _totals_at(path: Path, iteration: int) -> Totals:
     if iteration == 0:
         return {}
     latest: Totals = {}
-    for record in map(json.loads, path.read_text().splitlines()):
+    for _, record in read_records(path):
         if record["iteration"] <= iteration:
-            latest = {name: record[name] for name in ("tokens", "flops", "seconds")}
+            latest = {name: record[name] for name in TOTALS if name in record}
     return latest
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each line and its record; a line that holds none is said and skipped."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            record = json.loads(line) if line.strip() else {"iteration": None}
+            if record["iteration"] is not None:
+                yield number, record | {"iteration": int(record["iteration"])}
+        except (ValueError, LookupError, TypeError, RecursionError):
+            what = f"{path}:{number} is no record (torn by a kill, or edited) and is skipped"
+            print(f"> {what}: {line[:40]!r}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from megatron_let.arguments import GROUPS
 from megatron_let.door import Door
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
+from megatron_let.resume_flags import check_flags
 
 DEFAULTS = {field.name: field.default for group in GROUPS.values() for field in fields(group)}
 
@@ -44,12 +45,13 @@ def check_resume(args: Namespace, method: Method) -> None:
         return
     method.check_checkpoint(saved)
     if args.finetune:  # a run of its own, which takes the weights only
-        return
+        return check_flags(args, saved)
     saved_method = vars(saved).get("method", "baseline")  # Megatron-LM's own checkpoints have none
     if saved_method == args.method:
         _check_flags(args, saved, method)
     elif os.environ.get("RANK", "0") == "0":
         print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
+    return check_flags(args, saved)
 
 
 def _saved_args(args: Namespace) -> Namespace | None:

@@ -22,6 +22,7 @@ from megatron.core.utils import (
 from megatron.training import get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_let.errors import UsageError
 from megatron_let.methods.base import WHOLE, Batch, Method
 
 Report = dict[str, torch.Tensor]
@@ -84,6 +85,15 @@ class Run:
         datasets = self.build_datasets(num_samples, vp_stage)
         if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
             self.args.do_train = not self.args.skip_train
+        valid_samples, built = (
+            num_samples[1],
+            [train for train in datasets[:1] if train is not None],
+        )
+        if valid_samples and built and datasets[1] is None:
+            raise UsageError(
+                f"There is nothing to evaluate on: --split {self.args.split} gives the validation "
+                "no document. Add --eval-iters 0, or give it a part, or --valid-data-path."
+            )
         data = None if datasets[0] is None else datasets[0].unique_description_hash
         if datasets[0] is not None:
             datasets = (self.method.training_data(datasets[0]), *datasets[1:])

@@ -9,9 +9,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from argparse import Namespace
 from pathlib import Path
@@ -31,8 +33,33 @@ PACKAGES = (
     "megatron-core torch transformer-engine apex flash-attn transformers tokenizers numpy "
     "triton nvidia-nccl-cu12 nvidia-nccl-cu13"
 ).split()
-ENVIRONMENT = ("SLURM_", "NCCL_", "CUDA_", "TORCH", "NVTE_", "OMP_", "GLOO_", "MASTER_", "WORLD_")
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "JWT", "CREDENTIAL")
+ENVIRONMENT = """
+CUDA_DEVICE_MAX_CONNECTIONS CUDA_LAUNCH_BLOCKING CUDA_MODULE_LOADING CUDA_VISIBLE_DEVICES
+GLOO_SOCKET_IFNAME LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT NCCL_ALGO NCCL_BUFFSIZE
+NCCL_CROSS_NIC NCCL_CUMEM_ENABLE NCCL_DEBUG NCCL_IB_DISABLE NCCL_IB_GID_INDEX NCCL_IB_HCA
+NCCL_IB_TIMEOUT NCCL_MIN_NCHANNELS NCCL_NET NCCL_NVLS_ENABLE NCCL_P2P_DISABLE NCCL_PROTO
+NCCL_SHM_DISABLE NCCL_SOCKET_IFNAME NVTE_ALLOW_NONDETERMINISTIC_ALGO NVTE_FLASH_ATTN NVTE_FUSED_ATTN
+OMP_NUM_THREADS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF SLURM_CPUS_PER_TASK SLURM_GPUS_ON_NODE
+SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES SLURM_JOB_PARTITION SLURM_NTASKS
+SLURM_PROCID SLURM_RESTART_COUNT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID
+TORCH_NCCL_ASYNC_ERROR_HANDLING WORLD_SIZE
+""".split()
+"""The variables that are recorded; others may be secrets, by whatever name."""
+HIDDEN = "***"
+SECRET_NAME = re.compile(
+    r"(?i:(?:api|access|private)[-_]?key|secret|passw|passphrase|credential|jwt"
+    r"|(?:api|access|auth|bearer|hf|hub)[-_]?token)"
+)
+_VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s"'&,;]+)"""
+SECRETS = (
+    re.compile(r"(?<=://)()[^/\s@\"']+(?=@)"),  # user and password of an address
+    re.compile(rf"((?:{SECRET_NAME.pattern})[\w-]*[\"']? ?[=:] ?){_VALUE}"),
+    re.compile(rf"(?i)((?:token|pwd|signature|[?&]key|[?&]sig)=){_VALUE}"),
+    re.compile(r"()\bhf_(?=\w*[A-Z0-9])[A-Za-z0-9]{10,}"),
+    re.compile(r"()\b(?:gh[opsu]|github_pat|glpat|sk|xox[abp]|nvapi)[-_][\w-]{16,}"),
+    re.compile(r"()\b(?:AKIA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"),
+)
+"""Each keeps its first group; what else it finds is hidden."""
 LARGEST_DIFF_BYTES = 1_000_000
 
 
@@ -103,13 +130,13 @@ def _reachable() -> bool:
 def record_start(save: Path, args: Namespace) -> None:
     """Write what this start of a run consists of beside its checkpoints.
 
-    `starts/iter_0000150_20261122-093000.json`: the command line, all of Megatron's arguments, the
-    versions of what computes, the state of this repository and the job's environment.
+    `starts/iter_0000150_20261122-093000-123456-x.json`: the command line, all of Megatron's
+    arguments, the versions of what computes, the state of this repository and the job's
+    environment; for its owner's eyes, and without what looks like a secret.
     """
     now = datetime.datetime.now(datetime.UTC)
     folder = save / STARTS
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"iter_{args.iteration:07d}_{now:%Y%m%d-%H%M%S}.json"
     record = {
         "time": now.isoformat(timespec="seconds"),
         "iteration": args.iteration,
@@ -117,19 +144,35 @@ def record_start(save: Path, args: Namespace) -> None:
         "versions": _versions(),
         "git": git_state(ROOT),
         "host": platform.node(),
-        "environment": _environment(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "arguments": dict(sorted(vars(args).items())),
     }
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    # A file of its own for each start, which its owner alone can read.
+    name = f"iter_{args.iteration:07d}_{now:%Y%m%d-%H%M%S-%f}-"
+    descriptor, _ = tempfile.mkstemp(".json", name, folder)
+    with open(descriptor, "w") as file:
+        json.dump(scrubbed(record), file, indent=1, default=lambda value: scrubbed(str(value)))
+        file.write("\n")
 
 
-def _environment() -> dict[str, str]:
-    """What the job was given; no secret such as `SLURM_JWT`."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(ENVIRONMENT) and not any(word in name for word in SECRET)
-    }
+def scrubbed(value: Any) -> Any:
+    """Return a text, or what is made of texts, with `***` for all that looks like a secret."""
+    if isinstance(value, str):
+        for pattern in SECRETS:
+            value = pattern.sub(rf"\1{HIDDEN}", value)
+    elif isinstance(value, dict):
+        hidden = (SECRET_NAME.search(str(name)) and isinstance(value[name], str) for name in value)
+        value = {
+            name: HIDDEN if hide else scrubbed(value[name])
+            for name, hide in zip(value, hidden, strict=True)
+        }
+    elif isinstance(value, list | tuple):
+        before = ["", *value]  # the value of a flag is a word of its own
+        value = [
+            HIDDEN if str(flag).startswith("--") and SECRET_NAME.search(flag) else scrubbed(word)
+            for flag, word in zip(before, value, strict=False)
+        ]
+    return value
 
 
 def _versions() -> dict[str, str | None]:

@@ -29,6 +29,7 @@ from megatron_let.evaluation.harness import (  # noqa: E402
     local_data,
 )
 from megatron_let.evaluation.results import Results, identity  # noqa: E402
+from megatron_let.hugging_face import load  # noqa: E402
 
 # The rest imports torch and transformers, which --help does without.
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ def evaluate_text(options: argparse.Namespace) -> str:
         results = Results(options.output / f"{label}-text.json", about)
         if "subsets" not in results:
             print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype)
+            failure = f"{folder} cannot be loaded."
+            model = load(AutoModelForCausalLM, folder, failure, dtype=options.dtype)
             model = model.to(options.device).eval()
             tokenizer = load_tokenizer(folder)
             scorer = TextScorer(model, tokenizer, context, stride, options.batch_size)
@@ -171,7 +173,8 @@ def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     """The context and stride in tokens."""
     from transformers import AutoConfig
 
-    longest = AutoConfig.from_pretrained(folder).max_position_embeddings
+    config = load(AutoConfig, folder, f"{folder} cannot be loaded.")
+    longest = config.max_position_embeddings
     context = options.context or longest
     stride = options.stride or max(context // 2, 1)
     if not 1 <= context <= longest:

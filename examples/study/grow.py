@@ -37,7 +37,9 @@ def grow_model(
     `trained=False` grows an untrained model of the teacher's shape. What should be exact is checked
     first. Raises ValueError if it is not, or the shapes do not allow it.
     """
-    source = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        teacher, dtype=torch.float32, trust_remote_code=False
+    )
     if not trained:
         torch.manual_seed(0)
         source = LlamaForCausalLM(source.config)
@@ -48,7 +50,7 @@ def grow_model(
     if depth != "identity":
         grown = grow(source, shape, depth)
     grown.save_pretrained(output)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(output)
+    AutoTokenizer.from_pretrained(teacher, trust_remote_code=False).save_pretrained(output)
     return output
 
 

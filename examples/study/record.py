@@ -115,8 +115,10 @@ def machine() -> dict[str, Any]:
 
 def score_model(folder: Path, texts: dict[str, Path], context: int) -> dict[str, Score]:
     """Score an exported model on `.jsonl` files of documents, by name of the text."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     scorer = TextScorer(model, tokenizer, context, stride=context // 2, batch_size=64)
     found = scorer.score(_documents(texts))
     return {

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_let import hugging_face
 from megatron_let.conversion.checkpoint import COMMON_STATE, TRACKER
 from megatron_let.conversion.families import (
     Family,
@@ -33,15 +34,11 @@ from megatron_let.conversion.mapping import (
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_reader import SafetensorsReader
 from megatron_let.conversion.to_hf import DTYPES
-from megatron_let.conversion.tokenizer_files import (
-    TOKENIZER_FILES,
-    has_tokenizer,
-    load_tokenizer,
-    write_tokenizer,
-)
+from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer
 from megatron_let.conversion.write_checkpoint import write_checkpoint
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import TOKENIZER_FILES, has_tokenizer
 from megatron_let.terminal import bars_on_a_terminal_only
 
 FLAGS_FILE = "megatron_flags.txt"
@@ -93,11 +90,13 @@ def import_model(config: ImportConfig) -> Path:
     """
     bars_on_a_terminal_only()
     source = local_folder(config)
-    hf_config = _config(source)
+    hf_config = hugging_face.load(
+        AutoConfig, source, f"--hf-model {source} has no configuration to load."
+    )
     family = family_of_config(hf_config)
     values = megatron_values(family, hf_config) | {"vocab_size": hf_config.vocab_size}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     weights = _Weights(
         source, family, model, model_shape(Namespace(**values), hf_config.vocab_size)
     )
@@ -147,18 +146,10 @@ def local_folder(config: ImportConfig) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
+        reason = hugging_face.first_line(error)
         raise UsageError(
             f"--hf-model {config.hf_model} is no folder, and the hub does not give it: {reason}"
         ) from error
-
-
-def _config(folder: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # its fields are checked by classes of several libraries
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UsageError(f"--hf-model {folder} has no configuration to load: {reason}") from error
 
 
 class _Weights:

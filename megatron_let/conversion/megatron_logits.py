@@ -76,7 +76,7 @@ def main(folder: str, tokens: str, logits: str, rounded_to: str) -> None:
     model.load_state_dict(state["model"])
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, rounded_to)).float()
-    ids_BS = torch.from_numpy(np.load(tokens))
+    ids_BS = torch.from_numpy(np.load(tokens, allow_pickle=False))
     positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
     with torch.no_grad():
         logits_BSV = model(ids_BS, positions_BS, None)

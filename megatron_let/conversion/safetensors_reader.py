@@ -1,16 +1,16 @@
 """Reads the weights of a Hugging Face folder, a tensor at a time, from safetensors only."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from megatron_let.conversion.safetensors_folder import DTYPE_NAMES
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import check_folder, open_safetensors, weight_map
 
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -29,6 +29,7 @@ class SafetensorsReader:
 
     def __init__(self, folder: Path, base: str) -> None:
         self.folder = folder
+        check_folder(folder)
         files = _weight_map(folder)
         # GPT-2's own folder has `h.0...` where transformers writes `transformer.h.0...`.
         complete = any(name.startswith(f"{base}.") for name in files)
@@ -68,27 +69,17 @@ class SafetensorsReader:
 
     def _file(self, name: str) -> Any:
         """Open the tensor's file; one left open keeps all that was read of it in memory."""
-        return _open(self.folder / self._files[self._names[name]])
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        return open_safetensors(self.folder / self._files[self._names[name]])
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Return each tensor's file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            return json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UsageError(f"{index} is no index of weights: {error}") from error
+        return weight_map(index)
     single = folder / "model.safetensors"
     if single.is_file():
-        with _open(single) as file:
+        with open_safetensors(single) as file:
             return dict.fromkeys(file.keys(), single.name)
     raise UsageError(
         f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "

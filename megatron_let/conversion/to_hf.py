@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from megatron_let import hugging_face
 from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
 from megatron_let.conversion.families import (
     Family,
@@ -119,7 +120,7 @@ def sample(folder: Path, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError(f"--sample {prompt!r} has no tokens.")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = hugging_face.load(AutoModelForCausalLM, folder, f"{folder} cannot be loaded.")
     tokens = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
     return tokenizer.decode(tokens[0])
 
@@ -149,7 +150,7 @@ def _plan(
     for rule, layer in weights:
         tensors.update(rule.split(_stand_in(checkpoint, rule, shape, dtype), layer, shape))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     _check_shapes(tensors, model)
     hf_config.architectures = [type(model).__name__]
     hf_config.dtype = next(iter(tensors.values())).dtype

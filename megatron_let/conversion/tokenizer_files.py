@@ -7,15 +7,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from megatron_let import hugging_face
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
-
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt vocab.txt tokenizer.model chat_template.jinja"
-).split()
-OWN_FOLDER = "tokenizer"
-"""Where the files lie if the model's folder would make another tokenizer of them."""
+from megatron_let.hugging_face import OWN_FOLDER, TOKENIZER_FILES, own_folder
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -24,14 +19,10 @@ def load_tokenizer(source: str | Path) -> Any:
     Raises:
         UsageError: there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(own_folder(Path(source)), trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UsageError(
-            f"The tokenizer {source} cannot be loaded: {reason} Give the run's tokenizer with "
-            "--tokenizer-model."
-        ) from error
+    failure = (
+        f"The tokenizer {source} cannot be loaded. Give the run's tokenizer with --tokenizer-model."
+    )
+    return hugging_face.load(AutoTokenizer, own_folder(Path(source)), failure)
 
 
 def tokenizer_of_run(args: Namespace) -> str | None:
@@ -74,12 +65,6 @@ def write_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder holds a tokenizer."""
-    own = folder / OWN_FOLDER
-    return any((where / name).is_file() for where in (folder, own) for name in TOKENIZER_FILES)
-
-
 def _copy_files(source: str, tokenizer: Any, folder: Path) -> list[str]:
     """Copy the tokenizer's files, or save it if it came from the hub; returns their names."""
     before = set(folder.iterdir())
@@ -103,12 +88,6 @@ def _identity(tokenizer: Any) -> tuple[Any, ...]:
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return tokenizer.get_vocab(), rules, ids
-
-
-def own_folder(folder: Path) -> Path:
-    """Return where a model's folder holds its tokenizer."""
-    own = folder / OWN_FOLDER
-    return own if own.is_dir() else folder
 
 
 def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:

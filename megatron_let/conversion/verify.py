@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_let import hugging_face
 from megatron_let.conversion.checkpoint import Checkpoint
-from megatron_let.conversion.tokenizer_files import has_tokenizer, load_tokenizer
+from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import has_tokenizer
 from megatron_let.terminal import bars_on_a_terminal_only
 
 TEXT = """The first ships to cross the ocean under steam carried sails as well, for no engineer of
@@ -61,8 +63,9 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
         UsageError: they differ by more than `TOLERANCE`.
     """
     bars_on_a_terminal_only()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    own = AutoConfig.from_pretrained(folder).dtype or torch.float32
+    failure = f"{folder} cannot be loaded."
+    model = hugging_face.load(AutoModelForCausalLM, folder, failure, dtype=torch.float32)
+    own = hugging_face.load(AutoConfig, folder, failure).dtype or torch.float32
     # What a cast has lost on one side, the other loses here.
     theirs = Checkpoint(checkpoint).empty("decoder.final_layernorm.weight").dtype
     for parameter in model.parameters():
@@ -119,4 +122,4 @@ def _megatron_logits(
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or ["no message"]
             raise UsageError(f"Megatron cannot run {checkpoint}: {lines[-1]}")
-        return torch.from_numpy(np.load(logits))
+        return torch.from_numpy(np.load(logits, allow_pickle=False))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_let.hugging_face import remote_code
+
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",
     "GPT2BPETokenizer",
@@ -199,6 +201,8 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return HuggingFace(made(config), special, not config.tokenizer_hf_no_include_special_tokens)
     except Exception as error:  # each library has its own kinds
         name = config.tokenizer_model or config.vocab_file
+        if "trust_remote_code" in str(error):
+            raise remote_code(name, "; or add --trust-remote-code") from error
         raise ValueError(f"the tokenizer {name} cannot be loaded: {error}") from error
 
 

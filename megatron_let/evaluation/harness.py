@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_let import hugging_face
 from megatron_let.errors import UsageError
 
 
@@ -112,10 +113,12 @@ class Harness:
     """
 
     def __init__(self, folder: Path, dtype: str, device: str, batch_size: int) -> None:
-        # Late: they take seconds.
-        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoConfig
 
-        from megatron_let.conversion.tokenizer_files import own_folder
+        failure = f"{folder} cannot be loaded."
+        hugging_face.load(AutoConfig, folder, failure)
+        # Late: it takes seconds.
+        from lm_eval.models.huggingface import HFLM
 
         class Model(HFLM):
             """Draws progress bars on a terminal only."""
@@ -125,13 +128,15 @@ class Harness:
 
         _keep_no_environment()
         self._manager = _task_manager()
-        self._model = Model(
-            pretrained=str(folder),
-            tokenizer=str(own_folder(folder)),
-            dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-        )
+        with hugging_face.told(folder, failure, weights=True):
+            self._model = Model(
+                pretrained=str(folder),
+                tokenizer=str(hugging_face.own_folder(folder)),
+                dtype=dtype,
+                device=device,
+                batch_size=batch_size,
+                trust_remote_code=False,
+            )
 
     def score(
         self,

@@ -6,11 +6,12 @@ resumed, `train` lines at the log interval, `valid` lines at each evaluation. Un
 nats a token.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_let.metrics import read_records
 
 
 @dataclass(frozen=True)
@@ -117,27 +118,12 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, record); a last line torn by a killed run is passed over."""
+    """Yield (line number, record)."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: give the folder of a run that has started")
-    lines = file.read_bytes().splitlines()
-    if not any(line.strip() for line in lines):
+    if not file.read_bytes().strip():
         raise ValueError(f"{file} is empty: the run has logged nothing yet, wait for its start")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # broken JSON, or a character cut in half
-            if number == len(lines):
-                return
-            raise ValueError(
-                f"{file}:{number} is not a JSON object (a line torn by a killed run, or an edit): "
-                "delete that line, or run again"
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}:{number} is not a JSON object: {line[:40]!r}")
-        yield number, record
+    yield from read_records(file)
 
 
 def _build_run(

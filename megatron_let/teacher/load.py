@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from megatron_let import hugging_face
 from megatron_let.errors import UsageError
 from megatron_let.terminal import bars_on_a_terminal_only
 
@@ -52,14 +53,14 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
             f"--teacher-model {name}: there is no such folder. Give the folder of a Hugging Face "
             "causal language model, or a hub id such as HuggingFaceTB/SmolLM-135M."
         )
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        where = "folder" if Path(name).exists() else "folder, nor a hub id that can be reached"
-        raise UsageError(
-            f"--teacher-model {name} is not a readable model {where}: it needs a config.json that "
-            f"transformers knows. ({_first_line(error)})"
-        ) from error
+    where = "folder" if Path(name).exists() else "folder, nor a hub id that can be reached"
+    config = hugging_face.load(
+        AutoConfig,
+        name,
+        f"--teacher-model {name} is not a readable model {where}: it needs a config.json that "
+        "transformers knows.",
+        revision=revision,
+    )
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     named = config.architectures or []
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
@@ -93,15 +94,15 @@ def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.devi
     """
     bars_on_a_terminal_only()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                config.name, revision=config.revision, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"The weights of --teacher-model {config.name} could not be loaded: "
-                f"{_first_line(error)}. It needs model.safetensors (or pytorch_model.bin)."
-            ) from error
+        model, info = hugging_face.load(
+            AutoModelForCausalLM,
+            config.name,
+            f"The weights of --teacher-model {config.name} could not be loaded. It needs "
+            "model.safetensors, or pytorch_model.bin.",
+            revision=config.revision,
+            dtype=dtype,
+            output_loading_info=True,
+        )
     if info["missing_keys"]:
         raise UsageError(
             f"--teacher-model {config.name} lacks {len(info['missing_keys'])} weights, such as "
@@ -113,18 +114,26 @@ def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.devi
 
 def untrained_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """Build the same model with random weights, always the same, as a control; else as above."""
-    shape = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval().requires_grad_(False)
 
 
 def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | None:
-    """Return the teacher tokenizer's token -> id map, or None if the folder has no tokenizer."""
+    """Return the teacher tokenizer's token -> id map, or None if there is no tokenizer.
+
+    Raises:
+        UsageError: its files lie in the folder and cannot be loaded, or are not to be trusted.
+    """
+    folder, failure = Path(name), f"The tokenizer of --teacher-model {name} cannot be loaded."
+    source = hugging_face.own_folder(folder) if folder.is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError):
+        tokenizer = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
+    except UsageError as error:
+        if isinstance(error, hugging_face.OutsideError) or hugging_face.has_tokenizer(folder):
+            raise
         return None
     token_ids = tokenizer.get_vocab()
     # For some architectures transformers makes a tokenizer up, of nothing but special tokens.
@@ -158,7 +167,3 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -174,7 +174,7 @@ MISTAKES = {
     ),
     "batch size that would not grow": (
         f"{PLAIN} --rampup-batch-size 4 2 100",
-        "--rampup-batch-size 4 2 100 has no effect.*Use --step-batch-size-schedule",
+        "--rampup-batch-size has no effect.*Use --step-batch-size-schedule",
     ),
     "writer that would not be there": (
         f"{PLAIN} --async-save",

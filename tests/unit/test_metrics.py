@@ -67,6 +67,32 @@ def test_a_torn_last_line_is_cut_before_the_next_record(tmp_path):
     assert read_run(path).finished
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"kind": "train", "iterat',
+        b"\0\xff\xfe rubbish \r \x85",
+        b"[1, 2]",
+        b"3",
+        b'{"kind": "train"}',
+        b'{"iteration": "x"}',
+        b"[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_a_line_that_is_no_record_is_said_and_skipped(bad, place, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    train(path, stop=4)
+    whole = path.read_bytes().splitlines(keepends=True)
+    spoilt = b"".join([*whole[:place], bad + b"\n", *whole[place:]])
+    path.write_bytes(spoilt)
+    resumed = train(path, start=4, stop=6)
+    assert f"metrics.jsonl:{place + 1} is no record" in capsys.readouterr().err
+    assert resumed.totals["tokens"] == 600
+    assert path.read_bytes().startswith(spoilt + b'{"kind": "start"')
+    assert read_run(path).series("tokens") == [(step, 100 * step) for step in range(1, 7)]
+
+
 @pytest.mark.parametrize("torn", ["", '{"kind": "st'])
 def test_a_file_without_a_whole_line_starts_anew(torn, tmp_path):
     path = tmp_path / "metrics.jsonl"

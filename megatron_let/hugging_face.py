@@ -1,0 +1,173 @@
+"""The one door to models and tokenizers of Hugging Face's form, which a stranger may have written.
+
+No code of theirs runs and nothing is asked at a prompt, no link or name leads to a file outside of
+the folder, and what cannot be loaded ends in a sentence. Imports neither torch nor transformers.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_let.errors import UsageError
+
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt vocab.txt tokenizer.model chat_template.jinja"
+).split()
+OWN_FOLDER = "tokenizer"
+"""Where a tokenizer's files lie if the model's folder would make another tokenizer of them."""
+SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+"""Of the files that are read."""
+SIGNS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself, git lfs pull",
+    b"<": "it is a web page, perhaps of an error",
+}
+
+
+class OutsideError(UsageError):
+    """Files that would have code of theirs run, or that lead out of their folder."""
+
+
+def load(auto: Any, source: str | Path, failure: str, **options: Any) -> Any:
+    """Return `auto.from_pretrained(source)` without remote code.
+
+    Args:
+        auto: one of transformers' `Auto` classes.
+        source: folder or hub id.
+        failure: what is said, before the reason, if it cannot be loaded.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        UsageError: as `told`.
+    """
+    with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
+        loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
+    # A kernel of the hub, as "owner/name", is code too.
+    if "/" in str(getattr(loaded, "_attn_implementation", "")):
+        raise remote_code(source)
+    return loaded
+
+
+@contextmanager
+def told(source: str | Path, failure: str, weights: bool = False) -> Iterator[None]:
+    """Check a folder; whatever fails in the context then ends in a sentence.
+
+    Raises:
+        UsageError: as `check_folder`; `failure` and the reason.
+        OutsideError: the files need code of their own.
+    """
+    check_folder(Path(source), weights)
+    try:
+        yield
+    except Exception as error:  # each library has its own kinds
+        if "trust_remote_code" in str(error) or _names_code(Path(source)):
+            raise remote_code(source) from error
+        pickles = sorted(path.name for path in Path(source).glob("*.bin")) if weights else []
+        raise UsageError(f"{failure} ({': '.join([*pickles, first_line(error)])})") from error
+
+
+def check_folder(folder: Path, weights: bool = False) -> None:
+    """Check what a model's or tokenizer's folder leads to; a hub id is none, and fine.
+
+    Args:
+        folder: its files may link to each other, and those of the hub's cache into that cache.
+        weights: whether each `*.safetensors` must be whole, too.
+
+    Raises:
+        UsageError: naming the file that is damaged.
+        OutsideError: naming the file that leads out.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in SUFFIXES or path.name == OWN_FOLDER:
+            _check_inside(folder, path)
+        if path.name.endswith(".index.json"):
+            for name in set(weight_map(path).values()):
+                _check_inside(folder, folder / name)
+        elif weights and path.suffix == ".safetensors":
+            open_safetensors(path)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return each tensor's file as an index has it.
+
+    Raises:
+        UsageError: it is no index.
+    """
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+        if all(isinstance(name, str) for name in files.values()):
+            return files
+        reason = "a file has no name"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = repr(error)
+    raise UsageError(f"{index} is no index of weights ({reason}). Download it again.")
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a file of weights; its header is compared with its size.
+
+    Raises:
+        UsageError: it is not whole, or no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read: {_what_is_it(path)} ({error}).") from error
+
+
+def own_folder(folder: Path) -> Path:
+    """Return where a model's folder holds its tokenizer."""
+    own = folder / OWN_FOLDER
+    return own if own.is_dir() else folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer."""
+    places = folder, folder / OWN_FOLDER
+    return any((place / name).is_file() for place in places for name in TOKENIZER_FILES)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    inside, target = folder.resolve(), path.resolve()
+    allowed = [inside]
+    if inside.parent.name == "snapshots":  # the hub's cache, of one model and of all
+        allowed += [inside.parents[1] / "blobs", inside.parents[2] / "blobs"]
+    if not any(map(target.is_relative_to, allowed)):
+        raise OutsideError(
+            f"{path} leads out of the folder, to {target}, and is not followed: what a stranger's "
+            "link names could be any file of yours. If it is meant, put a copy in its place."
+        )
+
+
+def _what_is_it(path: Path) -> str:
+    try:
+        start = path.read_bytes()[:64] if path.stat().st_size < 1 << 20 else b"\0"
+    except OSError:
+        return "it is not there"
+    if not start:
+        return "it is empty"
+    meanings = (meaning for sign, meaning in SIGNS.items() if start.lstrip().startswith(sign))
+    return next(meanings, "it was cut off, or is damaged: download it again")
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether a configuration names code that comes with the folder."""
+    return any(b'"auto_map"' in path.read_bytes() for path in folder.glob("*config.json"))
+
+
+def remote_code(source: object, way_out: str = "") -> OutsideError:
+    """Return what is said of files that need code of their own."""
+    return OutsideError(
+        f"{source} needs remote code, Python that comes with its files (auto_map), and that is "
+        f"not run here. Choose one that transformers knows by itself, or save it as such a one "
+        f"where you trust it{way_out}."
+    )

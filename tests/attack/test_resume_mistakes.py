@@ -1,0 +1,125 @@
+"""The usual mistakes of a resumed run: each works as it is meant, or a sentence names the way out.
+
+One trained run serves all of them; the flags are put behind its own.
+"""
+
+import re
+import shutil
+
+import pytest
+
+from tests.distributed.training import run, series
+
+LAST = 4
+"""The checkpoint's step."""
+FORMS = {
+    "plain": "",
+    "no optimizer": "--no-save-optim",
+    "no rng": "--no-save-rng",
+    "sharded": "--use-distributed-optimizer",
+    "bf16": "--bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(corpus, tmp_path_factory):
+    """A run's first half, saved in several forms, and a function that resumes one."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, flags in FORMS.items():
+        first = [*corpus.flags, *flags.split(), "--exit-interval", str(LAST)]
+        assert not run(1, *first, "--save", str(folder / name))
+
+    def resume(save, flags="", form="plain"):
+        load = ["--load", str(folder / form), "--save", str(save)]
+        return run(1, *corpus.flags, *load, *flags.split())
+
+    return resume
+
+
+REFUSED = {
+    "longer run": ("--train-iters 12", "--train-iters 12, .*--train-iters 8. .*--override-opt"),
+    "shorter run": ("--train-iters 6", "--train-iters 6, .*--use-checkpoint-opt-param-scheduler"),
+    "batch size": ("--global-batch-size 4", "--global-batch-size 4, .*--override-opt-param-sched"),
+    "learning rate": ("--lr 5e-3", r"--lr 0.005, .*--lr 0.01. .*--override-opt-param-scheduler"),
+    "least learning rate": ("--min-lr 1e-4", "--min-lr 0.0001, .*--override-opt-param-scheduler"),
+    "warm-up": ("--lr-warmup-iters 2", "--lr-warmup-iters 2, .*--lr-warmup-iters 0. .*--override"),
+    "decay": ("--lr-decay-style cosine", "--lr-decay-style cosine, .*--override-opt-param-sched"),
+    "weight decay": ("--weight-decay 0.2", "--weight-decay 0.2, .*--override-opt-param-schedul"),
+    "ZeRO-1 on": ("--use-distributed-optimizer", "no --use-distributed-opt.*--no-load-optim"),
+    "bf16": ("--bf16", "This run has --bf16, .*no --bf16. .*--no-load-optim"),
+    "fp16": ("--fp16", "This run has --fp16, .*no --fp16. .*--no-load-optim"),
+    "layers": ("--num-layers 6", "--num-layers 6, .*--num-layers 4. .*no --load"),
+    "width": ("--hidden-size 64", "--hidden-size 64, .*no --load"),
+    "feed-forward": ("--ffn-hidden-size 96", "--ffn-hidden-size 96, .*no --load"),
+    "norm": ("--normalization LayerNorm", "--normalization LayerNorm, .*--normalization RMSNorm"),
+    "positions": ("--position-embedding-type learned_absolute", "learned_absolute, .* rope"),
+    "experts": ("--num-experts 2", "--num-experts 2, .*no --num-experts"),
+    "base of the rotation": ("--rotary-base 500000", "--rotary-base 500000, .*10000. .*--finetune"),
+    "part that rotates": ("--rotary-percent 0.5", "--rotary-percent 0.5, .*--finetune"),
+    "tokenizer": ("--tokenizer-model OTHER", "OTHER numbers tokens in another way than /"),
+    "optimizer not saved": ("", "Add --no-load-optim, .*--no-save-optim", "no optimizer"),
+    "random states not saved": ("", "Add --no-load-rng: .*--no-save-rng", "no rng"),
+    "ZeRO-1 off": ("", "no --use-distributed-optimizer, .*--no-load-optim", "sharded"),
+    "bf16 off": ("", "This run has no --bf16, .*--bf16. .*--no-load-optim", "bf16"),
+    "no evaluation interval": ("--eval-interval 0", "--eval-interval 0 .*--eval-iters 0"),
+    "no log interval": ("--log-interval 0", "--log-interval 0 must be at least 1"),
+    "no save interval": ("--save-interval 0", "--save-interval 0 .*leave --save out"),
+    "no validation split": ("--split 100,0,0", "--split 100,0,0 .*Add --eval-iters 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(corpus, tmp_path_factory):
+    """The corpus's words, two of them with each other's numbers; its data without the sidecar."""
+    folder = tmp_path_factory.mktemp("other")
+    for path in corpus.folder.glob("text_text_document.*"):
+        if path.suffix != ".json":
+            shutil.copy(path, folder)
+    shutil.copytree(corpus.folder / "tokenizer", folder / "tokenizer")
+    path = folder / "tokenizer" / "tokenizer.json"
+    text = path.read_text()
+    assert '"w1": 1,' in text and '"w2": 2,' in text
+    path.write_text(text.replace('"w1": 1,', '"w1": 2,').replace('"w2": 2,', '"w2": 1,'))
+    return folder
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_a_mistake_is_named_with_the_way_out(mistake, saved, other_tokenizer, tmp_path):
+    flags, told, *form = REFUSED[mistake]
+    if "OTHER" in flags:
+        flags += f" --data-path {other_tokenizer}/text_text_document"
+        flags = flags.replace("OTHER", f"{other_tokenizer}/tokenizer")
+        told = told.replace("OTHER", f"{other_tokenizer}/tokenizer")
+    error = saved(tmp_path / "save", flags, *form)
+    assert error and re.search(told, error), error
+    assert len(error.splitlines()) == 1
+    assert not list((tmp_path).glob("save/iter_*"))
+
+
+OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
+WORKS = {
+    "longer run, this schedule": (f"--train-iters 12 {OVERRIDE}", 1e-2 * 7 / 12),
+    "longer run, that schedule": (f"--train-iters 12 {KEEP}", 3.75e-3),
+    "learning rate, this": (f"--lr 5e-3 --min-lr 1e-3 {OVERRIDE}", 1e-3 + 4e-3 * 3 / 8),
+    "learning rate, that": (f"--lr 5e-3 --min-lr 1e-3 {KEEP}", 3.75e-3),
+    "batch size, that schedule": (f"--global-batch-size 4 {KEEP}", 4.375e-3),
+    "optimizer not saved": ("--no-load-optim", 3.75e-3, "no optimizer"),
+    "ZeRO-1 on": (
+        "--use-distributed-optimizer --no-load-optim --split 100,0,0 --eval-iters 0",
+        3.75e-3,
+    ),
+    "ZeRO-1, rate": (f"--use-distributed-optimizer --lr 5e-3 {OVERRIDE}", 1.875e-3, "sharded"),
+    "bf16, rate": (f"--bf16 --lr 5e-3 {OVERRIDE}", 1.875e-3, "bf16"),
+    "shapes that may differ": (
+        "--seq-length 32 --max-position-embeddings 32 --make-vocab-size-divisible-by 512",
+        3.75e-3,
+    ),
+}
+"""Flags, the learning rate of the first step, the form of the checkpoint."""
+
+
+@pytest.mark.parametrize("change", WORKS)
+def test_a_change_works_as_it_is_meant(change, saved, tmp_path):
+    flags, rate, *form = WORKS[change]
+    assert not saved(tmp_path, f"{flags} --exit-interval {LAST + 1}", *form)
+    assert series(tmp_path, "learning-rate") == {LAST + 1: pytest.approx(rate, rel=1e-6)}
