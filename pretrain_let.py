@@ -39,7 +39,6 @@ def train() -> None:
     """Parse the flags, build the configuration, train."""
     entry.use_prebuilt_helpers()
     torch_adam.install()
-    entry.keep_secrets()
     door = Door()
     door.install()
     args = entry.parse_arguments()
