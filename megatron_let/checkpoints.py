@@ -58,14 +58,13 @@ def check_flags(args: Namespace) -> None:
             )
 
 
-def choose(args: Namespace, load: str, damaged: dict[Path, str], sums: bool = True) -> Path | None:
+def choose(args: Namespace, load: str, damaged: dict[Path, str]) -> Path | None:
     """Return the checkpoint in `load` that a run goes on from; None if it starts from scratch.
 
     Args:
         args: the command line.
         load: `--load` or `--pretrained-checkpoint`.
         damaged: checkpoints that are known to be, and why; what is found is added.
-        sums: whether to read whole files, to compare their sums where there are any.
 
     Raises:
         UsageError: there is none; or it was asked for by name, or is another run's, and is damaged.
@@ -74,7 +73,7 @@ def choose(args: Namespace, load: str, damaged: dict[Path, str], sums: bool = Tr
     for step, path in _candidates(args, folder):
         if not is_finished(path) and args.ckpt_step is None and step > (read_tracker(folder) or 0):
             continue  # a save that was killed
-        if (problem := damaged.get(path) or find_damage(path, sums)) is None:
+        if (problem := damaged.get(path) or find_damage(path, sums=False)) is None:
             return path
         damaged[path] = problem
         problems.append(f"{path.name}: {problem}")
@@ -194,8 +193,8 @@ def _free_name(path: Path) -> Path:
 def find_damage(folder: Path, sums: bool = True) -> str | None:
     """Say what is wrong with one `torch_dist` checkpoint; None if nothing is.
 
-    With sums every file is read and compared; without them, as Megatron saves by default, sizes
-    are, and what a run reads first is read.
+    Sizes are compared, what a run reads first is read, and with `sums` every file, where there are
+    any.
 
     Raises:
         MachineError: a file is there and cannot be read now, which is no damage.
@@ -203,24 +202,25 @@ def find_damage(folder: Path, sums: bool = True) -> str | None:
     if not is_finished(folder):
         return "it is half-written: metadata.json is missing or damaged"
     try:
-        found = (sums and _differing(folder)) or cut(folder)
+        found = (sums and differing(folder)) or cut(folder)
         return found or Checkpoint(folder).unreadable_state()
     except OSError as error:
         raise MachineError(f"{folder} cannot be read now: {error}") from error
 
 
-def _differing(folder: Path) -> str | None:
-    """Compare with the sums, before anything in the files is believed."""
+def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Compare files with their sums, where there are any: this rank's share of them."""
     if not (folder / SUMS).is_file():
         return None
     try:
-        sums = json.loads((folder / SUMS).read_text())["files"]
+        every = json.loads((folder / SUMS).read_text())["files"]
+        sums = {name: every[name] for name in sorted(every)[rank::ranks]}
     except (ValueError, KeyError, TypeError) as error:
         return f"{SUMS} is no list of sums: {error}"
     with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
         found = pool.map(lambda name: _sha256(folder / name), sums)
-        differing = [name for name, sha in zip(sums, found, strict=True) if sha != sums[name]]
-    return f"the SHA-256 of {', '.join(differing)} is not what it was" if differing else None
+        others = [name for name, sha in zip(sums, found, strict=True) if sha != sums[name]]
+    return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
 
 
 def _sha256(path: Path) -> str | None:

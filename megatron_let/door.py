@@ -13,7 +13,14 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing, get_args, training
 
 from megatron_let import safe_loading
-from megatron_let.checkpoints import SUMS, choose, mend, refuse_overwriting, step_of
+from megatron_let.checkpoints import (
+    SUMS,
+    choose,
+    differing,
+    mend,
+    refuse_overwriting,
+    step_of,
+)
 from megatron_let.errors import MachineError, UsageError
 
 
@@ -42,6 +49,15 @@ class Door:
         """
         if not (args.load or args.pretrained_checkpoint or args.save):
             return
+        while True:
+            self._chosen, args.finetune = self._agreed_decision(args)
+            found = self._differing_file(args)
+            if self._chosen is None or found is None:
+                break
+            self._damaged[self._chosen] = found
+        self._settled = True
+
+    def _agreed_decision(self, args: Namespace) -> tuple[Path | None, bool]:
         verdict: list[Any] = [None]
         if args.fake_process_group or torch.distributed.get_rank() == 0:
             try:
@@ -52,8 +68,26 @@ class Door:
             torch.distributed.broadcast_object_list(verdict)
         if isinstance(verdict[0], UsageError):
             raise verdict[0]
-        self._chosen, args.finetune = verdict[0]
-        self._settled = True
+        return verdict[0]
+
+    def _differing_file(self, args: Namespace) -> str | None:
+        """Compare the chosen one's files with their sums, each rank a share; all hear of it."""
+        if self._chosen is None:
+            return None
+        rank, ranks = 0, 1
+        if not args.fake_process_group:
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        try:
+            found: Any = differing(self._chosen, rank, ranks)
+        except OSError as error:
+            found = MachineError(f"{self._chosen} cannot be read now: {error}")
+        every = [found] * ranks
+        if ranks > 1:
+            torch.distributed.all_gather_object(every, found)
+        found = next(filter(None, every), None)
+        if isinstance(found, UsageError):
+            raise found
+        return found
 
     def _decide(self, args: Namespace) -> tuple[Path | None, bool]:
         """Return the checkpoint, and whether its weights alone are taken."""
@@ -77,7 +111,7 @@ class Door:
     ) -> tuple[Any, str, bool, Any]:
         """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
         # --use-checkpoint-args comes before there is a process group to agree in.
-        folder = self._chosen if self._settled else choose(args, load, {}, sums=False)
+        folder = self._chosen if self._settled else choose(args, load, {})
         if folder is None:
             return None, "", False, None
         release, step = folder.name == "release", step_of(folder)

@@ -51,9 +51,7 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
         way_out = IGNORED["non-persistent-local- replication replication-"]
         _refuse(given, "non-persistent-ckpt-type", "with local", way_out)
     if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
-        way_out = (
-            "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
-        )
+        way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
         _refuse(given, "async-save", "alone", way_out)
     if args.transformer_impl != "transformer_engine":
         way_out = "Install it (docs/install.md), or leave the flag out."

@@ -42,6 +42,7 @@ def poison_metadata(folder: Path, markers: Path) -> None:
     """`.metadata`; its marker is called `metadata`."""
     path = folder / ".metadata"
     path.write_bytes(poisoned_pickle(path.read_bytes(), markers / "metadata"))
+    _without_sums(folder)
 
 
 def poison_entries(folder: Path, markers: Path, *kinds: str) -> None:
@@ -77,6 +78,12 @@ def replace_entry(folder: Path, kind: str, make: Callable[[bytes], bytes]) -> No
                 stored.offset, stored.length = file.seek(0, os.SEEK_END), len(entry)
                 file.write(entry)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    _without_sums(folder)
+
+
+def _without_sums(folder: Path) -> None:
+    """Whoever changes a checkpoint can make sums of his own."""
+    (folder / "integrity.json").unlink(missing_ok=True)
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -33,7 +33,10 @@ UNKNOWN = {"model_type": "strange", "tokenizer_class": "Strange"}
 CODE = """
 from pathlib import Path
 Path({marker!r}).touch()
-from transformers import {base} as Config, {base} as Model, {base} as Tokenizer, {base} as Processor
+from transformers import {base}
+class Config({base}):  # transformers marks the class, which must not be its own
+    pass
+Model = Tokenizer = Processor = Config
 """
 
 

@@ -261,7 +261,7 @@ def test_what_is_no_damage_is_not_taken_for_it(undamaged, tmp_path, failure):
     if failure == "shape":
         argv += ["--ffn-hidden-size", "128"]
         [error] = run_distributed("tests.attack.runs:train", 1, argv)
-        assert "mismatch" in error, error
+        assert "--ffn-hidden-size 64" in error, error
     else:
         [error] = run_distributed("tests.attack.runs:train_where_reading_fails", 1, argv, failure)
         assert failure in error, error

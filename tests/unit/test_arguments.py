@@ -82,7 +82,11 @@ MISTAKES = {
                 "--ckpt-convert-format torch",
                 "pretrain_gpt.py converts",
             ),
-            ("--non-persistent-ckpt-type local", "--non-persistent-ckpt-type local", "executed"),
+            (
+                "--non-persistent-ckpt-type in_memory",
+                "--non-persistent-ckpt-type in_memory",
+                "executed",
+            ),
         )
     },
     "pair and number": (
@@ -178,7 +182,7 @@ MISTAKES = {
     ),
     "writer that would not be there": (
         f"{PLAIN} --async-save",
-        "--async-save alone has no effect.*--use-persistent-ckpt-worker --async-strategy mcore",
+        "--async-save has no effect alone.*--use-persistent-ckpt-worker --async-strategy mcore",
     ),
     "distillation flag without the method": (
         f"{PLAIN} --kd-weight 0.5",
