@@ -20,7 +20,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_let import arguments, checkpoints
+from megatron_let.data.checked import check_ids
 from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.inspect import first_tokens
 from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
@@ -34,6 +36,10 @@ UNSUPPORTED_FLAGS = (
     "sft fim_data logits_load_dir logits_save_dir hybrid_context_parallel perform_rl_step "
     "dataloader_inter_document_masking yaml_cfg enable_msc"
 ).split()
+
+
+LOOKED_AT = 1 << 20
+"""Token ids of each dataset that are compared with the model's rows before the first step."""
 
 
 def use_prebuilt_helpers() -> None:
@@ -143,6 +149,12 @@ def _check_data_paths(args: Namespace) -> None:
     for prefix in _data_prefixes(args):
         files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if all(file.exists() for file in files):
+            try:
+                start = first_tokens(prefix, 1)
+            except ValueError as error:
+                raise UsageError(f"The data is damaged: {error}. Write it again.") from error
+            if not len(start):
+                raise UsageError(f"{prefix} holds no token: leave it out.")
             continue
         raise UsageError(
             f"No data at {prefix}: {files[0].name} and {files[1].name} must both exist there. "
@@ -183,15 +195,22 @@ def _check_data_tokenizer(args: Namespace) -> None:
         args.tokenizer_fingerprint = tokenizer_fingerprint(ids)  # for who exports the checkpoint
     for prefix in _data_prefixes(args):
         sidecar = Path(f"{prefix}.json")
-        if not ids or not sidecar.exists():
-            continue
-        made_with = json.loads(sidecar.read_text()).get("tokenizer_fingerprint")
-        if made_with is not None and made_with != tokenizer_fingerprint(ids):
-            raise UsageError(
-                f"{prefix} was made with another tokenizer (fingerprint {made_with[:12]}) than "
-                f"--tokenizer-model {args.tokenizer_model or args.vocab_file} "
-                f"({tokenizer_fingerprint(ids)[:12]}). Use that tokenizer, or preprocess again."
-            )
+        if ids and sidecar.exists():
+            _check_sidecar(args, prefix, sidecar, tokenizer_fingerprint(ids))
+        check_ids(first_tokens(prefix, LOOKED_AT), args.padded_vocab_size, prefix)
+
+
+def _check_sidecar(args: Namespace, prefix: str, sidecar: Path, own: str) -> None:
+    try:
+        made_with = json.loads(sidecar.read_bytes()).get("tokenizer_fingerprint")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{sidecar} is damaged ({error!r}): remove it.") from error
+    if made_with is not None and made_with != own:
+        raise UsageError(
+            f"{prefix} was made with another tokenizer (fingerprint {str(made_with)[:12]}) than "
+            f"--tokenizer-model {args.tokenizer_model or args.vocab_file} ({own[:12]}). Use that "
+            "tokenizer, or preprocess again."
+        )
 
 
 def _is_number(word: str) -> bool:

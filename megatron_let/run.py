@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -22,6 +22,12 @@ from megatron.core.utils import (
 from megatron.training import get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_let.data.checked import (
+    GPTDataset,
+    check_ids,
+    check_loss_mask,
+    use_plain_indices,
+)
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import WHOLE, Batch, Method
 
@@ -72,6 +78,7 @@ class Run:
         self, num_samples: list[int], vp_stage: int | None = None
     ) -> tuple[Any, Any, Any]:
         """Build the three datasets; None where this rank needs none."""
+        use_plain_indices()
         builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
@@ -96,6 +103,7 @@ class Run:
             )
         data = None if datasets[0] is None else datasets[0].unique_description_hash
         if datasets[0] is not None:
+            check_loss_mask(datasets[0])
             datasets = (self.method.training_data(datasets[0]), *datasets[1:])
         if self.method.reads_batch(vp_stage):
             self._method_dataset = datasets[0]
@@ -189,6 +197,7 @@ class Run:
         batch: Batch = {}
         if self._holds_data():
             drawn = next(data_iterator)
+            check_ids(drawn["tokens"], args.padded_vocab_size, "The data")
             batch = {
                 key: drawn[key].cuda(non_blocking=True) if key in drawn else None
                 for key in BATCH_KEYS

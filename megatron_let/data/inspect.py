@@ -60,22 +60,42 @@ def open_pair(prefix: str) -> Pair:
     for path in (index, tokens):
         if not path.is_file():
             raise ValueError(f"{path} does not exist; give a prefix without .bin or .idx")
-    dtype, sequences, boundaries = _read_head(index)
-    arrays = np.memmap(index, np.uint8, "r", offset=_HEAD.size)
-    ends = np.cumsum([4 * sequences, 8 * sequences, 8 * boundaries])
-    if len(arrays) != ends[-1]:
-        raise ValueError(
-            f"{index} has {_HEAD.size + len(arrays)} bytes and should have {_HEAD.size + ends[-1]} "
-            f"for {sequences} sequences: it was cut off or is not complete"
-        )
-    lengths, pointers, documents = (
-        part.view(kind)
-        for part, kind in zip(np.split(arrays, ends[:-1]), ("<i4", "<i8", "<i8"), strict=True)
-    )
+    dtype, (lengths, pointers, documents) = _arrays(index)
     _check(index, tokens, lengths, pointers, documents, dtype.itemsize)
     sidecar = Path(f"{prefix}.json")
     about = json.loads(sidecar.read_text()) if sidecar.exists() else {}
     return Pair(prefix, dtype, lengths, pointers, documents, about)
+
+
+def first_tokens(prefix: str, number: int) -> np.ndarray:
+    """Return a pair's first tokens, of a pair whose sizes agree; the same work for any size.
+
+    Raises:
+        ValueError: they do not.
+    """
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    dtype, (lengths, pointers, _) = _arrays(index)
+    wanted = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
+    if wanted != tokens.stat().st_size:
+        raise ValueError(
+            f"{tokens} has {tokens.stat().st_size} bytes and {index.name} speaks of {wanted}"
+        )
+    return np.fromfile(tokens, dtype, number)
+
+
+def _arrays(index: Path) -> tuple[np.dtype, list[np.ndarray]]:
+    """The type of the tokens; lengths, pointers and documents as views of the file."""
+    dtype, sequences, boundaries = _read_head(index)
+    size = index.stat().st_size - _HEAD.size
+    ends = [4 * sequences, 12 * sequences, 12 * sequences + 8 * boundaries]
+    if size != ends[-1]:
+        raise ValueError(
+            f"{index} has {_HEAD.size + size} bytes and should have {_HEAD.size + ends[-1]} "
+            f"for {sequences} sequences: it was cut off or is not complete"
+        )
+    arrays = np.memmap(index, np.uint8, "r", offset=_HEAD.size)
+    kinds = zip(np.split(arrays, ends[:-1]), ("<i4", "<i8", "<i8"), strict=True)
+    return dtype, [part.view(kind) for part, kind in kinds]
 
 
 def _read_head(index: Path) -> tuple[np.dtype, int, int]:

@@ -5,11 +5,13 @@ They go through `entry`, in one worker, up to the point where the model would be
 
 import re
 
+import numpy as np
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
+from megatron_let.data.indexed import PairWriter, write_index
 from tests.support.testing import run_distributed, save_tiny_teacher
 
 STEPS = "--eval-interval 5 --train-iters 10"
@@ -272,8 +274,10 @@ def tmp(tmp_path_factory):
     save_tokenizer(folder / "other", "a", "c", "b")
     save_tokenizer(folder / "superset", "a", "b", "c")
     (folder / "empty").mkdir()
-    for ending in ("bin", "idx"):
-        (folder / f"one.{ending}").touch()
+    writer = PairWriter(folder / "one")
+    writer.add(np.array([1, 2], np.int32), np.array([2], np.int32))
+    writer.close()
+    write_index(folder / "one", np.int32)
     (folder / "one.json").write_text('{"tokenizer_fingerprint": "0123456789abcdef"}')
     (folder / "list").write_text(f"0.5 {folder}/one 0.5 {folder}/absent")
     save_sentencepiece(folder)
