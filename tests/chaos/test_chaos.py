@@ -1,9 +1,11 @@
 """The tool that shows what a run survives can't be content with nothing."""
 
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +102,8 @@ def test_a_fault_that_hits_nothing_is_a_failure(tmp_path, monkeypatch, fault):
 
 
 def test_a_moment_that_does_not_come_is_missed(tmp_path):
-    victim = faults.Victim(Ended(tmp_path), tmp_path, faults.random.Random(0))
+    job: Any = Ended(tmp_path)
+    victim = faults.Victim(job, tmp_path, random.Random(0))
     for moment in (*MOMENTS.values(), faults.at_point):
         if moment is not faults.at_start:  # then there is no step yet
             with pytest.raises(Missed):
