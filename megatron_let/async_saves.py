@@ -12,11 +12,13 @@ from multiprocessing.managers import SyncManager
 from multiprocessing.util import Finalize
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from megatron_let import cpu
 
 _write = async_utils.PersistentAsyncCaller.async_loop
+_start = async_utils.PersistentAsyncCaller._get_process.__func__  # type: ignore[attr-defined]
 
 
 def prepare_saves(args: Namespace) -> None:
@@ -36,7 +38,9 @@ def prepare_saves(args: Namespace) -> None:
     caller.async_loop = staticmethod(write_loop)
     if cpu.is_active():
         priorities = args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
-        caller._get_process(args.rank, "fork", *priorities)
+        # Once more for a save at the run's end, for which upstream spawns one.
+        caller._get_process = classmethod(lambda it, *_: _start(it, args.rank, "fork", *priorities))
+        caller._get_process()
     Finalize(None, _kill_writer, exitpriority=1)  # multiprocessing would wait for it
 
 
@@ -46,6 +50,7 @@ def write_loop(*args: Any) -> None:
     A scheduler's SIGTERM to all processes comes before the run asks for its last save.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)  # a fork has none of its parent's
     _end_with_parent()
     _write(*args)
 

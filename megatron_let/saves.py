@@ -19,7 +19,7 @@ from megatron_let.sums import Sums, forget_sums
 @contextlib.contextmanager
 def watched_saves(args: Namespace) -> Iterator[None]:
     """Wrap Megatron's functions as long as the run lasts; called on every rank."""
-    sums, folder = Sums(), Path()
+    sums, folder = Sums(), None
     save, schedule = training.save_checkpoint, checkpointing.schedule_async_save
     manifest = serialization.save_integrity_manifest
 
@@ -27,16 +27,16 @@ def watched_saves(args: Namespace) -> Iterator[None]:
     def checked(iteration: int, model: Any, optimizer: Any, *others: Any, **named: Any) -> None:
         nonlocal folder
         check_weights(iteration, model, optimizer)
-        folder = Path(args.save, f"iter_{iteration:07d}")
-        is_ours = args.ckpt_format == "torch_dist" and not named.get("non_persistent_ckpt")
-        if is_ours and torch.distributed.get_rank() == 0:
+        is_summed = args.ckpt_format == "torch_dist" and not named.get("non_persistent_ckpt")
+        folder = Path(args.save, f"iter_{iteration:07d}") if is_summed else None
+        if folder and torch.distributed.get_rank() == 0:
             forget_sums(folder)
         save(iteration, model, optimizer, *others, **named)
-        if is_ours and not args.async_save:
+        if folder and not args.async_save:
             sums.start(folder)
 
     def summed_when_written(request: Any) -> None:
-        if args.ckpt_format == "torch_dist":
+        if folder:
             request.add_finalize_fn(functools.partial(sums.start, folder))
         schedule(snapshot(request))
 

@@ -65,11 +65,12 @@ def _sum_after(before: threading.Thread | None, folder: Path, rank: int, ranks: 
 
 
 def _put_together(folder: Path, parts: list[Path]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while missing := [part.name for part in parts if not part.exists()]:
+    deadline, pause, missing = time.monotonic() + PATIENCE_SECONDS, 0.05, parts
+    while missing := [part for part in missing if not part.exists()]:
         if time.monotonic() > deadline or not folder.exists():
-            raise TimeoutError(f"no {', '.join(missing)} came")
-        time.sleep(0.1)
+            raise TimeoutError(f"no {', '.join(part.name for part in missing)} came")
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)  # a thousand files are asked for
     sums = {name: sha for part in parts for name, sha in json.loads(part.read_text()).items()}
     for path in folder.iterdir():  # what all ranks share, and files of an older layout
         if path.is_file() and path.name not in sums and path not in parts and path.name != FILE:

@@ -14,7 +14,7 @@ from tests.support.testing import run_distributed, run_program
 from tests.support.tiny_run import FLAGS, STEPS, hashes
 
 ROOT = Path(__file__).parents[2]
-SYNC = "--hidden-dropout 0.1 --save-interval 2".split()
+SYNC = "--hidden-dropout 0.1 --save-interval 3".split()
 WRITER = "--use-persistent-ckpt-worker --async-strategy mcore --async-ckpt-cpu-priority 0"
 ASYNC = [*SYNC, "--async-save", *WRITER.split()]
 
@@ -42,13 +42,13 @@ def whole(corpus, tmp_path_factory):
 
 def test_every_checkpoint_is_the_synchronous_ones_the_last_too(whole):
     assert tracked(whole / "async") == STEPS
-    for step in range(2, STEPS + 1, 2):
+    for step in (3, 6, STEPS):  # the last one comes when upstream has closed its writer
         assert find_damage(whole / "async" / f"iter_{step:07d}") is None
         assert hashes(whole / "async", step) == hashes(whole / "sync", step), step
 
 
 def test_it_is_resumed(corpus, whole, tmp_path):
-    load = ("--load", str(whole / "async"), "--ckpt-step", "4", "--verify-integrity")
+    load = ("--load", str(whole / "async"), "--ckpt-step", "3", "--verify-integrity")
     assert not run(1, *corpus.flags, *corpus.let(*ASYNC), *load, "--save", str(tmp_path))
     assert tracked(tmp_path) == STEPS and hashes(tmp_path) == hashes(whole / "sync")
 
@@ -79,7 +79,7 @@ if os.fork() == 0:  # in a session of its own, since run_program waits for the p
 
     def write(transforms, **named):
         result = right(transforms, **named)
-        if "iter_0000004" in named["write_bucket"][0]:
+        if "iter_0000006" in named["write_bucket"][0]:
             Path("{save}", "writer").write_text(str(os.getpid()))
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
@@ -106,11 +106,11 @@ def test_a_kill_in_the_middle_of_a_save(corpus, whole, tmp_path):
     while psutil.pid_exists(writer) and psutil.Process(writer).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the writer lives on without its run"
         time.sleep(0.05)
-    assert tracked(save) == 2
-    assert "half-written" in find_damage(save / "iter_0000004")
+    assert tracked(save) == 3
+    assert "half-written" in find_damage(save / "iter_0000006")
 
     assert not run(1, *flags[len(FLAGS) :], "--load", str(save))
-    assert min(step for step in records(save, "start") if step) == 2
+    assert min(step for step in records(save, "start") if step) == 3
     assert hashes(save) == hashes(whole / "sync")
 
 

@@ -1,11 +1,13 @@
 """A run that is stopped and resumed ends in the weights of one that is not, bit for bit."""
 
+import resource
 import shutil
 
 import pytest
 
 from tests.attack.poison import read_metadata
 from tests.distributed.training import TP2_PP2, records, run, series
+from tests.support.disk import REASON, can_mount, small_disk
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import BATCH, FLAGS, SEQ, STEPS, checkpoint, hashes
 
@@ -281,6 +283,26 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(corpus, tmp_path):
     assert hashes(tmp_path / "run", 4) == before
     assert not run(1, *flags, *save, "--load", str(tmp_path / "run"))
     assert min(i for i in records(tmp_path / "run", "start") if i) == 4
+
+
+@pytest.mark.skipif(not can_mount(), reason=REASON)
+@pytest.mark.parametrize("room", [300_000, 1_600_000], ids=["first", "second"])
+def test_a_full_file_system_is_named(corpus, tmp_path, room):
+    """No limit of the process: the disk itself, in a run's first save or its second."""
+    save = tmp_path / "run"
+    save.mkdir()
+    flags = [*corpus.flags, *EVERY_2, "--tensorboard-dir", str(tmp_path), "--save", str(save)]
+    with small_disk(save, room) as make_room:
+        function = "tests.distributed.training:train_on_a_full_disk"
+        [reason] = run_distributed(function, 1, [*FLAGS, *flags], resource.RLIM_INFINITY)
+        assert f"could not be written to {save}" in reason and "make room" in reason
+        tracker = save / "latest_checkpointed_iteration.txt"
+        went_on_from = int(tracker.read_text()) if tracker.exists() else 0
+        assert went_on_from == (2 if room > 1_000_000 else 0)
+        make_room()
+        assert not run(1, *flags, "--load", str(save))
+        assert sorted(records(save, "start"))[-1] == went_on_from
+        assert tracker.read_text() == str(STEPS)
 
 
 def test_totals_count_steps_that_were_not_logged(corpus, tmp_path):

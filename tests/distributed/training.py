@@ -125,6 +125,29 @@ def train_until_sigterm(argv: list[str], metrics: Path) -> str | None:
     return train([*argv, "--exit-signal-handler"])
 
 
+def train_with_sigterm_in(argv: list[str], where: str) -> str | None:
+    """As `train`, with a SIGTERM from inside the data's building, or the first evaluation."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder as Builder,
+    )
+
+    from megatron_let.run import Run
+
+    def building(self: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return build(self)
+
+    def evaluating(self: Any, data_iterator: Any, model: Any, *args: Any) -> Any:
+        if not model.training:
+            signal.raise_signal(signal.SIGTERM)
+        return forward_step(self, data_iterator, model, *args)
+
+    build, forward_step = Builder.build, Run.forward_step
+    patched = (Builder, "build", building) if where == "data" else (Run, "forward_step", evaluating)
+    with mock.patch.object(*patched):
+        return train([*argv, "--exit-signal-handler"])
+
+
 def _sigterm_after_three_steps(metrics: Path) -> None:
     while not metrics.exists() or metrics.read_text().count('"kind": "train"') < 3:
         time.sleep(0.02)
