@@ -158,11 +158,12 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-LAYOUTS = {"1": (1, []), "tp2_pp2": (4, TP2_PP2)}
+PARALLEL_LOAD = ["--use-distributed-optimizer", "--ckpt-fully-parallel-load"]
+LAYOUTS = {"1": (1, []), "tp2_pp2": (4, TP2_PP2), "parallel_load": (2, PARALLEL_LOAD)}
 SUMS = [*EVERY_2, "--verify-integrity"]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=["1", "tp2_pp2"])
 def undamaged(request, corpus, tmp_path_factory):
     """A layout, and a folder with a whole run in it and one that ends at step 6."""
     world_size, layout = LAYOUTS[request.param]
@@ -221,11 +222,11 @@ def truncated(folder):
     overwrite(path, offset + length // 2, bytes(length - length // 2))
 
 
-SLOW_LAYOUT = ["1", pytest.param("tp2_pp2", marks=pytest.mark.slow)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tp2_pp2", "parallel_load")]
 
 
 @pytest.mark.parametrize("damage", [shifted, garbage, truncated])
-@pytest.mark.parametrize("undamaged", SLOW_LAYOUT, indirect=True)
+@pytest.mark.parametrize("undamaged", ["1", *SLOW], indirect=True)
 def test_damage_that_only_the_load_finds(undamaged, tmp_path, damage):
     """Some ranks find it; all go on from the checkpoint before, in the same start."""
     world_size, flags, folder = undamaged

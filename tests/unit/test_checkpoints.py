@@ -218,11 +218,10 @@ def test_the_folders_decide_and_the_tracker_is_mended(
 
 
 def test_steps_are_numbers_and_only_megatrons_names_count(save: Path) -> None:
-    for name in ("iter_10000000", "iter_9999999"):
+    mine = ["iter_20000000.mine", "iter_20000000x", "iter_020000000", "iter_\u0662" + "0" * 7]
+    for name in ("iter_10000000", "iter_9999999", *mine):
         shutil.copytree(save / "iter_0000009", save / name)
-    mine = ["iter_0000011.mine", "iter_99999999x", "iter_12", "iter_\u0661\u0662", "iter_0000010"]
-    for name in mine[:-1]:
-        (save / name).mkdir()
+    mine.append("iter_0000010")
     (save / mine[-1]).write_text("a file")
     track(save, None)
     assert name_of(settle(save)) == "iter_10000000"
