@@ -203,8 +203,9 @@ class Checkpoint:
         """Say why a run could not read what it reads first, None if it can."""
         older = self.folder / OLDER_COMMON_STATE
         try:
-            entry = None if older.exists() else self._mapped(MetadataIndex(COMMON_STATE))
-            torch.load(io.BytesIO(entry or older.read_bytes()), "cpu", weights_only=True)
+            new = not older.exists()
+            state = self._mapped(MetadataIndex(COMMON_STATE)) if new else older.read_bytes()
+            torch.load(io.BytesIO(state), "cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # a damaged pickle can raise anything

@@ -43,24 +43,35 @@ def is_imported(name: str) -> bool:
 
 
 def train_where_reading_fails(argv: list[str], failure: str) -> str:
-    """Run where the data of a checkpoint cannot be read, for a reason that is not its own."""
+    """Run where the tensors of a checkpoint cannot be read, for a reason that is not their own."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
     from torch.distributed.checkpoint import FileSystemReader
 
     errors = {
         "disk": OSError(errno.EIO, "the disk fails"),
         "memory": MemoryError("no memory"),
         "allocator": RuntimeError("DefaultCPUAllocator: can't allocate memory: no allocator"),
+        "device": RuntimeError("CUDA error: the device fails"),
     }
+    resolve, read = MCoreLoadPlanner.resolve_tensor, FileSystemReader._slice_file
+    failing = [False]
 
     def fail(*args: object) -> None:
+        failing[0] = True
         raise errors[failure]
 
-    right = FileSystemReader._slice_file
-    FileSystemReader._slice_file = fail  # type: ignore[method-assign, assignment]
+    def read_or_fail(*args: object) -> object:
+        if failing[0] and failure != "device":  # whoever reads it again
+            fail()
+        return read(*args)
+
+    MCoreLoadPlanner.resolve_tensor = fail
+    FileSystemReader._slice_file = read_or_fail  # type: ignore[method-assign, assignment]
     try:
         return train(argv)
     finally:
-        FileSystemReader._slice_file = right  # type: ignore[method-assign]
+        MCoreLoadPlanner.resolve_tensor = resolve
+        FileSystemReader._slice_file = read  # type: ignore[method-assign]
 
 
 def read_by_libraries(folder: str) -> list[str]:

@@ -255,7 +255,7 @@ def test_where_nothing_older_is_whole_nothing_is_renamed(undamaged, tmp_path):
 
 
 @pytest.mark.parametrize("undamaged", ["1"], indirect=True)
-@pytest.mark.parametrize("failure", ["shape", "disk", "memory", "allocator"])
+@pytest.mark.parametrize("failure", ["shape", "disk", "memory", "allocator", "device"])
 def test_what_is_no_damage_is_not_taken_for_it(undamaged, tmp_path, failure):
     _, flags, folder = undamaged
     save = tmp_path / "run"
