@@ -17,7 +17,10 @@ SHAPES = (
 """What the weights have their shapes from; the rows of the embedding may be others."""
 FUNCTION = "rotary_base rotary_percent rotary_interleaved use_rope_scaling norm_epsilon".split()
 """What the model computes besides."""
-OPTIMIZER = "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer".split()
+OPTIMIZER = (
+    "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer "
+    "expert_model_parallel_size"
+).split()
 """What the optimizer's state has its form from."""
 SCHEDULED = (
     "lr min_lr lr_decay_style weight_decay start_weight_decay end_weight_decay "

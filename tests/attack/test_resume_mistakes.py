@@ -5,9 +5,13 @@ One trained run serves all of them; the flags are put behind its own.
 
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 
+from megatron_let.errors import UsageError
+from megatron_let.resume_flags import check_flags
+from megatron_let.tiny_run import checkpoint
 from tests.distributed.training import run, series
 
 LAST = 4
@@ -94,6 +98,17 @@ def test_a_mistake_is_named_with_the_way_out(mistake, saved, other_tokenizer, tm
     assert error and re.search(told, error), error
     assert len(error.splitlines()) == 1
     assert not list((tmp_path).glob("save/iter_*"))
+
+
+def test_other_ranks_for_the_experts_are_named(saved, tmp_path):
+    """Two ranks would be needed to run it: upstream expects other entries of the optimizer."""
+    assert not saved(tmp_path, f"--exit-interval {LAST + 1}")
+    before = checkpoint(tmp_path).args()
+    now = Namespace(**vars(before) | {"expert_model_parallel_size": 2, "no_load_optim": False})
+    with pytest.raises(UsageError, match="--expert-model-parallel-size 2, .* 1. .*--no-load-optim"):
+        check_flags(now, before)
+    now.no_load_optim = True
+    check_flags(now, before)
 
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
