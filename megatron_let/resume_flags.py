@@ -52,7 +52,13 @@ def check_flags(args: Namespace, saved: Namespace) -> None:
     check(SHAPES, f"{anew}without --load.")
     if args.finetune:  # a run of its own, which takes the weights only
         return
-    check([*FUNCTION, *_tokenizer(args, saved)], f"{anew}from the weights: --finetune.")
+    check(FUNCTION, f"{anew}from the weights: --finetune.")
+    tokenizers = [vars(a).get("tokenizer_fingerprint") for a in (args, saved)]
+    if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+        raise UsageError(
+            f"--tokenizer-model {args.tokenizer_model} numbers tokens in another way than that of "
+            f"{saved.tokenizer_model} did: {where} it. {anew}from the weights: --finetune."
+        )
     for name in ("optim", "rng"):
         if vars(saved).get(f"no_save_{name}") and not vars(args)[f"no_load_{name}"]:
             raise UsageError(f"Add --no-load-{name}: {where} --no-save-{name}.")
@@ -67,12 +73,6 @@ def check_flags(args: Namespace, saved: Namespace) -> None:
             "--override-opt-param-scheduler to follow this command's from here on, or "
             "--use-checkpoint-opt-param-scheduler to keep the checkpoint's.",
         )
-
-
-def _tokenizer(args: Namespace, saved: Namespace) -> list[str]:
-    """Where the two number tokens in different ways, the flag that says so."""
-    both = [vars(a).get("tokenizer_fingerprint") for a in (args, saved)]
-    return ["tokenizer_model"] * (None not in both and both[0] != both[1])
 
 
 def _samples(args: Namespace) -> list[Any]:

@@ -60,10 +60,7 @@ REFUSED = {
     "experts": ("--num-experts 2", "--num-experts 2, .*no --num-experts"),
     "base of the rotation": ("--rotary-base 500000", "--rotary-base 500000, .*10000. .*--finetune"),
     "part that rotates": ("--rotary-percent 0.5", "--rotary-percent 0.5, .*--finetune"),
-    "tokenizer": (
-        "--tokenizer-model OTHER",
-        "--tokenizer-model OTHER, .*--tokenizer-model /.*--finetune",
-    ),
+    "tokenizer": ("--tokenizer-model OTHER", "OTHER numbers tokens in another way .*--finetune"),
     "optimizer not saved": ("", "Add --no-load-optim: .*--no-save-optim", "no optimizer"),
     "random states not saved": ("", "Add --no-load-rng: .*--no-save-rng", "no rng"),
     "ZeRO-1 off": ("", "no --use-distributed-optimizer, .*--no-load-optim", "sharded"),
