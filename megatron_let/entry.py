@@ -175,12 +175,10 @@ def _check_needed(args: Namespace) -> None:
     for name in ("eval_interval", "log_interval", "save_interval", "tensorboard_log_interval"):
         value = vars(args)[name]
         if value is not None and value < 1:
-            without = {
-                "eval_interval": "no evaluation is --eval-iters 0",
-                "save_interval": "without checkpoints leave --save out",
-            }.get(name, "1 is each step")
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} {value} must be at least 1 step; {without}.")
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value} must be at least 1 step. (No evaluation: "
+                "--eval-iters 0; no checkpoints: leave --save out.)"
+            )
     if args.save is not None and args.save_interval is None:
         raise UsageError(
             f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "

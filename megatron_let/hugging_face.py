@@ -31,17 +31,7 @@ class OutsideError(UsageError):
 
 
 def load(auto: Any, source: str | Path, failure: str, **options: Any) -> Any:
-    """Return `auto.from_pretrained(source)` without remote code.
-
-    Args:
-        auto: one of transformers' `Auto` classes.
-        source: folder or hub id.
-        failure: what is said, before the reason, if it cannot be loaded.
-        options: further arguments of `from_pretrained`.
-
-    Raises:
-        UsageError: as `told`.
-    """
+    """Return `auto.from_pretrained(source)`, of one of transformers' `Auto` classes, as `told`."""
     with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
         loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
     # A kernel of the hub, as "owner/name", is code too.
@@ -52,11 +42,10 @@ def load(auto: Any, source: str | Path, failure: str, **options: Any) -> Any:
 
 @contextmanager
 def told(source: str | Path, failure: str, weights: bool = False) -> Iterator[None]:
-    """Check a folder; whatever fails in the context then ends in a sentence.
+    """Check a folder or hub id; what fails in the context ends in `failure` and the reason.
 
     Raises:
-        UsageError: as `check_folder`; `failure` and the reason.
-        OutsideError: the files need code of their own.
+        UsageError: that; as `check_folder`; the files need code of their own.
     """
     check_folder(Path(source), weights)
     try:
@@ -69,15 +58,12 @@ def told(source: str | Path, failure: str, weights: bool = False) -> Iterator[No
 
 
 def check_folder(folder: Path, weights: bool = False) -> None:
-    """Check what a model's or tokenizer's folder leads to; a hub id is none, and fine.
+    """Check that a folder's files lead nowhere else, and with `weights` that those are whole.
 
-    Args:
-        folder: its files may link to each other, and those of the hub's cache into that cache.
-        weights: whether each `*.safetensors` must be whole, too.
+    They may link to each other, and those of the hub's cache into that cache.
 
     Raises:
-        UsageError: naming the file that is damaged.
-        OutsideError: naming the file that leads out.
+        UsageError: naming the file.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in SUFFIXES or path.name == OWN_FOLDER:

@@ -69,17 +69,22 @@ def _totals_at(path: Path, iteration: int) -> Totals:
     latest: Totals = {}
     for _, record in read_records(path):
         if record["iteration"] <= iteration:
-            latest = {name: record[name] for name in TOTALS if name in record}
+            latest = {
+                name: record[name] for name in TOTALS if isinstance(record.get(name), int | float)
+            }
     return latest
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each line and its record; a line that holds none is said and skipped."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line) if line.strip() else {"iteration": None}
-            if record["iteration"] is not None:
-                yield number, record | {"iteration": int(record["iteration"])}
-        except (ValueError, LookupError, TypeError, RecursionError):
+            record = json.loads(line)
+            record |= {"kind": str(record["kind"]), "iteration": int(record["iteration"])}
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
             what = f"{path}:{number} is no record (torn by a kill, or edited) and is skipped"
             print(f"> {what}: {line[:40]!r}", file=sys.stderr, flush=True)
+            continue
+        yield number, record

@@ -17,7 +17,10 @@ SHAPES = (
 """What the weights have their shapes from; the rows of the embedding may be others."""
 FUNCTION = "rotary_base rotary_percent rotary_interleaved use_rope_scaling norm_epsilon".split()
 """What the model computes besides."""
-OPTIMIZER = "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer".split()
+OPTIMIZER = (
+    "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer "
+    "expert_model_parallel_size"
+).split()
 """What the optimizer's state has its form from."""
 SCHEDULED = (
     "lr min_lr lr_decay_style weight_decay start_weight_decay end_weight_decay "
@@ -36,58 +39,46 @@ def check_flags(args: Namespace, saved: Namespace) -> None:
     Raises:
         UsageError: naming both values and the flag that helps.
     """
-    where, anew = f"the checkpoint in {args.load} was saved with", "with another --save"
-    check = _Comparison(args, saved, where)
-    check(SHAPES, f"Resume with the checkpoint's, or start a new run, {anew} and no --load.")
+    where = f"the checkpoint in {args.load} was saved with"
+
+    def check(names: Iterable[str], way_out: str) -> None:
+        for name in names:
+            now, before = vars(args).get(name), vars(saved).get(name, vars(args).get(name))
+            if now != before:
+                now, before = _flag(name, now), _flag(name, before)
+                raise UsageError(f"This run has {now}, {where} {before}. {way_out}")
+
+    anew = "Resume with the checkpoint's, or start a new run, with another --save, "
+    check(SHAPES, f"{anew}without --load.")
     if args.finetune:  # a run of its own, which takes the weights only
         return
-    weights = (
-        f"Resume with the checkpoint's, or start a new run from its weights: --finetune, {anew}."
-    )
-    check(FUNCTION, weights)
-    if vars(args).get("tokenizer_fingerprint") and check.differs("tokenizer_fingerprint"):
+    check(FUNCTION, f"{anew}from the weights: --finetune.")
+    tokenizers = [vars(a).get("tokenizer_fingerprint") for a in (args, saved)]
+    if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         raise UsageError(
-            f"--tokenizer-model {args.tokenizer_model} numbers tokens in another way than "
-            f"{saved.tokenizer_model}, {where}. {weights}"
+            f"--tokenizer-model {args.tokenizer_model} numbers tokens in another way than that of "
+            f"{saved.tokenizer_model} did: {where} it. {anew}from the weights: --finetune."
         )
-    if vars(saved).get("no_save_rng") and not args.no_load_rng:
-        raise UsageError(f"Add --no-load-rng: {where} --no-save-rng.")
+    for name in ("optim", "rng"):
+        if vars(saved).get(f"no_save_{name}") and not vars(args)[f"no_load_{name}"]:
+            raise UsageError(f"Add --no-load-{name}: {where} --no-save-{name}.")
     if args.no_load_optim:
         return
-    if vars(saved).get("no_save_optim"):
-        raise UsageError(
-            f"Add --no-load-optim, to go on with a fresh optimizer: {where} --no-save-optim."
-        )
     check(OPTIMIZER, "Resume with the checkpoint's, or add --no-load-optim for a fresh optimizer.")
     if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
-        schedule = (
+        samples = [name for name in SAMPLES if vars(args)[name] is not None]
+        check(
+            SCHEDULED + samples * (_samples(args) != _samples(saved)),
             "Learning rate and weight decay follow a schedule over the run's samples. Add "
             "--override-opt-param-scheduler to follow this command's from here on, or "
-            "--use-checkpoint-opt-param-scheduler to keep the checkpoint's."
+            "--use-checkpoint-opt-param-scheduler to keep the checkpoint's.",
         )
-        check(SCHEDULED, schedule)
-        if _samples(args) != _samples(saved):
-            check((name for name in SAMPLES if vars(args)[name] is not None), schedule)
-
-
-class _Comparison:
-    def __init__(self, args: Namespace, saved: Namespace, where: str) -> None:
-        self._now, self._before, self._where = vars(args), vars(saved), where
-
-    def differs(self, name: str) -> bool:
-        now = self._now.get(name)
-        return self._before.get(name, now) != now
-
-    def __call__(self, names: Iterable[str], way_out: str) -> None:
-        for name in filter(self.differs, names):
-            now, before = (_flag(name, values[name]) for values in (self._now, self._before))
-            raise UsageError(f"This run has {now}, {self._where} {before}. {way_out}")
 
 
 def _samples(args: Namespace) -> list[Any]:
     """The samples of the whole run, of the decay and of the warm-up, as Megatron counts them."""
-    batch = args.global_batch_size
-    total = args.train_samples or args.train_iters * batch
+    batch = args.global_batch_size or 1
+    total = args.train_samples or (args.train_iters or 0) * batch
     decay = args.lr_decay_samples or (args.lr_decay_iters or 0) * batch or total
     warmup = args.lr_warmup_samples or (args.lr_warmup_iters or 0) * batch
     return [total, decay, args.lr_warmup_fraction and args.lr_warmup_fraction * decay or warmup]

@@ -92,11 +92,7 @@ class Run:
         datasets = self.build_datasets(num_samples, vp_stage)
         if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
             self.args.do_train = not self.args.skip_train
-        valid_samples, built = (
-            num_samples[1],
-            [train for train in datasets[:1] if train is not None],
-        )
-        if valid_samples and built and datasets[1] is None:
+        if num_samples[1] and datasets[0] is not None and datasets[1] is None:
             raise UsageError(
                 f"There is nothing to evaluate on: --split {self.args.split} gives the validation "
                 "no document. Add --eval-iters 0, or give it a part, or --valid-data-path."
@@ -197,7 +193,8 @@ class Run:
         batch: Batch = {}
         if self._holds_data():
             drawn = next(data_iterator)
-            check_ids(drawn["tokens"], args.padded_vocab_size, "The data")
+            for key in ("tokens", "labels"):
+                check_ids(drawn[key], args.padded_vocab_size, "The data")
             batch = {
                 key: drawn[key].cuda(non_blocking=True) if key in drawn else None
                 for key in BATCH_KEYS

@@ -75,7 +75,8 @@ def test_a_torn_last_line_is_cut_before_the_next_record(tmp_path):
         b"[1, 2]",
         b"3",
         b'{"kind": "train"}',
-        b'{"iteration": "x"}',
+        b'{"iteration": 3}',
+        b'{"kind": "train", "iteration": Infinity}',
         b"[" * 100_000,
     ],
 )
