@@ -54,17 +54,12 @@ class TeacherArguments:
 class LetArguments:
     """Late-to-Early Training (arXiv 2602.05393); defaults are the paper's where it states one."""
 
-    let_layer: int | None = None
-    """Student layer to align, counted from 1; the default is 3. The paper says "an early
-    layer"."""
+    let_layer: int = LET_LAYER
+    """Student layer to align, counted from 1. The paper says "an early layer"."""
 
     let_teacher_layer: int | None = None
     """Layer of the teacher to align it with, counted from 1; the default is its last, after its
     final norm. The layers behind another one are not run."""
-
-    let_pair: Literal["L2E", "L2M", "L2L", "M2E", "M2M", "M2L"] | None = None
-    """Both layers by the paper's names: the teacher's last (L) or middle (M) to the student's
-    early (E), middle (M) or last (L). L2E is the default."""
 
     let_weight: float = 0.1
     """Weight of the alignment loss at the first step (the paper's best of 0.01 to 3.0)."""
@@ -80,17 +75,10 @@ class LetArguments:
     """Course of the weight: linear or cosine to zero at the stop step, step: full weight until
     there, constant: full weight during the whole run."""
 
-    let_loss: Literal["cosine", "logsum"] = "cosine"
-    """Loss between student and teacher states: cosine is 1 - cos of each token; logsum, a variant
-    of ours, is log(sum of (c - 1)^4), c the correlation of a feature over the micro-batch."""
-
     let_resize: Literal["interpolate", "linear"] = "interpolate"
-    """How states of another width are brought to one width: interpolate along the features
-    (no parameters), or linear, a learned map that is trained with the student, saved and resumed,
-    never exported."""
-
-    let_resize_side: Literal["teacher", "student"] = "teacher"
-    """Whose states are resized to the other's width."""
+    """How a teacher's states of another width are brought to the student's: interpolate along the
+    features (no parameters), or linear, a learned map that is trained with the student, saved and
+    resumed, never exported."""
 
 
 @dataclass
@@ -103,9 +91,6 @@ class DistillArguments:
 
     kd_temperature: float = 1.0
     """What the teacher's logits are divided by."""
-
-    kd_temperature_side: Literal["teacher", "both"] = "teacher"
-    """Whether the student's logits are divided by it too, in the distillation term."""
 
     kd_stop_step: int | None = None
     """SALT's step from which on training is plain and the teacher released; the default is 17.3
@@ -202,7 +187,6 @@ def _check_teacher(args: Namespace) -> None:
 
 def _check_let(args: Namespace) -> None:
     _check_teacher(args)
-    _resolve_student_layer(args)
     if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
         raise UsageError(
             f"--let-layer {args.let_layer} is outside the model: --num-layers {args.num_layers} "
@@ -214,23 +198,6 @@ def _check_let(args: Namespace) -> None:
             "(the paper's is 0.1), or --method baseline."
         )
     _resolve_stop(args)
-
-
-def _resolve_student_layer(args: Namespace) -> None:
-    """Turn the student's side of --let-pair, and the default, into a number of a layer."""
-    by_number = [args.let_layer, args.let_teacher_layer]
-    if args.let_pair is not None and by_number != [None, None]:
-        raise UsageError(
-            f"--let-pair {args.let_pair} names both layers. Leave it out, or leave out --let-layer "
-            "and --let-teacher-layer."
-        )
-    if args.let_layer is not None:
-        return
-    side = args.let_pair[-1] if args.let_pair is not None else "E"
-    if side == "E":
-        args.let_layer = LET_LAYER
-    elif args.num_layers is not None:  # else a checkpoint tells later
-        args.let_layer = max(1, args.num_layers // 2) if side == "M" else args.num_layers
 
 
 def _resolve_stop(args: Namespace) -> None:

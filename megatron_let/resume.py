@@ -20,6 +20,9 @@ from megatron_let.resume_flags import check_flags
 
 DEFAULTS = {field.name: field.default for group in GROUPS.values() for field in fields(group)}
 
+REMOVED = {"let_loss": "cosine", "let_resize_side": "teacher", "kd_temperature_side": "teacher"}
+"""Arguments that older checkpoints hold, and the only value that this version still means."""
+
 
 def resume_check(door: Door, args: Namespace, method: Method) -> Callable[[list[Any]], list[Any]]:
     """Return the hook that Megatron calls before it loads: on every rank, with the groups there."""
@@ -67,6 +70,14 @@ def _saved_args(args: Namespace) -> Namespace | None:
 
 
 def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:
+    for name, kept in REMOVED.items():
+        before = vars(saved).get(name, kept)
+        if before != kept:
+            raise UsageError(
+                f"The checkpoint in {args.load} was saved with {_flag(name, before)}, which this "
+                "version has no more. Resume with the version that saved it, or start a new run "
+                "from its weights: --finetune, with another --save."
+            )
     given = {word.partition("=")[0] for word in sys.argv}
     for name in method.same_on_resume:
         if name not in saved and _flag(name, None).split()[-1] not in given:

@@ -6,8 +6,7 @@ temperature) and the weight w, per token:
     L = (1 - w) * CE(onehot(x), softmax(z)) + w * CE(p_T, softmax(z))
       = CE((1 - w) * onehot(x) + w * p_T, softmax(z))          gradient: softmax(z) - target
 
-(method.md, section 3.1; forward KL up to the teacher's entropy, which has no gradient.) With the
-temperature on both sides the second term has a softmax of its own.
+(method.md, section 3.1; forward KL up to the teacher's entropy, which has no gradient.)
 
 Every tensor-parallel rank holds a slice of the vocabulary. As in Megatron's own cross-entropy only
 maxima and sums travel, `[S, B]` each, float32 logits are overwritten, and one buffer of their size
@@ -47,8 +46,6 @@ class Distillation:
     weight: float
     """w, 0 to 1."""
     temperature: float
-    both_sides: bool
-    """Whether the student's logits of the distillation term are divided by the temperature too."""
 
 
 @dataclass
@@ -126,13 +123,8 @@ def _chunk(
     """Return LM loss and KL of some tokens; put the gradient in the place of their logits."""
     target_NV, log_target_NV = _teacher_probabilities(states_ND, head, what.temperature, group)
     entropy_N = -(target_NV * log_target_NV.clamp(min=-1e30)).sum(-1)
-    cold = what.temperature if what.both_sides else 1.0
-
-    log_student_NV = _log_softmax(logits_NV / cold, group) if cold != 1.0 else None
     logits_NV.copy_(_log_softmax(logits_NV, group))  # from here on log-probabilities
-    if log_student_NV is None:
-        log_student_NV = logits_NV
-    cross_N = -(target_NV * log_student_NV).sum(-1)
+    cross_N = -(target_NV * logits_NV).sum(-1)
 
     rows = torch.arange(len(labels_N), device=labels_N.device)
     local_N = labels_N - head.first_id
@@ -142,10 +134,8 @@ def _chunk(
     sums = torch.stack([lm_N, cross_N - entropy_N])
     dist.all_reduce(sums, group=group)
 
-    difference_NV = (log_student_NV.exp() - target_NV) * (what.weight / cold)
-    logits_NV.exp_()
-    logits_NV[rows, local_N] -= is_here_N.float()
-    logits_NV.mul_(1 - what.weight).add_(difference_NV)
+    logits_NV.exp_().sub_(target_NV, alpha=what.weight)
+    logits_NV[rows, local_N] -= (1 - what.weight) * is_here_N
     return sums[0], sums[1]
 
 

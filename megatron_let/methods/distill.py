@@ -53,7 +53,6 @@ class Distill(Signal):
     same_on_resume = (
         "kd_weight",
         "kd_temperature",
-        "kd_temperature_side",
         "kd_stop_step",
         "kd_decay",
         "kd_selection",
@@ -167,11 +166,7 @@ class Distill(Signal):
         self, logits_SBV: torch.Tensor, labels_BS: torch.Tensor, states_SBD: torch.Tensor
     ) -> TokenLosses:
         assert self._head is not None
-        what = Distillation(
-            weight=self.weight,
-            temperature=self.args.kd_temperature,
-            both_sides=self.args.kd_temperature_side == "both",
-        )
+        what = Distillation(weight=self.weight, temperature=self.args.kd_temperature)
         group = mpu.get_tensor_model_parallel_group()
         labels_SB = labels_BS.transpose(0, 1)
         return distilled_cross_entropy(logits_SBV, labels_SB, states_SBD, self._head, what, group)
@@ -206,7 +201,4 @@ class Distill(Signal):
         course = "during the whole run"
         if args.kd_stop_step is not None:
             course = f"{args.kd_decay} until step {args.kd_stop_step}"
-        return (
-            f"distillation: weight {args.kd_weight} {course}, temperature {args.kd_temperature} "
-            f"({args.kd_temperature_side})"
-        )
+        return f"distillation: weight {args.kd_weight} {course}, temperature {args.kd_temperature}"

@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.alignment.attach import Alignment, Target
 from megatron_let.alignment.layer import aligned_block_spec
-from megatron_let.alignment.losses import LOSSES
 from megatron_let.alignment.resize import ResizeConfig
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Batch
@@ -51,9 +50,7 @@ class Let(Signal):
         "let_stop_step",
         "let_stop_samples",
         "let_decay",
-        "let_loss",
         "let_resize",
-        "let_resize_side",
     )
 
     refused_flags = REFUSED_FLAGS
@@ -62,12 +59,7 @@ class Let(Signal):
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
         _resolve_teacher_layer(args, teacher.num_layers)
-        if args.let_loss == "logsum" and args.context_parallel_size > 1:
-            raise UsageError(
-                f"--let-loss logsum with --context-parallel-size {args.context_parallel_size} is "
-                "not supported: its correlations are over whole rows. Use --let-loss cosine."
-            )
-        self.alignment = Alignment(LOSSES[args.let_loss])
+        self.alignment = Alignment()
         self._transformer: TransformerConfig
 
     def weight_at(self, step: int, samples: int) -> float:
@@ -100,7 +92,6 @@ class Let(Signal):
         self._transformer = model_config.transformer
         resize = ResizeConfig(
             kind=self.args.let_resize,
-            side=self.args.let_resize_side,
             student_width=self._transformer.hidden_size,
             teacher_width=self.teacher_config.width(self.teacher_layer()),
         )
@@ -134,13 +125,9 @@ class Let(Signal):
         for batch, states_SBT in zip(batches, states_SBD, strict=True):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
             scale = self.weight * self._loss_scale(mask_SB.sum())
-            group = None
             if self.slices_sequence():
-                group = mpu.get_tensor_model_parallel_group()
-                mask_SB = own_slice(mask_SB, group)
-            self.alignment.push(
-                Target(states_SBT, mask_SB, None if self.is_control else scale, group)
-            )
+                mask_SB = own_slice(mask_SB, mpu.get_tensor_model_parallel_group())
+            self.alignment.push(Target(states_SBT, mask_SB, None if self.is_control else scale))
 
     @property
     def num_waiting(self) -> int:
@@ -176,9 +163,8 @@ class Let(Signal):
     def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The mean loss, its weight, and the gradients' ratio."""
         loss, tokens, lm_square, let_square = sums
-        name = "let loss" if self.args.let_loss == "cosine" else f"let {self.args.let_loss} loss"
         return {
-            name: loss / tokens.clamp(min=1),
+            "let loss": loss / tokens.clamp(min=1),
             "let weight": torch.full_like(loss, 0.0 if self.is_control else self.weight),
             "let gradient ratio": (let_square / lm_square.clamp(min=1e-30)).sqrt(),
         }
@@ -202,10 +188,9 @@ class Let(Signal):
 
 
 def _resolve_teacher_layer(args: Namespace, num_layers: int) -> None:
-    """Turn the teacher's side of --let-pair, and the default, into a number of a layer."""
+    """Turn the default, the last layer, into its number."""
     if args.let_teacher_layer is None:
-        middle = args.let_pair is not None and args.let_pair.startswith("M")
-        args.let_teacher_layer = max(1, num_layers // 2) if middle else num_layers
+        args.let_teacher_layer = num_layers
     if not 1 <= args.let_teacher_layer <= num_layers:
         raise UsageError(
             f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "

@@ -328,7 +328,7 @@ def _common_layer(signals: list[Signal]) -> int | None:
     if len(layers) > 1:
         raise UsageError(
             "Distillation needs the teacher's last layer, so --method let+salt aligns with it too: "
-            "remove --let-teacher-layer, or choose an --let-pair that begins with L."
+            "remove --let-teacher-layer."
         )
     return layers.pop()
 

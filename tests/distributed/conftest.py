@@ -108,14 +108,13 @@ def contract(teacher: str) -> Check:
         shape: list[str],
         precision: list[str],
         resize: str,
-        loss: str,
         cp: int,
     ) -> Gradients:
-        key = (layer, batch, *shape, *precision, resize, loss, cp)
+        key = (layer, batch, *shape, *precision, resize, cp)
         if key not in references:
             [references[key]] = run_distributed(
                 "tests.distributed.contract:reference_gradients",
-                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize, loss, cp),
+                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize, cp),
             )
         return references[key]
 
@@ -134,7 +133,6 @@ def contract(teacher: str) -> Check:
         resize = "linear" if "--let-resize linear" in flags else "interpolate"
         cp = 2 if "--context-parallel-size 2" in flags else 1
         shape = shape_flags(words)
-        loss = "logsum" if "--let-loss logsum" in flags else "cosine"
-        return agreement(actual, reference(layer, batch, shape, precision, resize, loss, cp))
+        return agreement(actual, reference(layer, batch, shape, precision, resize, cp))
 
     return check

@@ -296,7 +296,6 @@ def reference_gradients(
     teacher: str,
     precision: list[str],
     resize: str,
-    loss: str = "cosine",
     context_parallel: int = 1,
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
@@ -333,9 +332,6 @@ def reference_gradients(
         else:
             resized = interpolate(target, hidden.size(-1))
         aligned = 1 - F.cosine_similarity(hidden, resized, dim=-1)
-        if loss == "logsum":
-            kept = batch["loss_mask"].transpose(0, 1) > 0
-            aligned = _log_sum(hidden[kept], resized[kept]).expand_as(aligned)
         for own in parts_of_a_sequence(context_parallel):
             mask = batch["loss_mask"][:, own]
             means = len(batches) * context_parallel
@@ -353,15 +349,6 @@ def reference_gradients(
             value = torch.zeros_like(parameter) if value is None else value
             gradients[part, name] = value.numpy()
     return gradients
-
-
-def _log_sum(student_NH: torch.Tensor, teacher_NH: torch.Tensor) -> torch.Tensor:
-    """`log(1 + sum over features of (c - 1)^4 / eps)`, c the correlations after batch norm."""
-    ours, theirs = (
-        (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in (student_NH, teacher_NH)
-    )
-    correlations_H = (ours * theirs).mean(0)
-    return torch.log(1 + (correlations_H - 1).pow(4).sum() / 1e-5)
 
 
 def parts_of_a_sequence(ranks: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from tests.distributed.contract import (
 
 
 def reference_gradients(
-    flags: list[str], global_batch: int, weight: float, teacher: str, temperature: float, both: bool
+    flags: list[str], global_batch: int, weight: float, teacher: str, temperature: float
 ) -> Gradients:
     """Gradients of the language-model loss, and of what distillation with `weight` adds to it.
 
@@ -33,7 +33,7 @@ def reference_gradients(
     for batch in batches:
         logits = module(batch["tokens"], batch["position_ids"], batch["attention_mask"]).double()
         teacher_logits = model(input_ids=batch["tokens"]).logits.double()
-        lm, kd = _losses(logits, teacher_logits[..., :known], batch["labels"], temperature, both)
+        lm, kd = _losses(logits, teacher_logits[..., :known], batch["labels"], temperature)
         per_token = "--calculate-per-token-loss" in flags
         tokens = all_tokens if per_token else batch["loss_mask"].sum() * len(batches)
         lm_total = lm_total + (lm * batch["loss_mask"]).sum() / tokens
@@ -46,13 +46,11 @@ def _losses(
     teacher_logits_BSV: torch.Tensor,
     labels_BS: torch.Tensor,
     temperature: float,
-    both: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lm_BS = -logits_BSV.log_softmax(-1).gather(-1, labels_BS[..., None])[..., 0]
     target = torch.zeros_like(logits_BSV)
     target[..., : teacher_logits_BSV.size(-1)] = (teacher_logits_BSV / temperature).softmax(-1)
-    cold = temperature if both else 1.0
-    return lm_BS, -(target * (logits_BSV / cold).log_softmax(-1)).sum(-1)
+    return lm_BS, -(target * logits_BSV.log_softmax(-1)).sum(-1)
 
 
 def _gradients(chunk: Any, lm: torch.Tensor, part: torch.Tensor) -> Gradients:

@@ -96,7 +96,7 @@ def _index_without_virtual_stage(method: Any, chunks: list[Any]) -> None:
     if not signal.owner_chunks:
         return
     wrong, right = (unwrap_model(chunk).decoder.layers[0] for chunk in chunks)
-    right.alignment = Alignment(signal.alignment.loss)
+    right.alignment = Alignment()
     signal.owner_chunks = {0}
 
     def attach(_layer: Any, _inputs: Any, output: Any) -> Any:
@@ -160,13 +160,6 @@ def _contiguous_context_slices(method: Any, chunks: list[Any]) -> None:
     method.teacher_states = cut
 
 
-def _correlations_of_the_slice(method: Any, chunks: list[Any]) -> None:
-    """Each rank correlates over its own slice of the sequence alone."""
-    alignment = method.signals[0].alignment
-    right = alignment.loss
-    alignment.loss = lambda student, teacher, mask, group: right(student, teacher, mask, None)
-
-
 def _documents_ignored(method: Any, chunks: list[Any]) -> None:
     """The teacher reads a row as one document where the student keeps two apart."""
     method._rows = lambda batches: {"tokens": torch.cat([batch["tokens"] for batch in batches])}
@@ -206,6 +199,5 @@ FAULTS: dict[str, Fault] = {
     "no_loss_mask": _no_loss_mask,
     "view_from_the_last_layer": _view_from_the_last_layer,
     "rows_of_another_rank": _rows_of_another_rank,
-    "correlations_of_the_slice": _correlations_of_the_slice,
     "documents_ignored": _documents_ignored,
 }

@@ -29,7 +29,6 @@ CASES = {
     "context_parallel_factor": (2, CP2, 2, 8),
     "tokens_of_the_whole_sequence": (2, CP2, 2, 8),
     "contiguous_context_slices": (2, CP2, 2, 8),
-    "correlations_of_the_slice": (2, f"{TP2_SP} --let-loss logsum", 2, 8),
     "documents_ignored": (1, "--reset-position-ids --reset-attention-mask", 2, 8),
 }
 # These do not get as far as a wrong gradient: replicas disagree, or Megatron stops.

@@ -32,7 +32,6 @@ LAYOUTS = {
     "dp2_distributed_optimizer": (2, f"{UNTIED} --use-distributed-optimizer", 8),
     "tp2_pp2_sp": (4, f"{TP2} {PP2} {SP} {UNTIED}", 8),
     "temperature": (2, f"{TP2} {UNTIED} {TEMPERATURE}", 8),
-    "temperature_both_sides": (2, f"{TP2} {UNTIED} {TEMPERATURE} --kd-temperature-side both", 8),
 }
 
 
@@ -41,16 +40,14 @@ def distilled(world_size, flags, batch, teacher, fault=None):
     words = f"{flags} --method reverse-kd --teacher-model {teacher}".split()
     actual = layout_gradients(world_size, words, batch, {"kd_weight": WEIGHT}, fault)
     temperature = 2.5 if TEMPERATURE in flags else 1.0
-    return agreement(actual, written_out(words, batch, teacher, temperature, "both" in flags))
+    return agreement(actual, written_out(words, batch, teacher, temperature))
 
 
-def written_out(words, batch, teacher, temperature=1.0, both_sides=False):
+def written_out(words, batch, teacher, temperature=1.0):
     """The gradients of plain training, and what distillation adds."""
     function = "tests.distributed.distill_contract:reference_gradients"
     shape = shape_flags(words)
-    [expected] = run_distributed(
-        function, 1, shape, batch, WEIGHT, teacher, temperature, both_sides
-    )
+    [expected] = run_distributed(function, 1, shape, batch, WEIGHT, teacher, temperature)
     return expected
 
 

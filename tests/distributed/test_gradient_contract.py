@@ -11,7 +11,6 @@ PART_TOLERANCE, TOTAL_TOLERANCE = 1e-3, 1e-5
 TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 PP2, VPP2 = "--pipeline-model-parallel-size 2", "--num-layers-per-virtual-pipeline-stage 1"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-LOGSUM = "--let-loss logsum"
 CP2 = "--context-parallel-size 2"
 PER_TOKEN, ZERO1 = "--calculate-per-token-loss", "--use-distributed-optimizer"
 
@@ -35,10 +34,6 @@ LAYOUTS = {
     "dp2_overlap": (2, f"{ZERO1} --overlap-grad-reduce", 2, 8),
     "tp2_pp2_sp": (4, f"{TP2} {PP2} {SP}", 2, 8),
     "pp2_dp2_distributed_optimizer": (4, f"{PP2} {ZERO1}", 3, 8),
-    "single_logsum": (1, LOGSUM, 2, 8),
-    "tp2_sp_logsum": (2, f"{TP2} {SP} {LOGSUM}", 2, 8),
-    "tp2_sp_logsum_per_token": (2, f"{TP2} {SP} {LOGSUM} {PER_TOKEN}", 2, 8),
-    "tp2_pp2_logsum": (4, f"{TP2} {PP2} {LOGSUM}", 3, 8),
     "cp2": (2, CP2, 2, 8),
     "cp2_per_token": (2, f"{CP2} {PER_TOKEN}", 2, 8),
     "cp2_full_recompute": (2, f"{CP2} {FULL}", 2, 8),

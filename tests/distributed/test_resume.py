@@ -331,11 +331,26 @@ def test_a_start_says_where_it_goes_on_or_that_it_is_the_first(corpus, whole, tm
 def test_an_argument_that_older_code_did_not_have_is_its_default(corpus, whole, tmp_path):
     save = tmp_path / "run"
     shutil.copytree(whole / "dropout", save)
-    gone = ("let_loss", "let_resize_side", "let_teacher_layer", "teacher_control")
+    gone = ("let_teacher_layer", "teacher_control")
     change = "tests.attack.poison:change_args"
     run_distributed(change, 1, save / "iter_0000006", {}, gone)
     flags = KINDS["dropout"].split()
-    error = resume(corpus, save, tmp_path / "other", 6, *flags, "--let-loss", "logsum")
-    assert "--let-loss logsum" in error and "--let-loss cosine" in error
+    error = resume(corpus, save, tmp_path / "other", 6, *flags, "--teacher-control", "zero")
+    assert "--teacher-control zero" in error and "--teacher-control none" in error
     assert not resume(corpus, save, tmp_path / "other", 6, *flags)
     assert hashes(tmp_path / "other") == hashes(whole / "dropout")
+
+
+def test_an_argument_that_this_version_does_not_have_must_have_been_the_default(
+    corpus, whole, tmp_path
+):
+    save, flags = tmp_path / "run", KINDS["dropout"].split()
+    shutil.copytree(whole / "dropout", save)
+    change = "tests.attack.poison:change_args"
+    removed = {"let_pair": "L2E", "let_loss": "cosine", "let_resize_side": "teacher"}
+    run_distributed(change, 1, save / "iter_0000006", removed, ())
+    assert not resume(corpus, save, tmp_path / "other", 6, *flags)
+    assert hashes(tmp_path / "other") == hashes(whole / "dropout")
+    run_distributed(change, 1, save / "iter_0000006", {"let_loss": "logsum"}, ())
+    error = resume(corpus, save, tmp_path / "another", 6, *flags)
+    assert "was saved with --let-loss logsum, which this version has no more" in error

@@ -17,7 +17,6 @@ from tests.support.testing import run_distributed, save_tiny_teacher
 STEPS = "--eval-interval 5 --train-iters 10"
 LET = f"{STEPS} --mock-data --method let --teacher-model TMP/teacher --let-layer 2"
 SALT = f"{STEPS} --mock-data --method salt --teacher-model TMP/teacher"
-PAIR = f"{LET.replace(' --let-layer 2', '')} --let-decay constant --let-pair"
 LONG = "--seq-length 256 --max-position-embeddings 256"
 CONSTANT = f"{LET} --let-decay constant"
 PLAIN = f"{STEPS} --mock-data"
@@ -91,10 +90,6 @@ MISTAKES = {
             ),
         )
     },
-    "pair and number": (
-        f"{CONSTANT} --let-pair L2M",
-        "--let-pair L2M names both layers. Leave it out, or leave out --let-layer and",
-    ),
     "teacher's layer beyond the teacher": (
         f"{CONSTANT} --let-teacher-layer 3",
         "--let-teacher-layer 3 is outside --teacher-model TMP/teacher, .*1 to 2. Leave it out",
@@ -216,8 +211,8 @@ MISTAKES = {
         "--teacher-control has no effect with --method baseline. .*add --method let or",
     ),
     "two layers of one teacher": (
-        f"{PAIR} M2E --method let+salt --kd-weight 0.5",
-        "Distillation needs the teacher's last layer.*--let-pair that begins with L",
+        f"{CONSTANT} --let-teacher-layer 1 --method let+salt --kd-weight 0.5",
+        "Distillation needs the teacher's last layer.*remove --let-teacher-layer",
     ),
     "another kind of batches": (f"{PLAIN} --sft", "--sft is not supported: .*pretrain_gpt.py"),
     "configuration file": (f"{PLAIN} --yaml-cfg TMP/x.yaml", "--yaml-cfg is not supported"),
@@ -234,7 +229,7 @@ FINE = {
     "salt": SALT,
     "let+salt": f"{CONSTANT} --method let+salt --kd-weight 0.5 --teacher-control shuffled",
     "salt with a falling ratio": f"{SALT} --kd-decay ratio-linear --kd-stop-step 10",
-    "reverse KD": f"{SALT} --method reverse-kd --kd-temperature 2 --kd-temperature-side both",
+    "reverse KD": f"{SALT} --method reverse-kd --kd-temperature 2",
     "baseline": PLAIN,
     "guided for the whole run": CONSTANT,
     "guided until the last step": f"{LET} --let-stop-step 10",
@@ -244,8 +239,7 @@ FINE = {
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/tokenizer",
     "documents kept apart": f"{CONSTANT} --reset-attention-mask --reset-position-ids",
     "sequences beyond the teacher's context": f"{CONSTANT} {LONG}",
-    "a pair by name": f"{PAIR} M2L",
-    "a pair by numbers": f"{CONSTANT} --let-teacher-layer 1",
+    "another layer of the teacher": f"{CONSTANT} --let-teacher-layer 1",
     "blend with weights": f"{STEPS} --train-data-path 0.5 TMP/one 0.5 TMP/one "
     "--valid-data-path TMP/one",
 }
@@ -313,21 +307,9 @@ def test_what_can_be_right_is_not_refused(name, messages):
     assert messages[name] == ""
 
 
-@pytest.mark.parametrize(
-    ("pair", "layers"),
-    {
-        "L2E": (3, 2),
-        "L2M": (2, 2),
-        "L2L": (4, 2),
-        "M2E": (3, 1),
-        "M2M": (2, 1),
-        "M2L": (4, 1),
-    }.items(),
-)
-def test_pairs_are_layers_of_student_and_teacher(pair, layers, tmp):
-    """Of four layers and of two."""
-    line = f"{PAIR} {pair}".replace("TMP", tmp).split()
-    assert run_distributed("tests.unit.command_line:aligned_layers", 1, line) == [layers]
+def test_layers_that_are_not_named_are_the_third_and_the_teachers_last(tmp):
+    line = LET.replace(" --let-layer 2", " --let-decay constant").replace("TMP", tmp).split()
+    assert run_distributed("tests.unit.command_line:aligned_layers", 1, line) == [(3, 2)]
 
 
 @pytest.mark.parametrize(

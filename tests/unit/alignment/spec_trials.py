@@ -30,7 +30,6 @@ from megatron.training.models.gpt import default_layer_spec
 from megatron_let import arguments, entry
 from megatron_let.alignment.attach import Alignment
 from megatron_let.alignment.layer import aligned_block_spec, aligned_layer_class
-from megatron_let.alignment.losses import LOSSES
 from megatron_let.alignment.resize import ResizeConfig
 from tests.support.testing import forget_last_run
 from tests.unit.command_line import MODEL
@@ -39,8 +38,8 @@ LAYER = 2
 STEPS = "--mock-data --train-iters 10 --eval-interval 5".split()
 STUDENT = (*MODEL, *STEPS, *"--num-layers 3 --padded-vocab-size 256".split())
 EXTRA = {
-    "alignment": Alignment(LOSSES["cosine"]),
-    "resize": ResizeConfig("interpolate", "teacher", student_width=32, teacher_width=48),
+    "alignment": Alignment(),
+    "resize": ResizeConfig("interpolate", student_width=32, teacher_width=48),
 }
 Words = tuple[str, ...]
 

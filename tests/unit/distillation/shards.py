@@ -30,7 +30,6 @@ def _upstream() -> torch.Tensor:
 def losses_and_gradient(
     weight: float,
     temperature: float,
-    both_sides: bool,
     known: int = VOCAB,
     parts: int = 8,
     same: bool = False,
@@ -43,7 +42,7 @@ def losses_and_gradient(
     leaf = logits[..., first : first + size].clone().requires_grad_()
     own = leaf * 1.0  # as from a model: it may be overwritten
     rows = TeacherHead(head[first : first + size], None, min(max(known - first, 0), size), first)
-    what = Distillation(weight, temperature, both_sides)
+    what = Distillation(weight, temperature)
     cross_entropy.PARTS, usual = parts, cross_entropy.PARTS
     kept = [0]
 
@@ -62,7 +61,7 @@ def losses_and_gradient(
 
 
 def written_out(
-    weight: float, temperature: float, both_sides: bool, known: int = VOCAB, parts: int = 0
+    weight: float, temperature: float, known: int = VOCAB, parts: int = 0
 ) -> dict[str, np.ndarray]:
     """Whole logits, float64, plain autograd."""
     logits, labels, states, head = (t.double() if t.is_floating_point() else t for t in _inputs(0))
@@ -71,8 +70,7 @@ def written_out(
     target = torch.zeros_like(logits)
     log_target = ((states @ head.T)[..., :known] / temperature).log_softmax(-1)
     target[..., :known] = log_target.exp()
-    cold = temperature if both_sides else 1.0
-    log_student = (logits / cold).log_softmax(-1)
+    log_student = logits.log_softmax(-1)
     entropy = -(log_target.exp() * log_target).sum(-1)
     kd = -(target * log_student).sum(-1) - entropy
     total = (1 - weight) * lm + weight * kd
@@ -101,7 +99,7 @@ def peak_shards(distilled: bool, dtype: str, tokens: int, vocab: int, parts: int
     with tracker:
         logits = hidden @ weight.T
         if distilled:
-            what = Distillation(0.5, 1.0, False)
+            what = Distillation(0.5, 1.0)
             losses = cross_entropy.distilled_cross_entropy(
                 logits, labels, states, rows, what, group
             )
