@@ -157,7 +157,7 @@ def test_nor_where_there_are_no_sums(
         return right(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(UsageError, match="cannot be read now: .*Input/output error"):
+    with pytest.raises(UsageError, match="iter_0000009 cannot be read now: .*Input/output error"):
         settle(save)
     assert len(list(save.glob("iter_*"))) == 3
 
