@@ -28,7 +28,8 @@ class Door:
     """Chooses a checkpoint, and has Megatron load that one and no other."""
 
     def __init__(self) -> None:
-        self._settled = False
+        self._args: Namespace | None = None
+        """Of the run that has chosen; another one in this process chooses for itself."""
         self._chosen: Path | None = None
         self._damaged: dict[Path, str] = {}
 
@@ -36,9 +37,7 @@ class Door:
         """Replace Megatron's ways; before it parses its command line."""
         safe_loading.install()
         checkpointing._load_base_checkpoint = self._load_base
-        checkpointing.checkpoint_exists = lambda load: (
-            None not in (load, self._chosen) and Path(load) in Path(self._chosen or "").parents
-        )
+        checkpointing.checkpoint_exists = self._holds
         training.load_checkpoint = self._load
 
     def settle(self, args: Namespace) -> None:
@@ -55,7 +54,7 @@ class Door:
             if self._chosen is None or found is None:
                 break
             self._damaged[self._chosen] = found
-        self._settled = True
+        self._args = args
 
     def _agreed_decision(self, args: Namespace) -> tuple[Path | None, bool]:
         verdict: list[Any] = [None]
@@ -106,12 +105,20 @@ class Door:
             print(f"> {chosen} has no sums: nobody can vouch for what is in its files", flush=True)
         return chosen, finetune
 
+    def _folder(self, args: Namespace, load: str) -> Path | None:
+        # --use-checkpoint-args comes before there is a process group to agree in.
+        return self._chosen if self._args is args else choose(args, load, {})
+
+    def _holds(self, load: str | None) -> bool:
+        """`checkpoint_exists`."""
+        folder = None if load is None else self._folder(get_args(), load)
+        return folder is not None and Path(load or "") in folder.parents
+
     def _load_base(
         self, load: str, args: Namespace, rank0: bool = False, **states: Any
     ) -> tuple[Any, str, bool, Any]:
         """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
-        # --use-checkpoint-args comes before there is a process group to agree in.
-        folder = self._chosen if self._settled else choose(args, load, {})
+        folder = self._folder(args, load)
         if folder is None:
             return None, "", False, None
         release, step = folder.name == "release", step_of(folder)
@@ -131,16 +138,17 @@ class Door:
 
     def _load(self, *model: Any, **kwargs: Any) -> tuple[int, int]:
         """`load_checkpoint`, again from an older one where the load itself finds damage."""
-        args = get_args()
+        args: Namespace = get_args()
         while True:
             try:
                 loaded = checkpointing.load_checkpoint(*model, **kwargs)
                 break
             except safe_loading.DamagedCheckpoint as error:
-                assert self._chosen is not None
+                if self._args is not args or self._chosen is None:
+                    raise
                 self._damaged[self._chosen] = str(error)
                 self.settle(args)
-        if self._chosen is not None and torch.distributed.get_rank() == 0:
+        if self._args is args and self._chosen and torch.distributed.get_rank() == 0:
             mend(args, self._chosen, self._damaged)
         return loaded
 

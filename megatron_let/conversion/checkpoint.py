@@ -65,7 +65,8 @@ def iteration_folders(load: Path) -> dict[int, Path]:
     """
     named = {p.name.removeprefix("iter_"): p for p in load.glob("iter_*") if p.is_dir()}
     steps = {int(word): path for word, path in named.items() if word.isdecimal()}
-    return {step: steps[step] for step in sorted(steps) if steps[step].name == step_name(step)}
+    steps = {step: load / step_name(step) for step in sorted(steps)}
+    return {step: path for step, path in steps.items() if path.name.removeprefix("iter_") in named}
 
 
 def listed(load: Path) -> str:
@@ -304,8 +305,9 @@ def _read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = MetadataUnpickler(file).load()
         for stored in metadata.storage_data.values():
-            if Path(stored.relative_path).name != stored.relative_path:
-                raise ValueError(f"it names a file outside, {stored.relative_path}")
+            name = stored.relative_path
+            if Path(name).name != name or min(stored.offset, stored.length) < 0:
+                raise ValueError(f"it names no place in a file here: {name}")
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, OSError) and path.exists():
             raise  # the disk's fault

@@ -267,7 +267,7 @@ def test_what_is_no_damage_is_not_taken_for_it(undamaged, tmp_path, failure):
         assert "--ffn-hidden-size 64" in error, error
     else:
         [error] = run_distributed("tests.attack.runs:train_where_reading_fails", 1, argv, failure)
-        assert failure in error, error
+        assert failure in error and "holds no whole checkpoint" not in error, error
     assert (save / "iter_0000006").is_dir() and not list(save.glob("damaged_*"))
 
 
