@@ -138,7 +138,7 @@ def _data_prefixes(args: Namespace) -> Iterator[str]:
             given.append(Path(args.data_args_path).read_text().split())
         if args.per_split_data_args_path is not None:
             given += json.loads(Path(args.per_split_data_args_path).read_text()).values()
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, ValueError, RecursionError) as error:
         flag = "--data-args-path" if args.data_args_path else "--per-split-data-args-path"
         path = args.data_args_path or args.per_split_data_args_path
         raise UsageError(f"{flag} {path} cannot be read: {error}") from error

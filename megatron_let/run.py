@@ -5,6 +5,7 @@ import json
 from argparse import Namespace
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,8 +144,11 @@ class Run:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
         sequences = None
         if args.per_dataset_sequences_path is not None:
-            with open(args.per_dataset_sequences_path) as file:
-                sequences = json.load(file)
+            try:
+                sequences = json.loads(Path(args.per_dataset_sequences_path).read_bytes())
+            except (OSError, ValueError, RecursionError) as error:
+                what = f"--per-dataset-sequences-path {args.per_dataset_sequences_path}"
+                raise UsageError(f"{what} cannot be read: {error}") from error
         return GPTDatasetConfig(
             random_seed=args.seed,
             sequence_length=args.seq_length,

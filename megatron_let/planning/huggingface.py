@@ -62,7 +62,7 @@ def teacher_shape(name: str) -> ModelShape:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"--teacher {folder}: config.json cannot be read ({error}). Give the folder of a "
             "Hugging Face model."

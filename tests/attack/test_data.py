@@ -70,6 +70,18 @@ def test_an_id_far_behind_is_named_when_it_comes(corpus, tmp_path):
 # --- damaged and hostile files ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["", "[" * 10**5, None])
+@pytest.mark.parametrize("flag", ["--per-dataset-sequences-path", "--per-split-data-args-path"])
+def test_a_list_of_data_that_is_none_is_named(flag, text, corpus, tmp_path):
+    path = tmp_path / "list.json"
+    if text is not None:
+        path.write_text(text)
+    data = corpus.flags[: corpus.flags.index("--split")] if "sequences" in flag else []
+    rest = corpus.flags[corpus.flags.index("--data-cache-path") :]
+    error = run(1, *data, *rest, flag, str(path))
+    assert error and f"{flag} {path} cannot be read: " in error, error
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -93,6 +105,15 @@ def test_damaged_data_is_named(kind, corpus, tmp_path):
     error = train(corpus, tmp_path)
     assert error and re.search(told, error), error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin", ".json"])
+def test_a_pickle_in_any_file_of_the_data_executes_nothing(suffix, corpus, tmp_path):
+    write_pair(tmp_path / "data", TEXT)
+    (tmp_path / f"data{suffix}").write_bytes(pickle.dumps(Calls(tmp_path / "made")))
+    error = train(corpus, tmp_path)
+    assert error and f"data{suffix}" in error, error
+    assert not (tmp_path / "made").exists()
 
 
 class Calls:

@@ -3,6 +3,7 @@
 Whatever loads a model goes through `hugging_face.load` or `SafetensorsReader`.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -152,6 +153,25 @@ def test_pickled_weights_execute_nothing(name, kind, folder, tmp_path):
     if kind == "zip":  # twin: the payload works
         torch.load(path, weights_only=False)
         assert (tmp_path / "made").exists()
+
+
+ANY_FILE = (
+    *hugging_face.TOKENIZER_FILES,
+    *("config.json", "generation_config.json", "processor_config.json", "adapter_config.json"),
+    *(WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin.index.json", "tf_model.h5"),
+    *("vocab.pkl", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+)
+
+
+@pytest.mark.parametrize("name", ANY_FILE)
+def test_a_pickle_in_any_file_executes_nothing(name, folder, tmp_path):
+    (folder / name).write_bytes(pickle.dumps(Calls(tmp_path / "made")))
+    for door in (as_teacher, as_source, lambda path: read_token_ids(str(path))):
+        with contextlib.suppress(UsageError):
+            door(folder)
+        assert not (tmp_path / "made").exists()
+    pickle.loads((folder / name).read_bytes())  # twin: the payload works
+    assert (tmp_path / "made").exists()
 
 
 def test_pickled_weights_of_tensors_alone_load(folder):
