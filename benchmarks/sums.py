@@ -140,9 +140,9 @@ def report(found: dict[str, Any]) -> int:
     part = found["sums"] / found["save"]
     print(f"a checkpoint of {found['bytes'] / 1e6:.0f} MB, saved in {found['save']:.2f} s,")
     print(f"summed in {found['sums']:.2f} s: {100 * part:.0f} % of a save, if training waited\n")
-    print(
-        f"steps: {len(ratios)} pairs of {np.median(without):.3f} s, {found['rounds']} files summed"
-    )
+    busy = 100 * found["rounds"] * PIECE / found["bytes"] * found["sums"] / summed.sum()
+    print(f"steps: {len(ratios)} pairs of {np.median(without):.3f} s; the thread had a core in")
+    print(f"{busy:.0f} % of the time that it could have had one")
     print(f"slower: {slower:+.1f} % ({low:+.1f} to {high:+.1f})")
     waits = [max(value, 0.0) * part for value in (slower, high)]
     print(f"\ntraining waits {waits[0]:.2f} % of a save, at most {waits[1]:.2f} %")

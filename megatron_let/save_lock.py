@@ -57,7 +57,8 @@ def one_run_in(save: Path | None) -> Iterator[None]:
     finally:
         ended.set()
         with contextlib.suppress(OSError):
-            path.unlink()
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # not of who took its place
+                path.unlink()
             if is_new:
                 save.rmdir()  # refused flags leave nothing behind
         file.close()

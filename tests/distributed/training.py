@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
+
 from megatron_let.errors import UsageError
 from tests.support.testing import forget_last_run, run_distributed
 from tests.support.tiny_run import FLAGS
@@ -151,7 +153,8 @@ def train_with_sigterm_in(argv: list[str], where: str) -> str | None:
 def _sigterm_after_three_steps(metrics: Path) -> None:
     while not metrics.exists() or metrics.read_text().count('"kind": "train"') < 3:
         time.sleep(0.02)
-    os.kill(os.getpid(), signal.SIGTERM)
+    for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+        process.terminate()  # to all of the job's, the writer of an asynchronous save among them
 
 
 # --- in a test ---------------------------------------------------------------------------------

@@ -129,6 +129,13 @@ def test_a_file_that_its_holder_removes_meanwhile(tmp_path, monkeypatch):
         assert (tmp_path / FILE).exists()
 
 
+def test_who_took_its_place_keeps_it(tmp_path):
+    with one_run_in(tmp_path):
+        (tmp_path / FILE).rename(tmp_path / "old")  # or the file system may use its number again
+        (tmp_path / FILE).write_text("node7, process 1, since now\n")
+    assert (tmp_path / FILE).exists()
+
+
 PROGRAM = """
 import runpy
 from megatron_let import save_lock
