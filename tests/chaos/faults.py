@@ -300,8 +300,7 @@ def start(corpus: Corpus, layout: str, save: Path, jobs: Path, **options: object
     """Start a run, or go on with it."""
     processes, flags = LAYOUTS[layout]
     argv = [*FLAGS, *RUN, *flags.split(), *corpus.flags, *corpus.let(*LET), "--save", str(save)]
-    if (save / TRACKER).is_file():
-        argv += ["--load", str(save)]
+    argv += ["--load", str(save)]  # at the first start too, as a job that may go back to the queue
     return Job(processes, argv, jobs, **options)  # type: ignore[arg-type]
 
 
