@@ -33,12 +33,12 @@ from megatron_let.conversion.mapping import (
 )
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_reader import SafetensorsReader
-from megatron_let.conversion.to_hf import DTYPES
 from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer
 from megatron_let.conversion.write_checkpoint import write_checkpoint
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import TOKENIZER_FILES, has_tokenizer
+from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
 
 FLAGS_FILE = "megatron_flags.txt"
@@ -69,8 +69,6 @@ class ImportConfig:
     """A key of `DTYPES`; as saved if None. Megatron loads into the run's own type anyway."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
         check_free(self.output)
         if any(character.isspace() for character in str(self.output.absolute())):
             raise UsageError(
@@ -104,7 +102,7 @@ def import_model(config: ImportConfig) -> Path:
         values |= _tokenizer(source, folder, config.output)
         release = folder / "release"
         release.mkdir()
-        tensors = weights.stand_ins(DTYPES.get(config.dtype or ""))
+        tensors = weights.stand_ins(DTYPES[config.dtype] if config.dtype else None)
         pieces = sum(len(tensor) if stacked else 1 for tensor, stacked in tensors.values())
         with tqdm(total=pieces, desc="weights", disable=None) as bar:
 
