@@ -179,7 +179,8 @@ def checksum(pair: Pair) -> dict[str, str]:
 
 def summary(pair: Pair) -> str:
     """Counts, and a histogram of the documents' lengths by powers of two; fits a screen."""
-    sizes = _document_lengths(pair)
+    sums = np.concatenate([[0], np.cumsum(pair.lengths, dtype=np.int64)])
+    sizes = np.diff(sums[pair.documents])
     lines = [
         pair.prefix,
         f"{len(sizes):,} documents ({pair.empty_documents:,} empty), "
@@ -198,11 +199,6 @@ def summary(pair: Pair) -> str:
             f"{sum(about.get('skipped', {}).values()):,} records left out"
         )
     return "\n".join([*lines, "", *_histogram(sizes)])
-
-
-def _document_lengths(pair: Pair) -> np.ndarray:
-    sums = np.concatenate([[0], np.cumsum(pair.lengths, dtype=np.int64)])
-    return np.diff(sums[pair.documents])
 
 
 def _histogram(sizes: np.ndarray) -> list[str]:
