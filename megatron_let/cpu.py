@@ -186,10 +186,6 @@ def _says_process(tell: Callable[..., None]) -> Callable[..., None]:
     return says_process
 
 
-def _get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
-    return lambda *args, **kwargs: torch.get_rng_state()
-
-
 def _set_rng_state(original: Any) -> Callable[..., None]:
     return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
 
@@ -204,6 +200,7 @@ def _itself(original: Any) -> Callable[..., Any]:
 
 _NOTHING = _returns(lambda: None)
 _ZERO = _returns(lambda: 0)
+_get_rng_state = _returns(torch.get_rng_state)
 _PROPERTIES = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
 
 # ----------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from megatron_let.conversion.mapping import (
     NOT_HUGGING_FACE_WEIGHTS,
     OUTPUT_LAYER,
     ModelShape,
-    Rule,
     check_names,
     rules_of,
 )
@@ -158,7 +157,12 @@ class _Weights:
         self._reader = SafetensorsReader(folder, model.base_model_prefix)
         self._rules = {rule.megatron: rule for rule in rules_of(family.rules, tied=tied)}
         self._shape = shape
-        expected = [name for rule in self._rules.values() for name in _all_names(rule, shape)]
+        expected = [
+            name
+            for rule in self._rules.values()
+            for layer in rule.layers(shape)
+            for name in rule.names(layer)
+        ]
         found = self._reader.names
         if tied:
             found = found - self._copy_of_embedding(family)
@@ -213,10 +217,6 @@ class _Weights:
         rule = self._rules[name]
         parts = tuple(self._reader.read(part) for part in rule.names(layer))
         return rule.form.join(parts, self._shape)
-
-
-def _all_names(rule: Rule, shape: ModelShape) -> list[str]:
-    return [name for layer in rule.layers(shape) for name in rule.names(layer)]
 
 
 # --- what is written beside the weights --------------------------------------------------------
