@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_let.conversion.safetensors_folder import SafetensorsFolder  # noqa: E402
-from megatron_let.conversion.to_hf import DTYPES  # noqa: E402
+from megatron_let.teacher.load import DTYPES  # noqa: E402
 
 SHAPE = {
     "vocab_size": 49152,

@@ -7,7 +7,6 @@ ours are left, since checkpoints save them and load them again with `weights_onl
 import math
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,13 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_let import accelerators
 from megatron_let.errors import UsageError
-from megatron_let.planning.run import KD_STOP_SHARE, LET_LAYER, LET_STOP_STEP
+from megatron_let.planning.run import (
+    KD_STOP_SHARE,
+    LET_LAYER,
+    LET_STOP_STEP,
+    METHODS,
+    Guidance,
+)
 
 
 @dataclass
@@ -148,17 +153,33 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
     Raises:
         UsageError: naming the flag, its value and the way out.
     """
-    prefixes, check = METHOD_FLAGS[args.method]
-    every_prefix = tuple(prefix for rules in METHOD_FLAGS.values() for prefix in rules[0])
+    prefixes = {method: _prefixes(guidance) for method, guidance in METHODS.items()}
+    every_prefix = sum(prefixes.values(), ())
     for flag in (word.split("=")[0] for word in argv if word.startswith(every_prefix)):
-        if not flag.startswith(prefixes):
-            able = [m for m, rules in METHOD_FLAGS.items() if flag.startswith(rules[0] or ("?",))]
+        if not flag.startswith(prefixes[args.method]):
+            able = [method for method, known in prefixes.items() if flag.startswith(known)]
             raise UsageError(
                 f"{flag} has no effect with --method {args.method}. "
                 f"Remove it, or add --method {' or '.join(able)} to train with a teacher."
             )
-    check(args)
+    guidance = METHODS[args.method]
+    if guidance.has_teacher:
+        _check_teacher(args)
+    if guidance.aligns:
+        _check_let(args)
+    if guidance.distils:
+        _check_distillation(args)
     _check_keep_last(args)
+
+
+def _prefixes(guidance: Guidance) -> tuple[str, ...]:
+    """What the flags begin with that a method knows."""
+    kinds = {
+        "--let-": guidance.aligns,
+        "--kd-": guidance.distils,
+        "--teacher-": guidance.has_teacher,
+    }
+    return tuple(prefix for prefix, known in kinds.items() if known)
 
 
 def _check_keep_last(args: Namespace) -> None:
@@ -173,10 +194,6 @@ def _check_keep_last(args: Namespace) -> None:
         raise UsageError(f"--save-keep-last {args.save_keep_last} has no effect without --save.")
 
 
-def _check_baseline(args: Namespace) -> None:
-    """Megatron checks its own flags."""
-
-
 def _check_teacher(args: Namespace) -> None:
     if args.teacher_model is None:
         raise UsageError(
@@ -186,7 +203,6 @@ def _check_teacher(args: Namespace) -> None:
 
 
 def _check_let(args: Namespace) -> None:
-    _check_teacher(args)
     if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
         raise UsageError(
             f"--let-layer {args.let_layer} is outside the model: --num-layers {args.num_layers} "
@@ -239,8 +255,7 @@ def _run_length(args: Namespace, unit: str) -> int | None:
     return args.train_iters and args.train_iters * args.global_batch_size
 
 
-def _check_reverse_kd(args: Namespace) -> None:
-    _check_distillation(args)
+def _check_no_stop(args: Namespace) -> None:
     given = [args.kd_stop_step is not None, args.kd_decay != "step", args.kd_selection is not None]
     if any(given):
         raise UsageError(
@@ -249,8 +264,7 @@ def _check_reverse_kd(args: Namespace) -> None:
         )
 
 
-def _check_salt(args: Namespace) -> None:
-    _check_distillation(args)
+def _check_salt_stop(args: Namespace) -> None:
     steps = _run_length(args, "steps")
     if args.kd_stop_step is None and steps is not None:
         args.kd_stop_step = max(1, round(KD_STOP_SHARE * steps))
@@ -276,13 +290,7 @@ def _check_salt(args: Namespace) -> None:
         )
 
 
-def _check_let_salt(args: Namespace) -> None:
-    _check_let(args)
-    _check_salt(args)
-
-
 def _check_distillation(args: Namespace) -> None:
-    _check_teacher(args)
     if not 0 < args.kd_weight <= 1:
         raise UsageError(
             f"--kd-weight {args.kd_weight} is no part of a loss: choose more than 0 and at most 1, "
@@ -290,13 +298,7 @@ def _check_distillation(args: Namespace) -> None:
         )
     if not (args.kd_temperature > 0 and math.isfinite(args.kd_temperature)):
         raise UsageError(f"--kd-temperature {args.kd_temperature} must be positive.")
-
-
-METHOD_FLAGS: dict[str, tuple[tuple[str, ...], Callable[[Namespace], None]]] = {
-    "baseline": ((), _check_baseline),
-    "let": (("--let-", "--teacher-"), _check_let),
-    "salt": (("--kd-", "--teacher-"), _check_salt),
-    "let+salt": (("--let-", "--kd-", "--teacher-"), _check_let_salt),
-    "reverse-kd": (("--kd-", "--teacher-"), _check_reverse_kd),
-}
-"""For each method the prefixes of the flags that it knows, and their check."""
+    if METHODS[args.method].distils_to_the_end:
+        _check_no_stop(args)
+    else:
+        _check_salt_stop(args)

@@ -92,24 +92,16 @@ def _compile_nothing(compiler: Any) -> Callable[..., Any]:
     return compile_nothing
 
 
-def _gloo_for_nccl(function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_nccl(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def with_gloo(*args: Any, **kwargs: Any) -> Any:
+    def without_nccl(*args: Any, **kwargs: Any) -> Any:
+        for device in ("device_id", "device_ids"):
+            kwargs.pop(device, None)
         if kwargs.get("backend") == "nccl":
             kwargs["backend"] = "gloo"
-        kwargs.pop("device_id", None)
         return function(*args, **kwargs)
 
-    return with_gloo
-
-
-def _barrier_without_devices(barrier: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(barrier)
-    def without_devices(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_ids", None)
-        return barrier(*args, **kwargs)
-
-    return without_devices
+    return without_nccl
 
 
 def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
@@ -194,10 +186,6 @@ def _says_process(tell: Callable[..., None]) -> Callable[..., None]:
     return says_process
 
 
-def _get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
-    return lambda *args, **kwargs: torch.get_rng_state()
-
-
 def _set_rng_state(original: Any) -> Callable[..., None]:
     return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
 
@@ -212,6 +200,7 @@ def _itself(original: Any) -> Callable[..., Any]:
 
 _NOTHING = _returns(lambda: None)
 _ZERO = _returns(lambda: 0)
+_get_rng_state = _returns(torch.get_rng_state)
 _PROPERTIES = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
 
 # ----------------------------------------------------------------------------------------------
@@ -270,15 +259,15 @@ TORCH_REDIRECTS: list[Redirect] = [
         _loader_with_generator,
         "draws from the generator that dropout uses",
     ),
-    Redirect("torch.distributed", "init_process_group", _gloo_for_nccl, "default backend is nccl"),
-    Redirect("torch.distributed", "new_group", _gloo_for_nccl, "groups named nccl"),
+    Redirect("torch.distributed", "init_process_group", _without_nccl, "default backend is nccl"),
+    Redirect("torch.distributed", "new_group", _without_nccl, "groups named nccl"),
     Redirect(
         "torch.distributed.distributed_c10d",
         "ProcessGroupGloo",
         _on_one_device,
         "each group has a device, whose thread never rests",
     ),
-    Redirect("torch.distributed", "barrier", _barrier_without_devices, "device_ids is for nccl"),
+    Redirect("torch.distributed", "barrier", _without_nccl, "device_ids is for nccl"),
 ]
 
 MEGATRON_REDIRECTS: list[Redirect] = [

@@ -1,24 +1,38 @@
-"""CUDA's streams and events on a machine that runs everything in order, for `cpu.py`."""
+"""CUDA's streams and events on a machine that runs everything in order, for `cpu.py`.
+
+What they take and tell beyond torch's own for the CPU, whose waiting is a no-op, too.
+"""
 
 import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 
-class Stream:
-    """A CUDA stream on a machine that runs everything in order: waiting is a no-op."""
+
+class Event(torch.cpu.Event):
+    """The wall clock at the moment it was recorded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self._seconds = 0.0
 
-    def wait_stream(self, stream: "Stream") -> None:
-        """All earlier work is already done."""
+    def record(self, stream: Any = None) -> None:
+        """Note the time."""
+        self._seconds = time.perf_counter()
 
-    def wait_event(self, event: "Event") -> None:
-        """All earlier work is already done."""
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds from this event to `end`."""
+        return 1000 * (end._seconds - self._seconds)
 
-    def record_event(self, event: "Event | None" = None) -> "Event":
+
+class Stream(torch.cpu.Stream):
+    """The one stream; all earlier work is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Neither device nor priority matters."""
+
+    def record_event(self, event: Event | None = None) -> Event:  # type: ignore[override]
         """Return an event that has already happened."""
         event = event or Event()
         event.record(self)
@@ -30,31 +44,6 @@ class Stream:
     def query(self) -> bool:
         """All earlier work is already done."""
         return True
-
-
-class Event:
-    """A CUDA event: the wall clock at the moment it was recorded."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._seconds = 0.0
-
-    def record(self, stream: Stream | None = None) -> None:
-        """Note the time."""
-        self._seconds = time.perf_counter()
-
-    def wait(self, stream: Stream | None = None) -> None:
-        """All earlier work is already done."""
-
-    def synchronize(self) -> None:
-        """All earlier work is already done."""
-
-    def query(self) -> bool:
-        """All earlier work is already done."""
-        return True
-
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this event to `end`."""
-        return 1000 * (end._seconds - self._seconds)
 
 
 @contextlib.contextmanager

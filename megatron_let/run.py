@@ -35,6 +35,12 @@ from megatron_let.methods.base import WHOLE, Batch, Method
 Report = dict[str, torch.Tensor]
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+SAME_IN_DATASET_CONFIG = (
+    "split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files "
+    "reset_position_ids reset_attention_mask eod_mask_loss object_storage_cache_path "
+    "mid_level_dataset_surplus allow_ambiguous_pad_tokens context_parallel_size data_parallel_size"
+).split()
+"""Arguments that `GPTDatasetConfig` calls the same."""
 SPIKY_LOSS_FACTOR = 10
 """With --check-for-spiky-loss: a loss this many times the largest so far is suspicious."""
 
@@ -68,10 +74,7 @@ class Run:
 
     def datasets_provider(self) -> Callable[..., tuple[Any, Any, Any]]:
         """Return the function that builds the train, validation and test datasets."""
-
-        def provide(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-            return self._datasets(num_samples, vp_stage)
-
+        provide = functools.partial(self._datasets)
         provide.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
         return provide
 
@@ -89,7 +92,9 @@ class Run:
         train, valid, test = builder.build()
         return train, valid, test
 
-    def _datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
+    def _datasets(
+        self, num_samples: list[int], vp_stage: int | None = None
+    ) -> tuple[Any, Any, Any]:
         datasets = self.build_datasets(num_samples, vp_stage)
         if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
             self.args.do_train = not self.args.skip_train
@@ -154,27 +159,15 @@ class Run:
             sequence_length=args.seq_length,
             blend=blend,
             blend_per_split=blend_per_split,
-            split=args.split,
-            multiple_validation_sets=args.multiple_validation_sets,
-            full_validation=args.full_validation,
-            num_dataset_builder_threads=args.num_dataset_builder_threads,
             # No files: the first rank would write them, and a rank that is alone may be another.
             path_to_cache="" if self._is_alone else args.data_cache_path,
-            mmap_bin_files=args.mmap_bin_files,
             tokenizer=get_tokenizer(),
-            reset_position_ids=args.reset_position_ids,
-            reset_attention_mask=args.reset_attention_mask,
-            eod_mask_loss=args.eod_mask_loss,
             create_attention_mask=args.create_attention_mask_in_dataloader,
-            object_storage_cache_path=args.object_storage_cache_path,
-            mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-            allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
             fast_cache_load=args.dataloader_fast_cache_load,
             sequences_per_dataset=sequences,
             defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-            context_parallel_size=args.context_parallel_size,
-            data_parallel_size=args.data_parallel_size,
             sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+            **{name: getattr(args, name) for name in SAME_IN_DATASET_CONFIG},
         )
 
     # --- a micro-batch ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ on every rank after each step, and `evaluate`. A test pins their signatures.
 
 import contextlib
 import functools
+import inspect
 import resource
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -141,45 +142,28 @@ class RunLog:
     # --- Megatron's functions, wrapped --------------------------------------------------------
 
     def _around_training_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(training_log)
+
         @functools.wraps(training_log)
-        def wrapped(
-            loss_dict: dict[str, torch.Tensor],
-            total_loss_dict: dict[str, torch.Tensor],
-            learning_rate: float | None,
-            iteration: int,
-            loss_scale: float,
-            report_memory_flag: bool,
-            skipped_iter: int,
-            grad_norm: float | None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            iteration, is_skipped = given["iteration"], bool(given["skipped_iter"])
             ours = self.method.end_step()
-            if not (skipped_iter or self.args.fake_process_group):  # a rank alone has random ones
-                check_gradients(iteration, grad_norm, ours, self._count_bad_losses)
+            if not (is_skipped or self.args.fake_process_group):  # a rank alone has random ones
+                check_gradients(iteration, given["grad_norm"], ours, self._count_bad_losses)
             if is_last_rank():
                 for key in self._known_keys - ours.keys():
-                    total_loss_dict.pop(key, None)  # else logged as 0.0 for the rest of the run
+                    # else logged as 0.0 for the rest of the run
+                    given["total_loss_dict"].pop(key, None)
                 self._known_keys = set(ours)
-                loss_dict.update(ours)
+                given["loss_dict"].update(ours)
             self._iteration = iteration
-            self._count_step({} if skipped_iter else loss_dict)
-            if skipped_iter:
+            self._count_step({} if is_skipped else given["loss_dict"])
+            if is_skipped:
                 self._tell_skipped(iteration)
-            result = training_log(
-                loss_dict,
-                total_loss_dict,
-                learning_rate,
-                iteration,
-                loss_scale,
-                report_memory_flag,
-                skipped_iter,
-                grad_norm,
-                *args,
-                **kwargs,
-            )
+            result = training_log(*args, **kwargs)
             if iteration % self.args.log_interval == 0:
-                self._write_interval(iteration, learning_rate)
+                self._write_interval(iteration, given["learning_rate"])
                 self._retention.apply()
             return result
 

@@ -3,20 +3,11 @@
 import math
 from collections.abc import Callable
 
-
-def _linear(progress: float) -> float:
-    return 1.0 - progress
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _step(progress: float) -> float:
-    return 1.0
-
-
-DECAYS: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "step": _step}
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "step": lambda progress: 1.0,
+}
 """Factor as a function of progress = done / stop, for progress < 1; from 1 on it is zero.
 
 `linear` is the paper's `max(0, (S_stop - s) / S_stop)`; `step` stays at one until the stop.

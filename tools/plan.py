@@ -107,12 +107,6 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         ("--mfu", float, Gpu.mfu, "share of the peak that plain steps use, bubble included"),
         ("--gpu-peak-tflops", float, Gpu.peak_tflops, "A100, bf16; H100: 989"),
         ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
-        (
-            "--teacher-efficiency",
-            float,
-            Gpu.teacher_efficiency,
-            "FLOP/s of the teacher's kernels over the student's; a small one may reach less",
-        ),
     ):
         text = f"{what} (default: {default:g})"
         group.add_argument(name, type=type_, default=default, metavar="N", help=text)
@@ -140,12 +134,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         first_stage_layers=args.decoder_first_pipeline_num_layers,
         last_stage_layers=args.decoder_last_pipeline_num_layers,
     )
-    gpu = Gpu(
-        peak_tflops=args.gpu_peak_tflops,
-        memory_gib=args.gpu_memory_gib,
-        mfu=args.mfu,
-        teacher_efficiency=args.teacher_efficiency,
-    )
+    gpu = Gpu(peak_tflops=args.gpu_peak_tflops, memory_gib=args.gpu_memory_gib, mfu=args.mfu)
     return plan(_student(args, teacher), teacher, layout, _run(args), gpu)
 
 

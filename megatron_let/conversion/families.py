@@ -29,13 +29,12 @@ class Family:
     """Arguments of Megatron's that must have one value to compute the same."""
     demands: Mapping[str, tuple[Any, ...]]
     """Fields of the Hugging Face config, and the values that Megatron can compute."""
+    same: Mapping[str, str]
+    """Arguments of Megatron's, and the fields of the Hugging Face config with the same value."""
     to_config: Callable[[Namespace, ModelShape], Values]
+    """Its other fields."""
     from_config: Callable[[Any], Values]
-
-
-def _dropout(args: Namespace, name: str) -> float:
-    """Only training on has it."""
-    return vars(args).get(name, 0.0)
+    """The other arguments."""
 
 
 # --- Llama, Qwen2, Qwen3 -----------------------------------------------------------------------
@@ -43,26 +42,18 @@ def _dropout(args: Namespace, name: str) -> float:
 
 def _llama_config(args: Namespace, shape: ModelShape) -> Values:
     return {
-        "intermediate_size": args.ffn_hidden_size,
         "num_key_value_heads": shape.num_query_groups,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": args.max_position_embeddings,
-        "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": rope.to_hugging_face(args),
-        "attention_dropout": _dropout(args, "attention_dropout"),
     }
 
 
 def _llama_values(config: Any) -> Values:
     fields = config.to_dict()
     return {
-        "ffn_hidden_size": config.intermediate_size,
         "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
         "num_query_groups": config.num_key_value_heads,
         "kv_channels": fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "layernorm_epsilon": config.rms_norm_eps,
-        "attention_dropout": config.attention_dropout,
         "hidden_dropout": 0.0,
         **rope.to_megatron(config.rope_parameters),
     }
@@ -75,6 +66,12 @@ _LLAMA_NEEDS = {
     "rotary_percent": 1.0,
     "add_bias_linear": False,
 }
+_LLAMA_SAME = {
+    "ffn_hidden_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+    "attention_dropout": "attention_dropout",
+}
 _SILU = {"hidden_act": ("silu", "swish")}
 
 LLAMA = Family(
@@ -83,6 +80,7 @@ LLAMA = Family(
     rules=tables.LLAMA,
     needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": False},
     demands=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
+    same=_LLAMA_SAME,
     to_config=_llama_config,
     from_config=_llama_values,
 )
@@ -92,6 +90,7 @@ QWEN2 = Family(
     rules=tables.QWEN2,
     needs=_LLAMA_NEEDS | {"add_qkv_bias": True, "qk_layernorm": False},
     demands=_SILU | {"use_sliding_window": (False,)},
+    same=_LLAMA_SAME,
     to_config=_llama_config,
     from_config=_llama_values,
 )
@@ -101,6 +100,7 @@ QWEN3 = Family(
     rules=tables.QWEN3,
     needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": True},
     demands=_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
+    same=_LLAMA_SAME,
     to_config=_llama_config,
     from_config=_llama_values,
 )
@@ -120,49 +120,30 @@ def _gelu(args: Namespace) -> str:
 
 def _gpt2_config(args: Namespace, shape: ModelShape) -> Values:
     return {
-        "n_inner": args.ffn_hidden_size,
-        "n_positions": args.max_position_embeddings,
-        "layer_norm_epsilon": args.layernorm_epsilon,
         "activation_function": _gelu(args),
-        "attn_pdrop": _dropout(args, "attention_dropout"),
-        "resid_pdrop": _dropout(args, "hidden_dropout"),
-        "embd_pdrop": _dropout(args, "hidden_dropout"),
+        "embd_pdrop": vars(args).get("hidden_dropout", 0.0),
     }
 
 
 def _gpt2_values(config: Any) -> Values:
     return {
         "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
-        "max_position_embeddings": config.n_positions,
-        "layernorm_epsilon": config.layer_norm_epsilon,
         "bias_gelu_fusion": config.activation_function != _EXACT_GELU,
-        "attention_dropout": config.attn_pdrop,
-        "hidden_dropout": config.resid_pdrop,
     }
 
 
 def _gpt_neox_config(args: Namespace, shape: ModelShape) -> Values:
     return {
-        "intermediate_size": args.ffn_hidden_size,
-        "max_position_embeddings": args.max_position_embeddings,
-        "layer_norm_eps": args.layernorm_epsilon,
         "hidden_act": _gelu(args),
         "rope_parameters": rope.to_hugging_face(args)
         | {"partial_rotary_factor": args.rotary_percent},
         "use_parallel_residual": False,
-        "attention_dropout": _dropout(args, "attention_dropout"),
-        "hidden_dropout": _dropout(args, "hidden_dropout"),
     }
 
 
 def _gpt_neox_values(config: Any) -> Values:
     return {
-        "ffn_hidden_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "layernorm_epsilon": config.layer_norm_eps,
         "bias_gelu_fusion": config.hidden_act != _EXACT_GELU,
-        "attention_dropout": config.attention_dropout,
-        "hidden_dropout": config.hidden_dropout,
         "rotary_percent": config.rope_parameters["partial_rotary_factor"],
         **rope.to_megatron(config.rope_parameters),
     }
@@ -190,6 +171,13 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    same={
+        "ffn_hidden_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "layernorm_epsilon": "layer_norm_epsilon",
+        "attention_dropout": "attn_pdrop",
+        "hidden_dropout": "resid_pdrop",
+    },
     to_config=_gpt2_config,
     from_config=_gpt2_values,
 )
@@ -200,6 +188,13 @@ GPT_NEOX = Family(
     needs=_GPT_NEEDS | {"position_embedding_type": "rope"},
     # With a parallel residual, as Pythia has it, attention and MLP read the same states.
     demands={"hidden_act": _GELUS, "use_parallel_residual": (False,), "attention_bias": (True,)},
+    same={
+        "ffn_hidden_size": "intermediate_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "layernorm_epsilon": "layer_norm_eps",
+        "attention_dropout": "attention_dropout",
+        "hidden_dropout": "hidden_dropout",
+    },
     to_config=_gpt_neox_config,
     from_config=_gpt_neox_values,
 )
@@ -276,7 +271,10 @@ def hugging_face_config(
     Raises:
         UsageError: its heads have another size than the family can have.
     """
-    own = family.to_config(args, shape)
+    # Dropout is for training on; a checkpoint's arguments may lack it.
+    values = {"attention_dropout": 0.0, "hidden_dropout": 0.0} | vars(args)
+    own = {field: values[name] for name, field in family.same.items()}
+    own |= family.to_config(args, shape)
     own_head_size = "head_dim" in own
     divides = args.hidden_size % shape.num_heads == 0
     if not divides or not (own_head_size or shape.head_dim * shape.num_heads == args.hidden_size):
@@ -343,40 +341,25 @@ def megatron_values(family: Family, config: Any) -> Values:
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         **family.needs,
         **NEEDED_BY_ALL,
+        **{name: getattr(config, field) for name, field in family.same.items()},
         **family.from_config(config),
     }
 
 
 FLAG_OF = {
-    "num_layers": "--num-layers",
-    "hidden_size": "--hidden-size",
-    "ffn_hidden_size": "--ffn-hidden-size",
-    "num_attention_heads": "--num-attention-heads",
-    "num_query_groups": "--num-query-groups",
-    "kv_channels": "--kv-channels",
-    "max_position_embeddings": "--max-position-embeddings",
-    "position_embedding_type": "--position-embedding-type",
-    "normalization": "--normalization",
+    attribute: "--" + attribute.replace("_", "-")
+    for attribute in (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+        "max_position_embeddings position_embedding_type normalization init_method_std "
+        "rotary_base rotary_percent rotary_seq_len_interpolation_factor rope_scaling_factor "
+        "use_rope_scaling rotary_interleaved softmax_type group_query_attention swiglu "
+        "attention_dropout hidden_dropout use_te_activation_func use_transformer_engine_op_fuser "
+        "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights"
+    ).split()
+} | {
     "layernorm_epsilon": "--norm-epsilon",
-    "init_method_std": "--init-method-std",
-    "rotary_base": "--rotary-base",
-    "rotary_percent": "--rotary-percent",
-    "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
-    "rope_scaling_factor": "--rope-scaling-factor",
-    "use_rope_scaling": "--use-rope-scaling",
-    "rotary_interleaved": "--rotary-interleaved",
-    "softmax_type": "--softmax-type",
-    "group_query_attention": "--group-query-attention",
-    "swiglu": "--swiglu",
-    "attention_dropout": "--attention-dropout",
-    "hidden_dropout": "--hidden-dropout",
-    "use_te_activation_func": "--use-te-activation-func",
-    "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "add_bias_linear": "--disable-bias-linear",
-    "add_qkv_bias": "--add-qkv-bias",
-    "qk_layernorm": "--qk-layernorm",
     "bias_gelu_fusion": "--no-bias-gelu-fusion",
-    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
 }
 SWITCHES_OFF = ("add_bias_linear", "bias_gelu_fusion")
 """Arguments that are true unless their flag is given."""

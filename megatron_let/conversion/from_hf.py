@@ -27,18 +27,17 @@ from megatron_let.conversion.mapping import (
     NOT_HUGGING_FACE_WEIGHTS,
     OUTPUT_LAYER,
     ModelShape,
-    Rule,
     check_names,
     rules_of,
 )
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_reader import SafetensorsReader
-from megatron_let.conversion.to_hf import DTYPES
 from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer
 from megatron_let.conversion.write_checkpoint import write_checkpoint
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import TOKENIZER_FILES, has_tokenizer
+from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
 
 FLAGS_FILE = "megatron_flags.txt"
@@ -69,8 +68,6 @@ class ImportConfig:
     """A key of `DTYPES`; as saved if None. Megatron loads into the run's own type anyway."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
         check_free(self.output)
         if any(character.isspace() for character in str(self.output.absolute())):
             raise UsageError(
@@ -104,7 +101,7 @@ def import_model(config: ImportConfig) -> Path:
         values |= _tokenizer(source, folder, config.output)
         release = folder / "release"
         release.mkdir()
-        tensors = weights.stand_ins(DTYPES.get(config.dtype or ""))
+        tensors = weights.stand_ins(DTYPES[config.dtype] if config.dtype else None)
         pieces = sum(len(tensor) if stacked else 1 for tensor, stacked in tensors.values())
         with tqdm(total=pieces, desc="weights", disable=None) as bar:
 
@@ -160,7 +157,12 @@ class _Weights:
         self._reader = SafetensorsReader(folder, model.base_model_prefix)
         self._rules = {rule.megatron: rule for rule in rules_of(family.rules, tied=tied)}
         self._shape = shape
-        expected = [name for rule in self._rules.values() for name in _all_names(rule, shape)]
+        expected = [
+            name
+            for rule in self._rules.values()
+            for layer in rule.layers(shape)
+            for name in rule.names(layer)
+        ]
         found = self._reader.names
         if tied:
             found = found - self._copy_of_embedding(family)
@@ -215,10 +217,6 @@ class _Weights:
         rule = self._rules[name]
         parts = tuple(self._reader.read(part) for part in rule.names(layer))
         return rule.form.join(parts, self._shape)
-
-
-def _all_names(rule: Rule, shape: ModelShape) -> list[str]:
-    return [name for layer in rule.layers(shape) for name in rule.names(layer)]
 
 
 # --- what is written beside the weights --------------------------------------------------------

@@ -34,9 +34,9 @@ from megatron_let.conversion.tokenizer_files import (
     write_tokenizer,
 )
 from megatron_let.errors import UsageError
+from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_TOKENS = 32
 
 
@@ -65,8 +65,6 @@ class ExportConfig:
             raise UsageError(
                 f"--max-shard-size {self.max_shard_size} is not a size such as 5GB or 500MB."
             )
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
         check_free(self.output)
 
 
@@ -99,7 +97,9 @@ def export(config: ExportConfig) -> Path:
         check_tokenizer(args, tokenizer, source)
     shape = model_shape(args, _vocabulary_rows(args, tokenizer))
     hf_config = hugging_face_config(family, args, shape, tokenizer)
-    plan = _plan(checkpoint, family, shape, hf_config, DTYPES.get(config.dtype or ""))
+    plan = _plan(
+        checkpoint, family, shape, hf_config, DTYPES[config.dtype] if config.dtype else None
+    )
     with complete_or_absent(config.output) as folder:
         plan.config.save_pretrained(folder)
         GenerationConfig.from_model_config(plan.config).save_pretrained(folder)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -41,16 +41,6 @@ class Tokens:
     """`[sum of lengths]`, integers."""
     lengths: np.ndarray
     """`[texts]`, int64."""
-
-
-class Engine(Protocol):
-    """Tokenizes texts, with what the tokenizer itself adds around each."""
-
-    name: str
-
-    def encode(self, texts: Sequence[str]) -> Rows:
-        """Tokens of all texts, in order."""
-        ...
 
 
 class Unsuited(ValueError):
@@ -145,6 +135,10 @@ class Gigatoken:
             del self._tokenizer
             self._tokenizer = self._load()
             self._memory_at_start = _resident_bytes()
+
+
+Engine = Library | Gigatoken
+"""Tokenizes texts, with what the tokenizer itself adds around each."""
 
 
 def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Normalizer | None:

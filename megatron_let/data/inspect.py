@@ -61,10 +61,11 @@ def open_pair(prefix: str) -> Pair:
         if not path.is_file():
             raise ValueError(f"{path} does not exist; give a prefix without .bin or .idx")
     dtype, (lengths, pointers, documents) = _arrays(index)
-    _check(index, tokens, lengths, pointers, documents, dtype.itemsize)
     sidecar = Path(f"{prefix}.json")
     about = json.loads(sidecar.read_text()) if sidecar.exists() else {}
-    return Pair(prefix, dtype, lengths, pointers, documents, about)
+    pair = Pair(prefix, dtype, lengths, pointers, documents, about)
+    _check(pair, index, tokens)
+    return pair
 
 
 def first_tokens(prefix: str, number: int) -> np.ndarray:
@@ -108,18 +109,12 @@ def _read_head(index: Path) -> tuple[np.dtype, int, int]:
     return np.dtype(DTYPES[code - 1]), sequences, boundaries
 
 
-def _check(
-    index: Path,
-    tokens: Path,
-    lengths: np.ndarray,
-    pointers: np.ndarray,
-    documents: np.ndarray,
-    itemsize: int,
-) -> None:
+def _check(pair: Pair, index: Path, tokens: Path) -> None:
+    lengths, documents = pair.lengths, pair.documents
     if (lengths < 0).any():
         raise ValueError(f"{index} has a sequence of negative length")
-    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
-    if not np.array_equal(pointers, np.concatenate([[0], ends[:-1]])[: len(ends)]):
+    ends = np.cumsum(lengths, dtype=np.int64) * pair.dtype.itemsize
+    if not np.array_equal(pair.pointers, np.concatenate([[0], ends[:-1]])[: len(ends)]):
         raise ValueError(f"{index} has sequences that do not follow each other in {tokens.name}")
     ordered = len(documents) and documents[0] == 0 and (np.diff(documents) >= 0).all()
     if not ordered or documents[-1] != len(lengths):
@@ -179,7 +174,8 @@ def checksum(pair: Pair) -> dict[str, str]:
 
 def summary(pair: Pair) -> str:
     """Counts, and a histogram of the documents' lengths by powers of two; fits a screen."""
-    sizes = _document_lengths(pair)
+    sums = np.concatenate([[0], np.cumsum(pair.lengths, dtype=np.int64)])
+    sizes = np.diff(sums[pair.documents])
     lines = [
         pair.prefix,
         f"{len(sizes):,} documents ({pair.empty_documents:,} empty), "
@@ -198,11 +194,6 @@ def summary(pair: Pair) -> str:
             f"{sum(about.get('skipped', {}).values()):,} records left out"
         )
     return "\n".join([*lines, "", *_histogram(sizes)])
-
-
-def _document_lengths(pair: Pair) -> np.ndarray:
-    sums = np.concatenate([[0], np.cumsum(pair.lengths, dtype=np.int64)])
-    return np.diff(sums[pair.documents])
 
 
 def _histogram(sizes: np.ndarray) -> list[str]:

@@ -6,7 +6,6 @@ times as long as preprocessing 100 MB. `tests/unit/data/test_tokenizer.py` compa
 
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,45 +37,14 @@ class TokenizerConfig:
     trust_remote_code: bool = False
 
 
-class Tokenizer(ABC):
-    """What preprocessing asks of a tokenizer; the names are Megatron's."""
-
-    fast: Any = None
-    """The compiled tokenizer of the tokenizers library, where there is one."""
-
-    include_special_tokens = True
-    """Whether `tokenize` adds what the tokenizer itself puts around a text, such as BOS."""
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-
-    @property
-    @abstractmethod
-    def eod(self) -> int | None:
-        """Id of the end-of-document token."""
-
-    @abstractmethod
-    def ids(self) -> dict[str, int]:
-        """Every token's id: what `tokenizer_fingerprint` identifies a tokenizer by."""
-
-    @abstractmethod
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
-
-    @abstractmethod
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-
-
-class HuggingFace(Tokenizer):
+class HuggingFace:
     """A tokenizer of the transformers library, as Megatron's `HuggingFaceTokenizer` sets it up.
 
     Args:
         tokenizer: `PreTrainedTokenizerBase`.
         special_tokens: further ones.
-        include_special_tokens: see `Tokenizer`.
+        include_special_tokens: whether `tokenize` adds what the tokenizer itself puts around a
+            text, such as BOS.
     """
 
     def __init__(
@@ -84,8 +52,10 @@ class HuggingFace(Tokenizer):
     ) -> None:
         self._tokenizer = tokenizer
         self.include_special_tokens = include_special_tokens
-        self._tokenizer.add_special_tokens(self._stand_ins() | _further(special_tokens))
-        self.fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        further = {"additional_special_tokens": list(special_tokens)}
+        self._tokenizer.add_special_tokens(self._stand_ins() | further)
+        self.fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        """The compiled tokenizer of the tokenizers library, where there is one."""
 
     def _stand_ins(self) -> dict[str, str]:
         """The end token for an absent separator, the start token for an absent class token."""
@@ -99,31 +69,32 @@ class HuggingFace(Tokenizer):
         return found
 
     @property
-    def vocab_size(self) -> int:  # noqa: D102
+    def vocab_size(self) -> int:
+        """Number of tokens."""
         return len(self._tokenizer)
 
     @property
-    def eod(self) -> int | None:  # noqa: D102
+    def eod(self) -> int | None:
+        """Id of the end-of-document token."""
         end = self._tokenizer.eos_token
         return None if end is None else self._tokenizer.convert_tokens_to_ids([end])[0]
 
-    def ids(self) -> dict[str, int]:  # noqa: D102
+    def ids(self) -> dict[str, int]:
+        """Every token's id: what `tokenizer_fingerprint` identifies a tokenizer by."""
         return self._tokenizer.get_vocab()
 
-    def tokenize(self, text: str) -> list[int]:  # noqa: D102
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
         if self.include_special_tokens:
             return self._tokenizer(text).input_ids
         return self._tokenizer.convert_tokens_to_ids(self._tokenizer.tokenize(text))
 
-    def detokenize(self, ids: Sequence[int]) -> str:  # noqa: D102
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
         return self._tokenizer.convert_tokens_to_string(self._tokenizer.convert_ids_to_tokens(ids))
 
 
-def _further(special_tokens: Sequence[str]) -> dict[str, list[str]]:
-    return {"additional_special_tokens": list(special_tokens)}
-
-
-class SentencePiece(Tokenizer):
+class SentencePiece:
     """A SentencePiece model, as Megatron's `SentencePieceTokenizer` reads texts with it.
 
     Args:
@@ -132,6 +103,9 @@ class SentencePiece(Tokenizer):
             ids unless the model has them; only for a `legacy` tokenizer.
         legacy: Megatron's older ways.
     """
+
+    fast: Any = None
+    include_special_tokens = True
 
     def __init__(self, path: str, special_tokens: Sequence[str], legacy: bool) -> None:
         import sentencepiece
@@ -183,6 +157,10 @@ class SentencePiece(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self._model.decode_ids(list(ids))
+
+
+Tokenizer = HuggingFace | SentencePiece
+"""What preprocessing asks of a tokenizer; the names of its methods are Megatron's."""
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -169,7 +169,7 @@ class Harness:
                     task_manager=self._manager,
                 )
             except (OSError, ValueError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = hugging_face.first_line(error)
                 raise UsageError(
                     f"{task.name}: {task.dataset} cannot be loaded: {reason} Without internet give "
                     "the data sets with --task-data."
@@ -225,7 +225,8 @@ def _counted_cuts() -> Iterator[list[str]]:
             cuts.append(record.getMessage())
         return not is_cut and record.levelno >= logging.ERROR
 
-    loggers = [logging.getLogger(name) for name in _harness_loggers()]
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("lm_eval")]
+    loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addFilter(keep)
     try:
@@ -233,7 +234,3 @@ def _counted_cuts() -> Iterator[list[str]]:
     finally:
         for logger in loggers:
             logger.removeFilter(keep)
-
-
-def _harness_loggers() -> list[str]:
-    return [name for name in logging.root.manager.loggerDict if name.startswith("lm_eval")]

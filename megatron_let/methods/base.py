@@ -13,21 +13,11 @@ Under context parallelism they are this rank's part of the sequence, and `WHOLE`
 WHOLE = "whole"
 
 
-class Method:
-    """Plain next-token training; the other methods override what they need.
-
-    A method never touches the training loop: it changes the model's configuration before it is
-    built, reads each training micro-batch before its forward pass, and reports once a step.
-    """
+class Hooks:
+    """What a method, and each signal of one, can do; the defaults do nothing."""
 
     same_on_resume: tuple[str, ...] = ()
     """Arguments that a resumed run must share with its checkpoint."""
-
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
-
-    def check_tokens(self, student_ids: dict[str, int]) -> None:
-        """Check the student's token -> id map (empty if unknown) against the method's models."""
 
     def check_checkpoint(self, saved: Namespace) -> None:
         """Check the arguments of the checkpoint that will be loaded."""
@@ -35,19 +25,41 @@ class Method:
     def configure(self, model_config: Any) -> None:
         """Change Megatron's `GPTModelConfig` (layer spec, hooks) before the model is built."""
 
-    def reads_batch(self, vp_stage: int | None) -> bool:
-        """Whether this rank's model chunk needs tokens, labels and loss mask."""
-        return False
-
     def training_data(self, dataset: Any) -> Any:
         """Return the training stream to use instead of `dataset`, as long as that one."""
         return dataset
 
-    def on_data(self, train_dataset: Any) -> None:
-        """Called on every rank once model, checkpoint and data are there, before step 1."""
+    def flops_once(self) -> float:
+        """FLOPs that were spent before the first step."""
+        return 0.0
 
     def start_step(self) -> None:
         """Called on every rank before the first forward pass of a training step."""
+
+    def language_model_losses(self) -> torch.Tensor | None:
+        """The labels' loss `[B, S]` of the last micro-batch, where the model's is another one."""
+        return None
+
+
+class Method(Hooks):
+    """Plain next-token training; the other methods override what they need.
+
+    A method never touches the training loop: it changes the model's configuration before it is
+    built, reads each training micro-batch before its forward pass, and reports once a step.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+
+    def check_tokens(self, student_ids: dict[str, int]) -> None:
+        """Check the student's token -> id map (empty if unknown) against the method's models."""
+
+    def reads_batch(self, vp_stage: int | None) -> bool:
+        """Whether this rank's model chunk needs tokens, labels and loss mask."""
+        return False
+
+    def on_data(self, train_dataset: Any) -> None:
+        """Called on every rank once model, checkpoint and data are there, before step 1."""
 
     def micro_batches_at_once(self) -> int:
         """How many micro-batches of the step `before_forward` wants together, where it can."""
@@ -60,20 +72,12 @@ class Method:
         what is left of the step.
         """
 
-    def language_model_losses(self) -> torch.Tensor | None:
-        """The labels' loss `[B, S]` of the last micro-batch, where the model's is another one."""
-        return None
-
     def end_step(self) -> dict[str, torch.Tensor]:
         """Called on every rank after each step; returns what to log, equal on all ranks."""
         return {}
 
     def extra_flops(self, tokens: int) -> float:
         """FLOPs that the step just made added to the student's, for `tokens` tokens."""
-        return 0.0
-
-    def flops_once(self) -> float:
-        """FLOPs that were spent for the method before the first step."""
         return 0.0
 
     def describe(self) -> dict[str, Any]:

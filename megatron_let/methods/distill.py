@@ -18,6 +18,7 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
 
+from megatron_let.alignment.attach import Record
 from megatron_let.data.selection import (
     SelectedFirst,
     load_selection,
@@ -26,9 +27,9 @@ from megatron_let.data.selection import (
 from megatron_let.distillation.cross_entropy import (
     Distillation,
     TeacherHead,
-    TokenLosses,
     distilled_cross_entropy,
 )
+from megatron_let.methods import signal
 from megatron_let.methods.base import Batch
 from megatron_let.methods.signal import Signal
 from megatron_let.schedules import distillation_weight
@@ -36,15 +37,7 @@ from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
 
 # Paths of Megatron that compute the loss elsewhere, or that were never run with a distilled one.
-REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
-    "overlap_moe_expert_parallel_comm": (False,),
-    "cuda_graph_impl": ("none", None),
-    "use_megatron_fsdp": (False,),
-    "use_torch_fsdp2": (False,),
-    "mtp_num_layers": (None,),
-    "context_parallel_size": (1,),
-    "use_mup": (False,),
-}
+REFUSED_FLAGS = signal.REFUSED_FLAGS | {"context_parallel_size": (1,), "use_mup": (False,)}
 
 
 class Distill(Signal):
@@ -60,6 +53,7 @@ class Distill(Signal):
 
     refused_flags = REFUSED_FLAGS
     danger = "the loss could be computed without the teacher."
+    recorded = ("kd", "tokens")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
@@ -67,8 +61,7 @@ class Distill(Signal):
         self._targets: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         """The teacher's states and the loss mask of each micro-batch that has not had its loss."""
         self._lm_losses: torch.Tensor | None = None
-        self._sums: list[torch.Tensor] = []
-        self._used = 0
+        self.record = Record()
         chosen = args.kd_selection
         self._selection = None if chosen is None else load_selection(Path(chosen))
 
@@ -123,22 +116,12 @@ class Distill(Signal):
     def start_step(self) -> None:
         """Forget what an interrupted step may have left."""
         self._targets.clear()
-        self._sums, self._used = [], 0
+        self.record = Record()
 
     def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
         """Queue the teacher's states for the loss."""
         masks = (batch["loss_mask"].float() for batch in batches)
         self._targets.extend(zip(states_SBD, masks, strict=True))
-
-    @property
-    def num_waiting(self) -> int:
-        """Micro-batches whose distilled loss is still to come."""
-        return len(self._targets)
-
-    @property
-    def num_used(self) -> int:
-        """Micro-batches whose distilled loss this step has had."""
-        return self._used
 
     def _loss(
         self,
@@ -153,37 +136,26 @@ class Distill(Signal):
             return plain(labels_BS, logits_SBV)
         states_SBD, mask_BS = self._targets.popleft()
         # As a control the same work is done on a copy, since Megatron's loss destroys the logits.
-        losses = self._distilled(
-            logits_SBV.detach().clone() if self.is_control else logits_SBV, labels_BS, states_SBD
+        given_SBV = logits_SBV.detach().clone() if self.is_control else logits_SBV
+        assert self._head is not None
+        losses = distilled_cross_entropy(
+            given_SBV,
+            labels_BS.transpose(0, 1),
+            states_SBD,
+            self._head,
+            Distillation(weight=self.weight, temperature=self.args.kd_temperature),
+            mpu.get_tensor_model_parallel_group(),
         )
-        self._record((losses.kd.transpose(0, 1) * mask_BS).sum(), mask_BS.sum())
+        self.record.micro_batches += 1
+        self.record.add(kd=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())
         if self.is_control:
             return plain(labels_BS, logits_SBV)
         self._lm_losses = losses.lm.transpose(0, 1)
         return losses.total.transpose(0, 1).contiguous()
 
-    def _distilled(
-        self, logits_SBV: torch.Tensor, labels_BS: torch.Tensor, states_SBD: torch.Tensor
-    ) -> TokenLosses:
-        assert self._head is not None
-        what = Distillation(weight=self.weight, temperature=self.args.kd_temperature)
-        group = mpu.get_tensor_model_parallel_group()
-        labels_SB = labels_BS.transpose(0, 1)
-        return distilled_cross_entropy(logits_SBV, labels_SB, states_SBD, self._head, what, group)
-
     def language_model_losses(self) -> torch.Tensor | None:
         """The labels' cross-entropy of the micro-batch that has just had a distilled loss."""
         return self._lm_losses
-
-    def _record(self, *values: torch.Tensor) -> None:
-        self._used += 1
-        before = self._sums or [torch.zeros_like(value) for value in values]
-        self._sums = [old + value for old, value in zip(before, values, strict=True)]
-
-    def sums(self) -> list[torch.Tensor]:
-        """Divergence and tokens."""
-        zero = torch.zeros((), device=torch.cuda.current_device())
-        return self._sums or [zero, zero]
 
     def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The mean divergence and its weight."""

@@ -18,6 +18,7 @@ from megatron_let.alignment.attach import Alignment, Target
 from megatron_let.alignment.layer import aligned_block_spec
 from megatron_let.alignment.resize import ResizeConfig
 from megatron_let.errors import UsageError
+from megatron_let.methods import signal
 from megatron_let.methods.base import Batch
 from megatron_let.methods.signal import Signal
 from megatron_let.schedules import guidance_factor
@@ -26,17 +27,12 @@ from megatron_let.teacher.split import own_slice
 
 # Paths of Megatron that bypass, capture or copy the aligned layer, or that were never run with it.
 # Each is refused until it is proven.
-REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
-    "overlap_moe_expert_parallel_comm": (False,),
-    "cuda_graph_impl": ("none", None),
-    "use_megatron_fsdp": (False,),
-    "use_torch_fsdp2": (False,),
+REFUSED_FLAGS = signal.REFUSED_FLAGS | {
     "spec": (None,),
     "yaml_cfg": (None,),
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
     "experimental_attention_variant": (None,),
-    "mtp_num_layers": (None,),
 }
 
 
@@ -55,11 +51,13 @@ class Let(Signal):
 
     refused_flags = REFUSED_FLAGS
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
+    recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
         _resolve_teacher_layer(args, teacher.num_layers)
         self.alignment = Alignment()
+        self.record = self.alignment.record
         self._transformer: TransformerConfig
 
     def weight_at(self, step: int, samples: int) -> float:
@@ -115,6 +113,7 @@ class Let(Signal):
     def start_step(self) -> None:
         """Forget what an interrupted step may have left."""
         self.alignment.start_step()
+        self.record = self.alignment.record
 
     def slices_sequence(self) -> bool:
         """Layer K's output is sliced under sequence parallelism."""
@@ -129,16 +128,6 @@ class Let(Signal):
                 mask_SB = own_slice(mask_SB, mpu.get_tensor_model_parallel_group())
             self.alignment.push(Target(states_SBT, mask_SB, None if self.is_control else scale))
 
-    @property
-    def num_waiting(self) -> int:
-        """Micro-batches whose alignment loss is still to come."""
-        return len(self.alignment)
-
-    @property
-    def num_used(self) -> int:
-        """Micro-batches whose alignment loss this step has had."""
-        return self.alignment.record.micro_batches
-
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """The factor that Megatron puts on the language-model loss's sum over tokens.
 
@@ -152,13 +141,6 @@ class Let(Signal):
         if self._transformer.calculate_per_token_loss:
             return scale
         return scale / (num_tokens.clamp(min=1) * get_num_microbatches())
-
-    def sums(self) -> list[torch.Tensor]:
-        """Loss, tokens, and the squared norms of the two gradients at layer K."""
-        zero = torch.zeros((), device=torch.cuda.current_device())
-        record = self.alignment.record.sums
-        names = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
-        return [record.get(name, zero).float() for name in names]
 
     def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The mean loss, its weight, and the gradients' ratio."""

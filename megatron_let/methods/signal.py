@@ -5,13 +5,23 @@ from typing import Any, ClassVar
 
 import torch
 
+from megatron_let.alignment.attach import Record
 from megatron_let.errors import UsageError
-from megatron_let.methods.base import Batch
+from megatron_let.methods.base import Batch, Hooks
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
 
+REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
+    "overlap_moe_expert_parallel_comm": (False,),
+    "cuda_graph_impl": ("none", None),
+    "use_megatron_fsdp": (False,),
+    "use_torch_fsdp2": (False,),
+    "mtp_num_layers": (None,),
+}
+"""Of every signal, see `Signal.refused_flags`."""
 
-class Signal:
+
+class Signal(Hooks):
     """What a teacher's states of a micro-batch are used for, on the model chunk that uses them.
 
     Args:
@@ -19,12 +29,14 @@ class Signal:
         teacher: the teacher's configuration.
     """
 
-    same_on_resume: ClassVar[tuple[str, ...]]
-    """Arguments that a resumed run must share with its checkpoint."""
     refused_flags: ClassVar[dict[str, tuple[Any, ...]]]
     """Arguments of Megatron with the values that go with this signal; others were never proven."""
     danger: ClassVar[str]
     """What the others could do."""
+    recorded: ClassVar[tuple[str, ...]]
+    """Names of the scalars that are recorded of a step."""
+    record: Record
+    """Of the current step."""
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         self.args = args
@@ -32,7 +44,8 @@ class Signal:
         self.weight = 0.0
         """In the current step; 0 once the signal is over."""
         self.owner_chunks: set[int | None] = set()
-        """Virtual stages of this rank that use the teacher's states."""
+        """Virtual stages of this rank that use the teacher's states; building the model, as
+        `configure` changes it, fills them in."""
         self._refuse_unproven()
 
     def _refuse_unproven(self) -> None:
@@ -64,17 +77,6 @@ class Signal:
 
     # --- before the run -----------------------------------------------------------------------
 
-    def check_checkpoint(self, saved: Namespace) -> None:
-        """Check the arguments of the checkpoint that will be loaded."""
-
-    def configure(self, model_config: Any) -> None:
-        """Change Megatron's `GPTModelConfig`; building the model fills `owner_chunks`."""
-        raise NotImplementedError
-
-    def training_data(self, dataset: Any) -> Any:
-        """Return the training stream to use instead of `dataset`."""
-        return dataset
-
     def prepare(self, teacher: Teacher) -> None:
         """Take from a whole teacher what its states alone cannot give."""
 
@@ -82,37 +84,21 @@ class Signal:
         """FLOPs beside those of the teacher's states."""
         return 0.0
 
-    def flops_once(self) -> float:
-        """FLOPs that were spent before the first step."""
-        return 0.0
-
     # --- during the run -----------------------------------------------------------------------
-
-    def start_step(self) -> None:
-        """Forget what an interrupted step may have left."""
-        raise NotImplementedError
 
     def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
         """Queue the teacher's states of the chunk's next micro-batches."""
         raise NotImplementedError
 
     @property
-    def num_waiting(self) -> int:
-        """Micro-batches whose states have not been used yet."""
-        raise NotImplementedError
-
-    @property
     def num_used(self) -> int:
         """Micro-batches of this step whose states have been used."""
-        raise NotImplementedError
-
-    def language_model_losses(self) -> torch.Tensor | None:
-        """The labels' loss `[B, S]` of the last micro-batch, where the signal has replaced it."""
-        return None
+        return self.record.micro_batches
 
     def sums(self) -> list[torch.Tensor]:
         """Scalars to add up over all ranks after the step; as many on each."""
-        raise NotImplementedError
+        zero = torch.zeros((), device=torch.cuda.current_device())
+        return [self.record.sums.get(name, zero).float() for name in self.recorded]
 
     def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What to log, of the sums over all ranks."""

@@ -216,7 +216,7 @@ class TeacherMethod(Method):
             mpu.get_context_parallel_world_size(),
             sliced,
         )
-        with self.clock.running(rows["tokens"].device):
+        with self.clock.running():
             states = states_SBD(self.teacher, rows, group, positions_RS)
         return list(states.split(self.args.micro_batch_size, dim=1))
 

@@ -6,6 +6,7 @@ costs twice forward.
 """
 
 from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.teacher_work import window_ends
 
 FORWARD_AND_BACKWARD = 3
 """In forward passes: the gradients of activations and of weights cost one more each."""
@@ -34,18 +35,6 @@ def teacher_flops_per_token(teacher: ModelShape, seq_length: int) -> float:
     A sequence longer than the teacher's context is read in windows, some tokens twice.
     """
     context = seq_length if teacher.context is None else teacher.context
-    tokens_read = windowed_tokens(seq_length, context) / seq_length
     length = min(seq_length, context)
+    tokens_read = length * len(window_ends(seq_length, context)) / seq_length
     return tokens_read * teacher.num_layers * layer_forward_flops_per_token(teacher, length)
-
-
-def windowed_tokens(seq_length: int, context: int) -> int:
-    """Tokens that a teacher reads for one sequence.
-
-    As `megatron_let.teacher.windows` cuts them: each window is full, and moved on by half a
-    context, the last one up to the sequence's end.
-    """
-    if seq_length <= context:
-        return seq_length
-    stride = max(1, context // 2)
-    return context * (1 + len(range(context, seq_length, stride)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.shapes import MEGATRON_DEFAULT_STYLE, ModelShape
 
 # The released config.json of each, as far as it matters here.
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -122,64 +122,58 @@ def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
     return _llama(config) | {"kv_channels": config.get("head_dim", 128), "qk_norm": True}
 
 
-def _gpt_style(hidden_size: int, heads: int) -> dict[str, Any]:
-    return {
+def _gpt_style(config: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
+    return MEGATRON_DEFAULT_STYLE | {
+        "num_layers": config["num_hidden_layers"],
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
         "num_query_groups": heads,
         "kv_channels": hidden_size // heads,
-        "gated": False,
-        "rms_norm": False,
-        "qkv_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
+        "vocab_size": config["vocab_size"],
+        "tied": config.get("tie_word_embeddings", tied),
+        "context": config["max_position_embeddings"],
     }
 
 
 def _opt(config: dict[str, Any]) -> dict[str, Any]:
-    hidden, bias = config["hidden_size"], config.get("enable_bias", True)
+    bias = config.get("enable_bias", True)
     # The exceptions of the family: opt-350m normalizes after each block and projects its states.
-    unusual = {"word_embed_proj_dim": hidden, "do_layer_norm_before": True}
+    unusual = {"word_embed_proj_dim": config["hidden_size"], "do_layer_norm_before": True}
     for key, usual in unusual.items():
         if config.get(key, usual) != usual:
             raise UsageError(
                 f"An OPT with {key} {config[key]} is not known on paper (opt-350m has that). "
                 "Choose another size, such as opt-125m."
             )
-    return _gpt_style(hidden, config["num_attention_heads"]) | {
-        "num_layers": config["num_hidden_layers"],
+    return _gpt_style(config, tied=True) | {
         "ffn_hidden_size": config["ffn_dim"],
-        "vocab_size": config["vocab_size"],
-        "tied": config.get("tie_word_embeddings", True),
         "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": bias,
         "position_rows": config["max_position_embeddings"] + 2,  # OPT's offset
-        "context": config["max_position_embeddings"],
     }
 
 
 def _gpt_neox(config: dict[str, Any]) -> dict[str, Any]:
     attention_bias = config.get("attention_bias", True)
-    return _gpt_style(config["hidden_size"], config["num_attention_heads"]) | {
-        "num_layers": config["num_hidden_layers"],
+    return _gpt_style(config, tied=False) | {
         "ffn_hidden_size": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "tied": config.get("tie_word_embeddings", False),
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
-        "context": config["max_position_embeddings"],
     }
 
 
 def _gpt2(config: dict[str, Any]) -> dict[str, Any]:
-    return _gpt_style(config["n_embd"], config["n_head"]) | {
-        "num_layers": config["n_layer"],
+    usual_names = {
+        "hidden_size": config["n_embd"],
+        "num_attention_heads": config["n_head"],
+        "num_hidden_layers": config["n_layer"],
+        "max_position_embeddings": config["n_positions"],
+    }
+    return _gpt_style(config | usual_names, tied=True) | {
         "ffn_hidden_size": config.get("n_inner") or 4 * config["n_embd"],
-        "vocab_size": config["vocab_size"],
-        "tied": config.get("tie_word_embeddings", True),
         "position_rows": config["n_positions"],
-        "context": config["n_positions"],
     }
 
 

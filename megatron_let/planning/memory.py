@@ -1,7 +1,7 @@
 """Bytes that each rank of a pipeline stage holds at its fullest moment, during the guidance.
 
 bf16 training with fp32 main gradients and Adam. Weights, gradients and optimizer are Megatron's
-bytes per parameter (`theoretical_memory_usage.py`; `megatron_report` has its own numbers). The
+bytes per parameter (`theoretical_memory_usage.py`, with which a test compares them). The
 activations are counted tensor by tensor after Korthikanti et al. (arXiv 2205.05198) for the
 stage's own layers, with SwiGLU and grouped queries, with and without sequence parallelism,
 recomputation and flash attention; Megatron's report covers a part of these.

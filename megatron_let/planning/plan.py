@@ -99,8 +99,7 @@ def plan(
     rate = work_per_second(student, layout, run, gpu)
 
     def time_of(split: Layout) -> SplitTime:
-        efficiency = gpu.teacher_efficiency
-        return split_time(student, teacher, split, run, rate=rate, teacher_efficiency=efficiency)
+        return split_time(student, teacher, split, run, rate=rate)
 
     given = time_of(layout)
     splits = [layout, *layout.splits(student.num_layers)]
@@ -141,7 +140,7 @@ def _check(
     layout.split(student.num_layers)
     run.micro_batches(layout)
     guidance = run.guidance
-    if not (guidance.aligns or guidance.distils):
+    if not guidance.has_teacher:
         return None
     if teacher is None:
         raise UsageError(

@@ -23,6 +23,11 @@ class Guidance:
     distils_to_the_end: bool = False
     """Not only until SALT's stop step."""
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is one."""
+        return self.aligns or self.distils
+
 
 METHODS = {
     "baseline": Guidance(),
@@ -142,15 +147,10 @@ class Gpu:
     memory_gib: float = 80.0
     mfu: float = 0.4
     """Counted FLOPs of plain steps over the peak, pipeline bubble included."""
-    teacher_efficiency: float = 1.0
-    """FLOP/s of the teacher's forward pass over those of the student's kernels."""
 
     def __post_init__(self) -> None:
-        for name in ("peak_tflops", "memory_gib", "mfu", "teacher_efficiency"):
-            value = getattr(self, name)
-            flag = {"peak_tflops": "gpu-peak-tflops", "memory_gib": "gpu-memory-gib"}.get(
-                name, name.replace("_", "-")
-            )
+        values = {"gpu-peak-tflops": self.peak_tflops, "gpu-memory-gib": self.memory_gib}
+        for flag, value in (values | {"mfu": self.mfu}).items():
             if not 0 < value < float("inf"):
                 raise UsageError(f"--{flag} {value} must be positive.")
         if self.mfu > 1:

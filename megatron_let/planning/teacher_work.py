@@ -1,4 +1,4 @@
-"""How the teacher's forward pass is dealt over the tensor-parallel ranks of its stage."""
+"""How the teacher reads rows: dealt over its stage's tensor-parallel ranks, cut into windows."""
 
 from math import ceil, gcd
 
@@ -18,3 +18,12 @@ def share_per_rank(rows_per_micro_batch: int, micro_batches: int, ranks: int) ->
     rows = groups * (at_once * rows_per_micro_batch // ranks)
     rows += ceil(rest * rows_per_micro_batch / ranks)
     return rows / (micro_batches * rows_per_micro_batch)
+
+
+def window_ends(length: int, context: int) -> list[int]:
+    """Where each of the windows ends in which a row is read; each holds `context` tokens.
+
+    A row that is not longer is read at once. Each later window is moved on by half a context, the
+    last one up to the row's end.
+    """
+    return [*range(context, length, max(1, context // 2)), length]

@@ -1,8 +1,8 @@
 """A plan as one terminal page of at most 80 columns."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
-from megatron_let.planning import megatron_report
 from megatron_let.planning.memory import RUNTIME_BYTES
 from megatron_let.planning.plan import GIB, WORTH_A_FLAG, Plan
 from megatron_let.planning.shapes import ModelShape
@@ -114,16 +114,12 @@ def _stages(plan: Plan) -> list[str]:
         rows.append((str(stage), str(given.layers[stage]), *cells))
     if plan.layout.pp > MOST_STAGES:
         rows[5:-3] = [("..",) * len(rows[0])]
-    weights = megatron_report.weight_and_optimizer_bytes(plan.student, plan.layout) / GIB
-    activations = megatron_report.activation_bytes(plan.student, plan.layout, plan.run) / GIB
     return [
         "Stages while guided: GiB per rank; work over the mean (load, +T with teacher)"
         if guided
         else "Stages: GiB per rank; work over the mean (load)",
         *_aligned(rows),
         *_verdict(plan),
-        f"Megatron's report (with dropout): weights, optimizer {weights:.2f}; "
-        f"activations {activations:.2f}",
     ]
 
 
@@ -153,9 +149,6 @@ def _time(plan: Plan) -> list[str]:
         if len(plan.given.phase_steps) > 1:
             floor += "; after the stop: 0 %"
         lines.append(floor)
-        if gpu.teacher_efficiency != 1:
-            slower = f"{gpu.teacher_efficiency:g} of the student's FLOP/s"
-            lines.append(f"  in FLOP; its times above are at {slower}")
     return lines + _advice(plan)
 
 
@@ -186,14 +179,9 @@ def _time_row(label: str, time: SplitTime, guided: bool) -> tuple[str, ...]:
 
 def _layers(time: SplitTime) -> str:
     """`5 7 7 5`, and with many stages `5 7x14 5`."""
-    runs: list[list[int]] = []
-    for layers in time.layers:
-        if runs and runs[-1][0] == layers:
-            runs[-1][1] += 1
-        else:
-            runs.append([layers, 1])
     if len(time.layers) <= 4:
         return " ".join(map(str, time.layers))
+    runs = [(layers, len(list(stages))) for layers, stages in groupby(time.layers)]
     return " ".join(f"{layers}x{count}" if count > 1 else str(layers) for layers, count in runs)
 
 

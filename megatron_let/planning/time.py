@@ -29,7 +29,7 @@ class SplitTime:
     plain_work: tuple[float, ...]
     """FLOPs of each stage for one micro-batch without the teacher."""
     guided_work: tuple[float, ...]
-    """The same in the run's first phase; the teacher's FLOPs over its efficiency."""
+    """The same in the run's first phase."""
     phase_steps: tuple[int, ...]
     phase_seconds: tuple[float, ...]
     """Of one step in each phase of the run, the most guided first."""
@@ -95,10 +95,9 @@ def with_teacher(
     layout: Layout,
     run: RunShape,
     phase: Phase,
-    teacher_efficiency: float,
 ) -> Durations:
     """Add the teacher's forward passes of a phase to the student's."""
-    tokens = run.tokens_per_micro_batch / teacher_efficiency
+    tokens = run.tokens_per_micro_batch
     share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
     states = tokens * flops.teacher_flops_per_token(teacher, run.seq_length) * share * layout.tp
     forward = [list(chunks) for chunks in work.forward]
@@ -135,7 +134,6 @@ def split_time(
     run: RunShape,
     *,
     rate: float,
-    teacher_efficiency: float,
 ) -> SplitTime:
     """What this layout's split costs at `rate`, see `work_per_second`."""
     plain = student_work(student, layout, run)
@@ -143,7 +141,7 @@ def split_time(
     def work(phase: Phase) -> Durations:
         if teacher is None or not (phase.aligns or phase.distils):
             return plain
-        return with_teacher(plain, student, teacher, layout, run, phase, teacher_efficiency)
+        return with_teacher(plain, student, teacher, layout, run, phase)
 
     def seconds(durations: Durations) -> float:
         return step_duration(durations, run.micro_batches(layout)) / rate

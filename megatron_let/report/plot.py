@@ -62,7 +62,7 @@ def plot_comparison(
         raise ValueError("nothing to plot: give at least one plain run and one other")
     matplotlib, figure_class = _import_matplotlib()
     with matplotlib.rc_context(STYLE):
-        guided = [c.run for c in comparisons if _has_alignment(c.run)]
+        guided = [c.run for c in comparisons if c.run.series("let loss")]
         looks = _looks(comparisons)
         size = (9.2 if guided else 6.4, 5.0 if len(looks) > MANY_LINES else 4.0)
         figure = figure_class(figsize=size, layout="constrained")
@@ -123,10 +123,6 @@ def _looks(comparisons: Sequence[Comparison]) -> dict[str, Look]:
         c.run.label: Look(PLAIN_COLOUR, "-") for c in comparisons if c.run.method == "baseline"
     }
     return plain | looks
-
-
-def _has_alignment(run: Run) -> bool:
-    return bool(run.series("let loss"))
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:

@@ -15,22 +15,10 @@ from megatron_let.metrics import read_records
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The small model that guided a run."""
-
-    name: str
-    parameters: int
-    fingerprint: str
-    lm_loss: float
-    """The teacher's own LM loss, nats a token, as the run measured it."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """One pass over the validation set."""
 
     iteration: int
-    tokens: float
     flops: float
     seconds: float
     loss: float
@@ -40,33 +28,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class TrainRecord:
-    """One log interval of training."""
-
-    iteration: int
-    values: Mapping[str, float]
-    """Everything else that was logged: `lm loss`, `let loss`, `let weight`, `flops`, ..."""
-
-
-@dataclass(frozen=True)
 class Run:
     """One training run, with the records of abandoned attempts already dropped."""
 
     path: Path
     label: str
     """What tables and plots call this kind of run; the method's name unless the reader chose."""
-    name: str
     method: str
     seed: int
     train_iters: int
     tokens_per_step: int
     student_parameters: int
-    teacher: Teacher | None
-    student_flops_per_token: float
-    teacher_flops_per_token: float
+    teacher_loss: float | None
+    """The teacher's own LM loss, nats a token, as the run measured it; None without a teacher."""
     data: str | None
     """Hash of the training data and their order; None where the run did not say."""
-    train: tuple[TrainRecord, ...]
+    train: tuple[Mapping[str, Any], ...]
+    """A record a log interval: `iteration`, and what was logged (`lm loss`, `let weight`, ...)."""
     evaluations: tuple[Evaluation, ...]
 
     @property
@@ -86,7 +64,7 @@ class Run:
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(iteration, value) of one logged training quantity; empty where it was not logged."""
-        return [(r.iteration, r.values[key]) for r in self.train if key in r.values]
+        return [(r["iteration"], r[key]) for r in self.train if key in r]
 
 
 def read_run(path: Path, *, label: str | None = None) -> Run:
@@ -129,43 +107,24 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _build_run(
     file: Path, start: dict[str, Any], label: str | None, records: list[dict[str, Any]]
 ) -> Run:
-    teacher, flops = start["teacher"], start["flops_per_token"]
     return Run(
         path=file,
         label=label or start["method"],
-        name=start["name"],
         method=start["method"],
         seed=start["seed"],
         train_iters=start["train_iters"],
         tokens_per_step=start["tokens_per_step"],
         student_parameters=start["student_parameters"],
-        teacher=teacher and _build_teacher(teacher),
-        student_flops_per_token=flops["student"],
-        teacher_flops_per_token=flops.get("teacher") or 0.0,
+        teacher_loss=start["teacher"] and start["teacher"]["lm_loss"],
         data=start.get("data"),
-        train=tuple(_build_train_record(r) for r in records if r["kind"] == "train"),
+        train=tuple(r for r in records if r["kind"] == "train"),
         evaluations=tuple(_build_evaluation(r) for r in records if r["kind"] == "valid"),
     )
-
-
-def _build_teacher(teacher: dict[str, Any]) -> Teacher:
-    return Teacher(
-        name=teacher["name"],
-        parameters=teacher["parameters"],
-        fingerprint=teacher["fingerprint"],
-        lm_loss=teacher["lm_loss"],
-    )
-
-
-def _build_train_record(record: dict[str, Any]) -> TrainRecord:
-    values = {k: v for k, v in record.items() if k not in ("kind", "iteration")}
-    return TrainRecord(iteration=record["iteration"], values=values)
 
 
 def _build_evaluation(record: dict[str, Any]) -> Evaluation:
     return Evaluation(
         iteration=record["iteration"],
-        tokens=record["tokens"],
         flops=record["flops"],
         seconds=record["seconds"],
         loss=record["lm loss"],

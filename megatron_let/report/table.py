@@ -1,6 +1,6 @@
 """A comparison as a markdown table that also reads well in a 100-column terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from megatron_let.report.runs import Run
@@ -74,19 +74,14 @@ def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...
     if not run.finished:
         loss += f" (step {run.final.iteration})"
     if ratio is None:
-        axes = (NEVER, NEVER, NEVER, "-")
+        axes: tuple[str, ...] = (NEVER, NEVER, NEVER, "-")
     else:
-        axes = (
-            f"{ratio.steps:.2f}",
-            f"{ratio.flops:.2f}",
-            f"{ratio.seconds:.2f}",
-            f"{comparison.speed_up:.2f}x",
-        )
+        axes = (*(f"{value:.2f}" for value in ratio), f"{comparison.speed_up:.2f}x")
     return (run.label, str(run.seed), loss, *axes, _teacher_cell(comparison, teacher_run))
 
 
 def _teacher_cell(comparison: Comparison, teacher_run: Run | None) -> str:
-    if comparison.run.teacher is None:
+    if comparison.run.teacher_loss is None:
         return "-"
     if teacher_run is None:
         return "not given"
@@ -98,13 +93,9 @@ def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ..
     mean = [label, "mean", f"{fmean(losses):.3f}"]
     spread = [label, "range", f"{min(losses):.3f}-{max(losses):.3f}"]
     ratios = [c.ratio for c in group]
-    axes: tuple[Callable[[Cost], float], ...] = (
-        lambda ratio: ratio.steps,
-        lambda ratio: ratio.flops,
-        lambda ratio: ratio.seconds,
-    )
-    for axis in axes:
-        axis_mean, axis_range = _summarize(ratios, axis)
+    for axis in range(len(Cost._fields)):
+        reached = [ratio[axis] for ratio in ratios if ratio is not None]
+        axis_mean, axis_range = _summarize(reached, len(group))
         mean.append(axis_mean)
         spread.append(axis_range)
     mean_cell, range_cell = _summarize_speed_up(group)
@@ -119,13 +110,12 @@ def _summarize_speed_up(group: Sequence[Comparison]) -> tuple[str, str]:
     return f"{mean_speed_up(group):.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
 
 
-def _summarize(ratios: Sequence[Cost | None], axis: Callable[[Cost], float]) -> tuple[str, str]:
+def _summarize(reached: Sequence[float], seeds: int) -> tuple[str, str]:
     """(mean, range) of one axis; a seed that never arrives has no mean, and is said."""
-    reached = [axis(r) for r in ratios if r is not None]
     if not reached:
         return NEVER, NEVER
-    if len(reached) < len(ratios):
-        return f"{len(reached)} of {len(ratios)}", f"{min(reached):.2f}-{NEVER}"
+    if len(reached) < seeds:
+        return f"{len(reached)} of {seeds}", f"{min(reached):.2f}-{NEVER}"
     return f"{fmean(reached):.2f}", f"{min(reached):.2f}-{max(reached):.2f}"
 
 

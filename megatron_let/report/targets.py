@@ -19,12 +19,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 from megatron_let.report.runs import Evaluation, Run
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What it took to get somewhere: absolute values, or ratios over another cost."""
 
     steps: float
@@ -33,11 +33,7 @@ class Cost:
 
     def over(self, total: "Cost") -> "Cost":
         """This cost as a ratio over `total`, axis by axis."""
-        return Cost(
-            steps=self.steps / total.steps,
-            flops=self.flops / total.flops,
-            seconds=self.seconds / total.seconds,
-        )
+        return Cost(*(own / whole for own, whole in zip(self, total, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -104,12 +100,8 @@ def _interpolate(above: Evaluation, below: Evaluation, target_loss: float) -> Co
     if not math.isfinite(above.loss):  # a diverged evaluation gives no slope to read
         return _cost_at(below)
     fraction = (above.loss - target_loss) / (above.loss - below.loss)
-    start, end = _cost_at(above), _cost_at(below)
-    return Cost(
-        steps=start.steps + fraction * (end.steps - start.steps),
-        flops=start.flops + fraction * (end.flops - start.flops),
-        seconds=start.seconds + fraction * (end.seconds - start.seconds),
-    )
+    ends = zip(_cost_at(above), _cost_at(below), strict=True)
+    return Cost(*(start + fraction * (end - start) for start, end in ends))
 
 
 def compare(run: Run, plain: Run) -> Comparison:
@@ -208,7 +200,7 @@ def teacher_loss(runs: Sequence[Run], teacher_run: Run | None = None) -> float |
     """
     if teacher_run is not None:
         return teacher_run.final.loss
-    return next((run.teacher.lm_loss for run in runs if run.teacher is not None), None)
+    return next((run.teacher_loss for run in runs if run.teacher_loss is not None), None)
 
 
 def regime_sentence(plain: Run, teacher_loss: float) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.flops import windowed_tokens
+from megatron_let.planning.teacher_work import window_ends
 from megatron_let.teacher.windows import join_windows, split_windows
 
 Rows = dict[str, torch.Tensor]
@@ -119,7 +119,8 @@ class Teacher:
         sequence. Windows read some tokens twice.
         """
         length = min(sequence_length, self.context)
-        tokens = tokens * windowed_tokens(sequence_length, self.context) // sequence_length
+        read = length * len(window_ends(sequence_length, self.context))
+        tokens = tokens * read // sequence_length
         kept = self._layers[: self._layer]
         dropped = sum(map(_matrix_weights, self._layers)) - sum(map(_matrix_weights, kept))
         attention = 2 * 2 * len(kept) * self._base.config.hidden_size * length / 2

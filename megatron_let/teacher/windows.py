@@ -7,23 +7,19 @@ half a context of text. The last window ends with the row.
 
 import torch
 
-
-def _ends(length: int, context: int) -> list[int]:
-    """Where each window ends; every window holds `context` tokens."""
-    stride = max(1, context // 2)
-    return [*range(context, length, stride), length]
+from megatron_let.planning.teacher_work import window_ends
 
 
 def split_windows(tokens_BS: torch.Tensor, context: int) -> torch.Tensor:
     """Return the windows of all rows, `[windows x B, context]`, window by window."""
-    ends = _ends(tokens_BS.size(1), context)
+    ends = window_ends(tokens_BS.size(1), context)
     return torch.cat([tokens_BS[:, end - context : end] for end in ends])
 
 
 def join_windows(states_WCD: torch.Tensor, length: int) -> torch.Tensor:
     """Put the new tokens of each window together again, `[B, length, D]`."""
     context = states_WCD.size(1)
-    ends = _ends(length, context)
+    ends = window_ends(length, context)
     windows = states_WCD.chunk(len(ends))
     starts = [0, *ends[:-1]]
     return torch.cat(

@@ -7,12 +7,14 @@ counted over the whole square, as it is computed on CPU, not over half of it.
 
 import pytest
 
-from megatron_let.planning import flops, megatron_report
+from megatron_let.planning import flops
 from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import RunShape
 from megatron_let.planning.shapes import LLAMA_STYLE, student_shape
+from megatron_let.planning.teacher_work import window_ends
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
+from tests.unit.planning import megatron_report
 
 SEQ, ROWS = 16, 2  # of the contract's student
 SHAPE = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
@@ -76,6 +78,6 @@ def test_a_teacher_computes_what_is_planned(architecture, length, tmp_path):
     planned = 3 * length * flops.teacher_flops_per_token(shape, length)
     assert said == pytest.approx(planned, rel=1e-9)
     # Attention over the whole square costs as much again as its causal half.
-    read = 3 * flops.windowed_tokens(length, 128)
+    read = 3 * min(length, 128) * len(window_ends(length, 128))
     half_square = read * shape.num_layers * 2 * shape.query_size * min(length, 128)
     assert counted == pytest.approx(planned + half_square, rel=1e-4)

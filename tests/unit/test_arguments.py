@@ -183,7 +183,7 @@ MISTAKES = {
     ),
     "distillation flag without the method": (
         f"{PLAIN} --kd-weight 0.5",
-        "--kd-weight has no effect with --method baseline. .* salt or let.salt or reverse-kd to",
+        "--kd-weight has no effect with --method baseline. .* salt or reverse-kd or let.salt to",
     ),
     "LET flag with another method": (f"{SALT} --let-layer 2", "--let-layer has no effect.*salt"),
     "salt without a teacher": (f"{PLAIN} --method salt", "--method salt needs a teacher"),

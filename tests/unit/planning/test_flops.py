@@ -5,6 +5,7 @@ import pytest
 from megatron_let.planning import flops
 from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.shapes import student_shape
+from megatron_let.planning.teacher_work import window_ends
 
 
 def test_llama_students(student):
@@ -40,8 +41,8 @@ def test_the_teachers_states_cost_no_head(teacher):
     "seq_length, context, tokens",
     [(2048, 2048, 2048), (100, 2048, 100), (4096, 2048, 3 * 2048), (2049, 2048, 2 * 2048)],
 )
-def test_windowed_tokens(seq_length, context, tokens):
-    assert flops.windowed_tokens(seq_length, context) == tokens
+def test_tokens_read_in_windows(seq_length, context, tokens):
+    assert min(seq_length, context) * len(window_ends(seq_length, context)) == tokens
 
 
 def test_long_sequences_are_read_in_windows(teacher):

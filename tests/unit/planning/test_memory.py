@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_let.planning import megatron_report as report
 from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import (
@@ -12,6 +11,7 @@ from megatron_let.planning.memory import (
     parameters_per_rank,
     stages_memory,
 )
+from tests.unit.planning import megatron_report as report
 
 BATCH_TOKENS = 4 * 2048
 

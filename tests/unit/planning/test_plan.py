@@ -46,7 +46,7 @@ def test_no_other_split_is_worth_its_flags_more(student, teacher, layout, run_wi
     rate = work_per_second(student, layout, run, Gpu())
 
     def time(split):
-        return split_time(student, teacher, split, run, rate=rate, teacher_efficiency=1.0)
+        return split_time(student, teacher, split, run, rate=rate)
 
     def price(split):
         return time(split).run_seconds * (1 + 0.005 * split.split_flags.count("--"))

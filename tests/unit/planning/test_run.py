@@ -57,7 +57,6 @@ def test_impossible_runs(run_with, changes, message):
         ({"mfu": 1.4}, "--mfu 1.4 is a share of the peak"),
         ({"mfu": 0.0}, "--mfu 0.0 must be positive"),
         ({"peak_tflops": float("nan")}, "--gpu-peak-tflops nan must be positive"),
-        ({"teacher_efficiency": -1.0}, "--teacher-efficiency -1.0"),
     ],
 )
 def test_impossible_gpus(values, message):

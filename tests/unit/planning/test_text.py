@@ -31,7 +31,7 @@ def page(main, capsys):
         ISSUE,
         f"{ISSUE} --vpp 2 --recompute full",
         f"{LARGE} --gpus 256 --pp 8 --method let+salt --gpu-memory-gib 1",
-        f"{LARGE} --gpus 1024 --pp 16 --global-batch-size 1024 --teacher-efficiency 0.4",
+        f"{LARGE} --gpus 1024 --pp 16 --global-batch-size 1024",
         f"{SMALL} --method reverse-kd --seq-length 1024",
         f"{SMALL} --method salt --kd-stop-step 5 --no-flash-attention --dropout",
         "--student 3b --vocab-size 50277 --gpus 64 --method baseline",

@@ -18,9 +18,9 @@ BATCH_TOKENS = 4 * 2048
 
 @pytest.fixture
 def time_of(student, teacher):
-    def make(layout, run, efficiency=1.0):
+    def make(layout, run):
         rate = work_per_second(student, layout, run, Gpu())
-        return split_time(student, teacher, layout, run, rate=rate, teacher_efficiency=efficiency)
+        return split_time(student, teacher, layout, run, rate=rate)
 
     return make
 
@@ -44,8 +44,6 @@ def test_on_one_stage_the_overhead_is_the_flops(time_of, run_with):
     time = time_of(Layout(gpus=8), run_with())
     assert time.guided_overhead == pytest.approx(TEACHER / 8_493_465_600, rel=1e-9)
     assert time.run_overhead == pytest.approx(time.guided_overhead * 1500 / 19073, rel=1e-9)
-    slow = time_of(Layout(gpus=8), run_with(), efficiency=0.5)
-    assert slow.guided_overhead == pytest.approx(2 * time.guided_overhead, rel=1e-9)
     # Dealt over tensor-parallel ranks it stays the same share; repeated on each it would not.
     dealt = time_of(Layout(gpus=8, tp=4), run_with(micro_batch_size=1))
     assert dealt.guided_overhead == pytest.approx(time.guided_overhead, rel=1e-9)

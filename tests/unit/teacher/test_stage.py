@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_let.planning.flops import windowed_tokens
+from megatron_let.planning.teacher_work import window_ends
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher, near_random
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
@@ -82,7 +82,7 @@ def test_windows_give_what_hugging_face_gives_for_each(folder, reference):
 
 def test_windows_are_counted(folder):
     teacher = load(folder, context=6)
-    assert windowed_tokens(17, 6) == 30 and windowed_tokens(6, 6) == 6
+    assert len(window_ends(17, 6)) == 5 and len(window_ends(6, 6)) == 1
     assert teacher.forward_flops(17, 17) == pytest.approx(teacher.forward_flops(30, 6))
 
 

@@ -1,6 +1,6 @@
 """The two numbers of Megatron's own report (`theoretical_memory_usage.py`, 0.19), for dense models.
 
-Kept as they are, so that a plan can be compared with what a run prints: they are for the fullest
+What a plan is compared with, itself compared with Megatron's functions: they are for the fullest
 rank of the first stage and an even split; they leave out biases, learned positions, SwiGLU's third
 product and the teacher, and count dropout masks always.
 """
