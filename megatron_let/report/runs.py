@@ -34,6 +34,7 @@ class Run:
     path: Path
     label: str
     """What tables and plots call this kind of run; the method's name unless the reader chose."""
+    name: str
     method: str
     seed: int
     train_iters: int
@@ -110,6 +111,7 @@ def _build_run(
     return Run(
         path=file,
         label=label or start["method"],
+        name=start["name"],
         method=start["method"],
         seed=start["seed"],
         train_iters=start["train_iters"],

@@ -133,12 +133,12 @@ def run(tmp_path_factory):
 
 def test_report_reads_what_a_run_wrote(run):
     record = read_run(run[0])
-    assert (record.method, record.train_iters) == ("let", 6)
+    assert (record.name, record.method, record.train_iters) == ("first", "let", 6)
     assert record.tokens_per_step == 2 * 16
     assert record.finished
     assert [r["iteration"] for r in record.train] == [1, 2, 3, 4, 5, 6]
     start = start_of(run[0])
-    assert start["name"] == "first" and start["teacher"]["name"].endswith("/teacher")
+    assert start["teacher"]["name"].endswith("/teacher")
     assert record.teacher_loss == start["teacher"]["lm_loss"]
     assert start["flops_per_token"]["teacher"] > 0
 
