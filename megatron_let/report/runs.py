@@ -19,6 +19,7 @@ class Evaluation:
     """One pass over the validation set."""
 
     iteration: int
+    tokens: float
     flops: float
     seconds: float
     loss: float
@@ -127,6 +128,7 @@ def _build_run(
 def _build_evaluation(record: dict[str, Any]) -> Evaluation:
     return Evaluation(
         iteration=record["iteration"],
+        tokens=record["tokens"],
         flops=record["flops"],
         seconds=record["seconds"],
         loss=record["lm loss"],
