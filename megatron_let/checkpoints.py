@@ -1,17 +1,14 @@
 """Which checkpoint a run goes on from: the newest that is whole.
 
 The folders decide. Megatron's tracker is written last and not in one go: it can be torn by a kill,
-lost, or edited. Damage is what sizes, sums (--verify-integrity writes them beside the files) or
-the load itself tell (`safe_loading.py`).
+lost, or edited. Damage is what sizes, sums (`sums.py`) or the load itself
+(`safe_loading.py`) tell.
 """
 
 import errno
-import hashlib
-import json
 import os
 import traceback
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron.training import get_args
@@ -28,9 +25,6 @@ from megatron_let.conversion.checkpoint import (
 )
 from megatron_let.errors import MachineError, UsageError
 
-SUMS = "integrity.json"
-"""Megatron's `save_integrity_manifest`."""
-HASHES_AT_ONCE = 8
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 SAVE_ERRORS = (RuntimeError, OSError, CheckpointException)
 """What a failed save raises; the last is no `Exception`."""
@@ -73,7 +67,7 @@ def choose(args: Namespace, load: str, damaged: dict[Path, str]) -> Path | None:
     for step, path in _candidates(args, folder):
         if not is_finished(path) and args.ckpt_step is None and step > (read_tracker(folder) or 0):
             continue  # a save that was killed
-        if (problem := damaged.get(path) or find_damage(path, sums=False)) is None:
+        if (problem := damaged.get(path) or find_damage(path)) is None:
             return path
         damaged[path] = problem
         problems.append(f"{path.name}: {problem}")
@@ -190,11 +184,10 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def find_damage(folder: Path, sums: bool = True) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Say what is wrong with one `torch_dist` checkpoint; None if nothing is.
 
-    Sizes are compared, what a run reads first is read, and with `sums` every file, where there are
-    any.
+    Sizes are compared, and what a run reads first is read; `sums.py` compares whole files.
 
     Raises:
         MachineError: a file is there and cannot be read now, which is no damage.
@@ -202,33 +195,9 @@ def find_damage(folder: Path, sums: bool = True) -> str | None:
     if not is_finished(folder):
         return "it is half-written: metadata.json is missing or damaged"
     try:
-        found = (sums and differing(folder)) or cut(folder)
-        return found or Checkpoint(folder).unreadable_state()
+        return cut(folder) or Checkpoint(folder).unreadable_state()
     except OSError as error:
         raise MachineError(f"{folder} cannot be read now: {error}") from error
-
-
-def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Compare files with their sums, where there are any: this rank's share of them."""
-    if not (folder / SUMS).is_file():
-        return None
-    try:
-        every = json.loads((folder / SUMS).read_text())["files"]
-        sums = {name: every[name] for name in sorted(every)[rank::ranks]}
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{SUMS} is no list of sums: {error}"
-    with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
-        found = pool.map(lambda name: _sha256(folder / name), sums)
-        others = [name for name, sha in zip(sums, found, strict=True) if sha != sums[name]]
-    return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
 
 
 def explain_failed_save(error: BaseException) -> str | None:

@@ -12,15 +12,8 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing, get_args, training
 
-from megatron_let import safe_loading
-from megatron_let.checkpoints import (
-    SUMS,
-    choose,
-    differing,
-    mend,
-    refuse_overwriting,
-    step_of,
-)
+from megatron_let import safe_loading, sums
+from megatron_let.checkpoints import choose, mend, refuse_overwriting, step_of
 from megatron_let.errors import MachineError, UsageError
 
 
@@ -77,7 +70,7 @@ class Door:
         if not args.fake_process_group:
             rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         try:
-            found: Any = differing(self._chosen, rank, ranks)
+            found: Any = sums.differing(self._chosen, rank, ranks)
         except OSError as error:
             found = MachineError(f"{self._chosen} cannot be read now: {error}")
         every = [found] * ranks
@@ -101,7 +94,7 @@ class Door:
         refuse_overwriting(args, start, self._damaged)
         if chosen is None and args.load is not None:
             print(f"> {args.load} holds no checkpoint yet: starting from scratch", flush=True)
-        if args.verify_integrity and chosen is not None and not (chosen / SUMS).is_file():
+        if args.verify_integrity and chosen is not None and not (chosen / sums.FILE).is_file():
             print(f"> {chosen} has no sums: nobody can vouch for what is in its files", flush=True)
         return chosen, finetune
 

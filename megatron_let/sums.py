@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 FILE = "integrity.json"
 """Megatron's name and format."""
+HASHES_AT_ONCE = 8
 PARTS = "integrity_{}.part"
 PATIENCE_SECONDS = 600.0
 """So long rank 0 waits for the others' sums."""
@@ -51,13 +53,29 @@ def forget_sums(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Compare files with their sums, where there are any: this rank's share of them."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        every = json.loads((folder / FILE).read_text())["files"]
+        expected = {folder / name: every[name] for name in sorted(every)[rank::ranks]}
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{FILE} is no list of sums: {error}"
+    present = [path for path in expected if path.is_file()]
+    with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
+        found = dict(zip(present, pool.map(sha256, present), strict=True))
+    others = [path.name for path in expected if found.get(path) != expected[path]]
+    return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
+
+
 def _sum_after(before: threading.Thread | None, folder: Path, rank: int, ranks: int) -> None:
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # this thread's, on Linux
         if before is not None:
             before.join()
         own = sorted(folder.glob(f"*__{rank}_*.distcp"))
-        _write(folder / PARTS.format(rank), {path.name: _sha256(path) for path in own})
+        _write(folder / PARTS.format(rank), {path.name: sha256(path) for path in own})
         if rank == 0:
             _put_together(folder, [folder / PARTS.format(other) for other in range(ranks)])
     except Exception as error:  # a full disk, or a checkpoint that has been removed
@@ -74,7 +92,7 @@ def _put_together(folder: Path, parts: list[Path]) -> None:
     sums = {name: sha for part in parts for name, sha in json.loads(part.read_text()).items()}
     for path in folder.iterdir():  # what all ranks share, and files of an older layout
         if path.is_file() and path.name not in sums and path not in parts and path.name != FILE:
-            sums[path.name] = _sha256(path)
+            sums[path.name] = sha256(path)
     _write(folder / FILE, {"algorithm": "sha256", "files": dict(sorted(sums.items()))})
     for part in parts:
         with contextlib.suppress(OSError):
@@ -87,6 +105,7 @@ def _write(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_let.checkpoints import SUMS, find_damage
+from megatron_let import sums
+from megatron_let.checkpoints import find_damage
 from megatron_let.conversion.checkpoint import TRACKER
 from tests.chaos.compare import differing
 from tests.chaos.jobs import Job
@@ -117,7 +118,7 @@ def late(victim: Victim) -> None:
 
     def ready() -> bool:
         tracked = _tracked(victim.save)
-        return tracked > INTERVAL and (_folder(victim.save, tracked) / SUMS).exists()
+        return tracked > INTERVAL and (_folder(victim.save, tracked) / sums.FILE).exists()
 
     if not victim.job.wait_for(ready) or victim.is_complete():
         raise Missed("it has ended")
@@ -230,9 +231,11 @@ def _file_of_the_newest(victim: Victim) -> Path:
     victim.a_rank()
     victim.job.kill()
     folder = _folder(victim.save, _tracked(victim.save))
-    if not (folder / SUMS).exists():
+    if not (folder / sums.FILE).exists():
         raise Missed("the newest checkpoint has no sums yet")
-    summed = json.loads((folder / SUMS).read_text())["files"]  # not what is left of making them
+    summed = json.loads((folder / sums.FILE).read_text())[
+        "files"
+    ]  # not what is left of making them
     return folder / victim.rng.choice(sorted(summed))
 
 
@@ -336,7 +339,8 @@ def befall(
             steps, starts = victim.steps(), 1
             if not victim.is_complete():
                 starts += run_to_its_end(corpus, layout, save, folder)
-            damage = find_damage(_folder(save, STEPS))
+            last = _folder(save, STEPS)
+            damage = sums.differing(last) or find_damage(last)
             found = [damage] if damage else differing(save, whole)
             aside = len(list(save.glob("damaged_iter_*")))
             is_damaged = fault in ("cut a file", "flip a bit")

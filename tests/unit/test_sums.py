@@ -7,7 +7,6 @@ import threading
 import pytest
 
 from megatron_let import sums
-from megatron_let.checkpoints import differing
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def expected(folder):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_each_rank_sums_its_own_files(folder, monkeypatch, order):
     summed = []
-    monkeypatch.setattr(sums, "_sha256", lambda path: summed.append(path.name) or path.name[:3])
+    monkeypatch.setattr(sums, "sha256", lambda path: summed.append(path.name) or path.name[:3])
     threads = [sum_as(rank, folder) for rank in order]
     for thread in threads:
         thread.join(10)
@@ -57,9 +56,9 @@ def test_the_sums_are_right(folder):
 def test_another_attempts_sums_do_not_stay(folder):
     (folder / sums.FILE).write_text('{"files": {"__0_0.distcp": "old"}}')
     (folder / sums.PARTS.format(1)).write_text('{"__0_0.distcp": "old"}')
-    assert "SHA-256" in differing(folder)
+    assert "SHA-256" in sums.differing(folder)
     sums.forget_sums(folder)
-    assert differing(folder) is None
+    assert sums.differing(folder) is None
     assert not list(folder.glob("*.part"))
 
 
@@ -78,11 +77,11 @@ def test_a_checkpoint_that_is_removed_meanwhile(folder, tmp_path, capsys):
 
 
 def test_an_error_is_told_and_the_next_is_summed(folder, monkeypatch, capsys):
-    good = sums._sha256
-    monkeypatch.setattr(sums, "_sha256", lambda path: 1 / 0)
+    good = sums.sha256
+    monkeypatch.setattr(sums, "sha256", lambda path: 1 / 0)
     failed = sum_as(0, folder, ranks=1)
     failed.join(10)
     assert "stays without sums: division by zero" in capsys.readouterr().out
-    monkeypatch.setattr(sums, "_sha256", good)
+    monkeypatch.setattr(sums, "sha256", good)
     sum_as(0, folder, ranks=1, before=failed).join(10)
     assert listed(folder)["files"] == expected(folder)
