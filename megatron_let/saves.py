@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.training import checkpointing, training
 
 from megatron_let.async_saves import snapshot
+from megatron_let.conversion.checkpoint import step_name
 from megatron_let.finite import check_weights
 from megatron_let.sums import Sums, forget_sums
 
@@ -27,8 +28,8 @@ def watched_saves(args: Namespace) -> Iterator[None]:
     def checked(iteration: int, model: Any, optimizer: Any, *others: Any, **named: Any) -> None:
         nonlocal folder
         check_weights(iteration, model, optimizer)
-        is_summed = args.ckpt_format == "torch_dist" and not named.get("non_persistent_ckpt")
-        folder = Path(args.save, f"iter_{iteration:07d}") if is_summed else None
+        is_lasting = not named.get("non_persistent_ckpt")
+        folder = Path(args.save, step_name(iteration)) if is_lasting else None
         if folder and torch.distributed.get_rank() == 0:
             forget_sums(folder)
         save(iteration, model, optimizer, *others, **named)
