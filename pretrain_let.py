@@ -8,7 +8,7 @@ Without a GPU everything runs on CPU with gloo.
 
 import sys
 
-from megatron_let import cpu
+from megatron_let.upstream import cpu
 
 cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
 
@@ -16,17 +16,18 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
-from megatron_let import entry, torch_adam  # noqa: E402
-from megatron_let.async_saves import prepare_saves  # noqa: E402
-from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save  # noqa: E402
-from megatron_let.door import Door  # noqa: E402
+from megatron_let.training import command_line  # noqa: E402
+from megatron_let.upstream import optimizers  # noqa: E402
+from megatron_let.upstream.async_saves import prepare_saves  # noqa: E402
+from megatron_let.checkpoint.choice import SAVE_ERRORS, explain_failed_save  # noqa: E402
+from megatron_let.checkpoint.door import Door  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
-from megatron_let.resume import resume_check  # noqa: E402
-from megatron_let.run import Run  # noqa: E402
-from megatron_let.run_log import RunLog  # noqa: E402
-from megatron_let.save_lock import one_run_in, save_folder  # noqa: E402
-from megatron_let.tracking import scrubbed  # noqa: E402
+from megatron_let.training.resume import resume_check  # noqa: E402
+from megatron_let.training.run import Run  # noqa: E402
+from megatron_let.training.log import RunLog  # noqa: E402
+from megatron_let.checkpoint.lock import one_run_in, save_folder  # noqa: E402
+from megatron_let.training.tracking import scrubbed  # noqa: E402
 
 
 def main() -> None:
@@ -37,14 +38,14 @@ def main() -> None:
 
 def train() -> None:
     """Parse the flags, build the configuration, train."""
-    entry.use_prebuilt_helpers()
-    torch_adam.install()
+    command_line.use_prebuilt_helpers()
+    optimizers.install()
     door = Door()
     door.install()
-    args = entry.parse_arguments()
+    args = command_line.parse_arguments()
     prepare_saves(args)
     method = build_method(args)
-    model_config = entry.model_config(args, method)
+    model_config = command_line.model_config(args, method)
     model_config.pre_wrap_hooks.insert(0, resume_check(door, args, method))
 
     log = RunLog(args, method)
@@ -56,7 +57,7 @@ def train() -> None:
             run.datasets_provider(),
             ModelType.encoder_or_decoder,
             run.forward_step,
-            get_embedding_ranks=entry.embedding_ranks(args),
+            get_embedding_ranks=command_line.embedding_ranks(args),
         )
     log.finish()  # Megatron leaves by sys.exit where it stops early
 

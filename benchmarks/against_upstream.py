@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from benchmarks.bootstrap import bounds  # noqa: E402
-from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint  # noqa: E402
+from megatron_let.checkpoint.folder import find_checkpoint  # noqa: E402
+from megatron_let.checkpoint.reader import Checkpoint  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 
 TAG = "core_v0.19.0"

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let import cpu  # noqa: E402
+from megatron_let.upstream import cpu  # noqa: E402
 
 cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
 
@@ -26,12 +26,13 @@ from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.training import training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
-from megatron_let import entry, torch_adam  # noqa: E402
 from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.methods.base import Method  # noqa: E402
-from megatron_let.run import Run  # noqa: E402
-from megatron_let.run_log import count_parameters  # noqa: E402
 from megatron_let.teacher.stage import Rows, Teacher  # noqa: E402
+from megatron_let.training import command_line  # noqa: E402
+from megatron_let.training.log import count_parameters  # noqa: E402
+from megatron_let.training.run import Run  # noqa: E402
+from megatron_let.upstream import optimizers  # noqa: E402
 
 WARM_UP = 2
 
@@ -41,7 +42,7 @@ class Trainee:
 
     def __init__(self, args: Any, method: Method) -> None:
         self.method = method
-        config = entry.model_config(args, method)
+        config = command_line.model_config(args, method)
         self.config = config.transformer
         self.run = Run(args, config, method, log=None)
         self.chunks, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
@@ -143,11 +144,11 @@ def run_pairs(args: Any, baseline: Trainee, let: Trainee, pairs: int) -> dict[st
 
 def main() -> None:
     """Build both students, run guided pairs and pairs after the stop, write the result."""
-    entry.use_prebuilt_helpers()
-    torch_adam.install()
-    args = entry.parse_arguments()
+    command_line.use_prebuilt_helpers()
+    optimizers.install()
+    args = command_line.parse_arguments()
     method = build_method(args)
-    training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
+    training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
     baseline, let = Trainee(args, Method(args)), Trainee(args, method)
     method.load()
     args.curr_iteration = args.consumed_train_samples = 0

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import alone  # noqa: E402
-from megatron_let import cpu  # noqa: E402
+from megatron_let.upstream import cpu  # noqa: E402
 
 IS_ALONE = "--fake-process-group" in sys.argv
 if IS_ALONE:
@@ -178,7 +178,7 @@ def mend_norms() -> None:
 
     On a GPU `pretrain_let.py` does not yet.
     """
-    from megatron_let import accelerators
+    from megatron_let.upstream import accelerators
 
     if not cpu.is_active() and not accelerators.accelerators()["Transformer Engine"]:
         cpu._apply([mend for mend in cpu.MEGATRON_REDIRECTS if mend.make is cpu._torch_norm])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let import cpu  # noqa: E402
+from megatron_let.upstream import cpu  # noqa: E402
 
 cpu.activate()  # before Megatron is imported, which reads torch.compile at import
 

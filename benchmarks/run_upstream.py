@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let import cpu  # noqa: E402
+from megatron_let.upstream import cpu  # noqa: E402
 
 cpu.activate()  # before Megatron is imported, which reads torch.compile at import
 
@@ -23,7 +23,8 @@ import megatron.core  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from benchmarks import turns  # noqa: E402
-from megatron_let import accelerators, entry  # noqa: E402
+from megatron_let.training import command_line  # noqa: E402
+from megatron_let.upstream import accelerators  # noqa: E402
 
 SCRIPT = "pretrain_gpt.py"
 IMPORTED_SCRIPTS = ("gpt_builders.py", "model_provider.py")
@@ -34,7 +35,7 @@ def main() -> None:
     """Load the scripts of the checkout that the first argument names, and run the last."""
     checkout = Path(sys.argv[1]).resolve()
     _check_core(checkout)
-    entry.use_prebuilt_helpers()
+    command_line.use_prebuilt_helpers()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     for name in IMPORTED_SCRIPTS:
         _import(checkout / name)

@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/sums.py [--pairs 150] [--hidden 384]
 
 One run of `pretrain_let.py` saves, then trains with the files of its checkpoint being summed in
-the background in every second step, again and again, by the thread of `megatron_let/sums.py`.
+the background in every second step, again and again, by the thread of
+`megatron_let/checkpoint/sums.py`.
 Neighbours are compared, so that the machine's moods hit both:
 
     slower      a step with sums over one without, minus 1: median of the pairs, 95 % (bootstrap)
@@ -54,7 +55,7 @@ class Summing:
         threading.Thread(target=self._sum, daemon=True).start()
 
     def _sum(self) -> None:
-        from megatron_let import sums
+        from megatron_let.checkpoint import sums
 
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # as there
         while self.wanted.wait():
@@ -64,14 +65,14 @@ class Summing:
 
 def measure(result: Path, argv: list[str]) -> None:
     """Train in this process; write the seconds of the save, of its sums, and of each step."""
-    from megatron_let import cpu
+    from megatron_let.upstream import cpu
 
     cpu.activate_if_wanted(["--cpu"])
     import torch
     from megatron.training import training
 
     import pretrain_let
-    from megatron_let import saves, sums
+    from megatron_let.checkpoint import saves, sums
 
     torch.set_num_threads(1)
     summing = Summing(result.with_name("piece"))

@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when numpy and torch are imported
 
 import torch  # noqa: E402
 
-from megatron_let import cpu  # noqa: E402
+from megatron_let.upstream import cpu  # noqa: E402
 
 torch.set_num_threads(1)
 cpu.activate()
@@ -23,8 +23,8 @@ from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 import megatron_let.conversion.megatron_logits  # noqa: E402, F401
-import megatron_let.run_log  # noqa: E402, F401
-from megatron_let.arguments import add_arguments  # noqa: E402
+import megatron_let.training.log  # noqa: E402, F401
+from megatron_let.training.arguments import add_arguments  # noqa: E402
 
 _read_docstrings = ArgumentGroupFactory._get_field_docstrings
 

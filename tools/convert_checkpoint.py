@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def to_hf(values: dict[str, Any]) -> None:
     """Export; then what was asked for besides."""
-    from megatron_let.conversion.checkpoint import find_checkpoint
+    from megatron_let.checkpoint.folder import find_checkpoint
     from megatron_let.conversion.to_hf import ExportConfig, export, sample
     from megatron_let.conversion.verify import verify
 
@@ -71,7 +71,7 @@ def to_hf(values: dict[str, Any]) -> None:
 
 def from_hf(values: dict[str, Any]) -> None:
     """Import; then what was asked for besides."""
-    from megatron_let.conversion.checkpoint import find_checkpoint
+    from megatron_let.checkpoint.folder import find_checkpoint
     from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model, local_folder
     from megatron_let.conversion.verify import verify
 

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
-from megatron_let import gpus  # noqa: E402
 from megatron_let.data import documents, sources  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.evaluation.harness import (  # noqa: E402
@@ -30,6 +29,7 @@ from megatron_let.evaluation.harness import (  # noqa: E402
 )
 from megatron_let.evaluation.results import Results, identity  # noqa: E402
 from megatron_let.hugging_face import load  # noqa: E402
+from megatron_let.upstream import gpus  # noqa: E402
 
 # The rest imports torch and transformers, which --help does without.
 if TYPE_CHECKING:

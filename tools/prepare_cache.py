@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     _, flags = parser.parse_known_args(arguments)
 
-    from megatron_let import cpu
+    from megatron_let.upstream import cpu
 
     cpu.activate()  # before Megatron is imported, which reads torch.compile at import
 
-    from megatron_let.data.run_data import build_datasets, parse_run
+    from megatron_let.selection.run_data import build_datasets, parse_run
 
     try:
         args = parse_run(parser.prog, flags)

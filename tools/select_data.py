@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options, flags = parser.parse_known_args(arguments)
 
-    from megatron_let import cpu
+    from megatron_let.upstream import cpu
 
     # Before Megatron is imported, which reads torch.compile at import.
     cpu.activate_if_wanted(work="scoring")
 
-    from megatron_let.data.run_data import build_datasets, parse_run
-    from megatron_let.data.select import SelectConfig, select
     from megatron_let.data.selection import number_wanted
+    from megatron_let.selection.run_data import build_datasets, parse_run
+    from megatron_let.selection.scoring import SelectConfig, select
 
     try:
         config = SelectConfig(**vars(options))

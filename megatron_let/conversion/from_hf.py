@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let import hugging_face
-from megatron_let.conversion.checkpoint import COMMON_STATE, TRACKER
+from megatron_let.checkpoint.folder import TRACKER
+from megatron_let.checkpoint.reader import COMMON_STATE
 from megatron_let.conversion.families import (
     Family,
     family_of_config,

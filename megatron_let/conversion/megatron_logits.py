@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_let import cpu
+from megatron_let.upstream import cpu
 
 cpu.activate_if_wanted(["--cpu"])  # before Megatron is imported
 
@@ -22,9 +22,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
-from megatron_let import entry, safe_loading  # noqa: E402
-from megatron_let.accelerators import platform_defaults  # noqa: E402
-from megatron_let.conversion.checkpoint import Checkpoint  # noqa: E402
+from megatron_let.checkpoint.reader import Checkpoint  # noqa: E402
+from megatron_let.training import command_line  # noqa: E402
+from megatron_let.upstream import safe_loading  # noqa: E402
+from megatron_let.upstream.accelerators import platform_defaults  # noqa: E402
 
 ONE_PROCESS = {
     "tensor_model_parallel_size": 1,
@@ -62,7 +63,7 @@ def build_model(args: Namespace) -> Any:
     torch.distributed.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    config = entry.gpt_config(args)
+    config = command_line.gpt_config(args)
     builder = config.get_builder_cls()(config)
     return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
 

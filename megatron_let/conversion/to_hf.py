@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_let import hugging_face
-from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
+from megatron_let.checkpoint.folder import find_checkpoint
+from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion.families import (
     Family,
     family_of_run,

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let import hugging_face
-from megatron_let.conversion.checkpoint import Checkpoint
+from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import has_tokenizer

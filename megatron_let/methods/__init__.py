@@ -4,9 +4,9 @@ from argparse import Namespace
 
 from megatron_let.methods.base import Method
 from megatron_let.methods.distill import Distill
+from megatron_let.methods.guided import TeacherMethod
 from megatron_let.methods.let import Let
 from megatron_let.methods.signal import Signal
-from megatron_let.methods.with_teacher import TeacherMethod
 
 METHODS: dict[str, tuple[type[Signal], ...]] = {
     "baseline": (),

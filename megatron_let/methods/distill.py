@@ -18,21 +18,21 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
 
-from megatron_let.alignment.attach import Record
 from megatron_let.data.selection import (
     SelectedFirst,
     load_selection,
     number_wanted,
 )
-from megatron_let.distillation.cross_entropy import (
+from megatron_let.losses.attach import Record
+from megatron_let.losses.distilled_cross_entropy import (
     Distillation,
     TeacherHead,
     distilled_cross_entropy,
 )
 from megatron_let.methods import signal
 from megatron_let.methods.base import Batch
+from megatron_let.methods.schedules import distillation_weight
 from megatron_let.methods.signal import Signal
-from megatron_let.schedules import distillation_weight
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
 

@@ -14,16 +14,16 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_let.alignment.attach import Alignment, Target
-from megatron_let.alignment.layer import aligned_block_spec
-from megatron_let.alignment.resize import ResizeConfig
 from megatron_let.errors import UsageError
+from megatron_let.losses.attach import Alignment, Target
+from megatron_let.losses.resize import ResizeConfig
 from megatron_let.methods import signal
 from megatron_let.methods.base import Batch
+from megatron_let.methods.schedules import guidance_factor
 from megatron_let.methods.signal import Signal
-from megatron_let.schedules import guidance_factor
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.split import own_slice
+from megatron_let.upstream.aligned_layer import aligned_block_spec
 
 # Paths of Megatron that bypass, capture or copy the aligned layer, or that were never run with it.
 # Each is refused until it is proven.

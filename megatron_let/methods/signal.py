@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from megatron_let.alignment.attach import Record
 from megatron_let.errors import UsageError
+from megatron_let.losses.attach import Record
 from megatron_let.methods.base import Batch, Hooks
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher

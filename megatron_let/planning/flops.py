@@ -6,7 +6,7 @@ costs twice forward.
 """
 
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.teacher_work import window_ends
+from megatron_let.teacher.work import window_ends
 
 FORWARD_AND_BACKWARD = 3
 """In forward passes: the gradients of activations and of weights cost one more each."""

@@ -13,7 +13,7 @@ from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import RunShape
 from megatron_let.planning.schedule import most_waiting
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.teacher_work import micro_batches_at_once
+from megatron_let.teacher.work import micro_batches_at_once
 
 BF16_BYTES = 2
 FP32_BYTES = 4

@@ -12,7 +12,7 @@ from megatron_let.planning.layout import Layout, Place
 from megatron_let.planning.run import Gpu, Phase, RunShape
 from megatron_let.planning.schedule import Durations, step_duration
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.teacher_work import share_per_rank
+from megatron_let.teacher.work import share_per_rank
 
 SECONDS_PER_DAY = 86400
 

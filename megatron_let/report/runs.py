@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.metrics import read_records
+from megatron_let.training.metrics import read_records
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.teacher_work import window_ends
 from megatron_let.teacher.windows import join_windows, split_windows
+from megatron_let.teacher.work import window_ends
 
 Rows = dict[str, torch.Tensor]
 """What a teacher reads, rows first: `tokens` `[B, S]`; where documents are kept apart also

@@ -7,7 +7,7 @@ half a context of text. The last window ends with the row.
 
 import torch
 
-from megatron_let.planning.teacher_work import window_ends
+from megatron_let.teacher.work import window_ends
 
 
 def split_windows(tokens_BS: torch.Tensor, context: int) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 import sys
 
-from megatron_let import safe_loading
 from megatron_let.conversion import megatron_logits
+from megatron_let.upstream import safe_loading
 
 safe_loading.install = lambda: None
 megatron_logits.main(*sys.argv[1:])

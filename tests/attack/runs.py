@@ -28,12 +28,12 @@ def train(argv: list[str]) -> str:
 
 def train_without_the_door(argv: list[str]) -> str:
     """The same as Megatron would; in a pool of its own, since a door is never taken out again."""
-    from megatron_let import checkpoints
-    from megatron_let.door import Door
+    from megatron_let.checkpoint import choice
+    from megatron_let.checkpoint.door import Door
 
     Door.install = lambda door: None  # type: ignore[method-assign]
     Door.settle = lambda door, args: None  # type: ignore[method-assign]
-    checkpoints.check_flags = lambda args: None
+    choice.check_flags = lambda args: None
     return train(argv)
 
 
@@ -79,7 +79,7 @@ def read_by_libraries(folder: str) -> list[str]:
     from megatron.core.dist_checkpointing import load_common_state_dict
     from torch.distributed.checkpoint import FileSystemReader
 
-    from megatron_let import safe_loading
+    from megatron_let.upstream import safe_loading
 
     os.environ[UNSAFE] = "1"
     safe_loading.install()

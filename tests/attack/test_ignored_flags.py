@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.ignored_flags import IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
+from megatron_let.training.ignored_flags import IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
 from tests.support.testing import run_distributed, run_program
 from tests.support.tiny_run import FLAGS
 

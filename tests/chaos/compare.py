@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_let.conversion.checkpoint import COMMON_STATE, Checkpoint, _Inert
+from megatron_let.checkpoint.reader import COMMON_STATE, Checkpoint
+from megatron_let.upstream.inert import Inert
 from tests.support.tiny_run import checkpoint, hashes, tensor_names
 
 OF_THE_START = {
@@ -61,7 +62,7 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
         value = vars(value)
     if isinstance(value, dict):
         return [pair for key, inner in value.items() for pair in _flat(f"{name}.{key}", inner)]
-    if isinstance(value, _Inert):
+    if isinstance(value, Inert):
         return _flat(name, list(value.args))
     if isinstance(value, (list, tuple)):
         return [(name, str(len(value)))] + [

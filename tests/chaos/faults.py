@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from megatron_let import sums
-from megatron_let.checkpoints import find_damage
-from megatron_let.conversion.checkpoint import TRACKER
+from megatron_let.checkpoint import sums
+from megatron_let.checkpoint.choice import find_damage
+from megatron_let.checkpoint.folder import TRACKER
 from tests.chaos.compare import differing
 from tests.chaos.jobs import Job
 from tests.support.disk import small_disk

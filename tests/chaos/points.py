@@ -15,9 +15,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing
 
-from megatron_let import retention, sums
-from megatron_let.conversion.checkpoint import TRACKER
-from megatron_let.run import Run
+from megatron_let.checkpoint import retention, sums
+from megatron_let.checkpoint.folder import TRACKER
+from megatron_let.training.run import Run
 
 POINTS = (
     *("data", "evaluation", "write", "written"),

@@ -11,7 +11,7 @@ sys.argv[0] = str(ROOT / "pretrain_let.py")
 
 if __name__ == "__main__":
     Path(os.environ["CHAOS_FOLDER"], f"mark-rank-{os.environ['RANK']}").write_text(str(os.getpid()))
-    from megatron_let import cpu
+    from megatron_let.upstream import cpu
 
     cpu.activate_if_wanted()  # before Megatron is imported
 

@@ -13,9 +13,10 @@ import torch
 from megatron.training import get_args, training
 
 import pretrain_let
-from megatron_let import run_log, saves
-from megatron_let.methods.with_teacher import TeacherMethod
-from megatron_let.run import Run
+from megatron_let.checkpoint import saves
+from megatron_let.methods.guided import TeacherMethod
+from megatron_let.training import log
+from megatron_let.training.run import Run
 from tests.support.testing import forget_last_run
 
 End = tuple[str | int | None, str]
@@ -36,7 +37,7 @@ def train(
     """
     forget_last_run()
     printed, end = io.StringIO(), None
-    off = ((run_log, "check_gradients"), (saves, "check_weights")) * (not checked)
+    off = ((log, "check_gradients"), (saves, "check_weights")) * (not checked)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_let.py", *argv]))
         for module, name in off:

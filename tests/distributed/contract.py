@@ -4,7 +4,7 @@ A case builds the student through the real command line (`entry`, `Method`, `Run
 parameter values that depend on its global name alone, runs one step over fixed micro-batches with
 uneven loss masks, and returns whole gradients by global name. `reference_gradients` does the same
 in float32 with the loss written out on one process: plain autograd, the teacher called directly,
-without a line of `megatron_let.alignment.attach` or `megatron_let.teacher.stage`.
+without a line of `megatron_let.losses.attach` or `megatron_let.teacher.stage`.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_let import entry
-from megatron_let.alignment.resize import interpolate
+from megatron_let.losses.resize import interpolate
 from megatron_let.methods import build_method
-from megatron_let.run import Run
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
+from megatron_let.training import command_line
+from megatron_let.training.run import Run
 from tests.distributed.faults import DISTILLATION_FAULTS, FAULTS
 from tests.distributed.gathered_attention import context_parallel_attention
 from tests.support.testing import forget_last_run
@@ -67,16 +67,16 @@ class Student:
 def build_student(flags: list[str], global_batch: int, rounding: torch.dtype) -> Student:
     """Build a student, its weights rounded to `rounding` whatever its own precision is."""
     forget_last_run()
-    entry.use_prebuilt_helpers()
+    command_line.use_prebuilt_helpers()
     length = [] if "--train-samples" in flags else ["--train-iters", "10"]
     grows = "--step-batch-size-schedule" in flags
     batch = [] if grows else ["--global-batch-size", str(global_batch)]
     sys.argv = ["pretrain_let.py", *MODEL_FLAGS, *length, *batch, *flags]
-    args = entry.parse_arguments()
+    args = command_line.parse_arguments()
     method = build_method(args)
-    config = entry.model_config(args, method)
+    config = command_line.model_config(args, method)
     run = Run(args, config, method, log=None)
-    training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
+    training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
     with context_parallel_attention(args.context_parallel_size > 1):
         chunks, optimizer, _ = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

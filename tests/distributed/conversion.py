@@ -14,9 +14,10 @@ from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import save_checkpoint
 
-from megatron_let import entry, torch_adam
-from megatron_let.async_saves import prepare_saves
 from megatron_let.methods import build_method
+from megatron_let.training import command_line
+from megatron_let.upstream import optimizers
+from megatron_let.upstream.async_saves import prepare_saves
 from tests.support.testing import forget_last_run
 
 
@@ -26,13 +27,13 @@ def load_run_and_save(argv: list[str], ids_MBS: np.ndarray) -> np.ndarray | None
     Returns the logits `[m, b, s, V]` of the micro-batches `ids_MBS`, from the last stage.
     """
     forget_last_run()
-    entry.use_prebuilt_helpers()
-    torch_adam.install()
+    command_line.use_prebuilt_helpers()
+    optimizers.install()
     sys.argv = ["pretrain_let.py", *argv]
-    args = entry.parse_arguments()
+    args = command_line.parse_arguments()
     prepare_saves(args)
-    config = entry.model_config(args, build_method(args))
-    training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
+    config = command_line.model_config(args, build_method(args))
+    training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
     chunks, optimizer, scheduler = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, config),

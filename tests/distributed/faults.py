@@ -10,7 +10,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import make_viewless_tensor, unwrap_model
 
-from megatron_let.alignment.attach import Alignment
+from megatron_let.losses.attach import Alignment
 
 Fault = Callable[[Any, list[Any]], None]
 

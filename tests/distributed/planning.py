@@ -9,9 +9,9 @@ from megatron.training import training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_let import entry
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher
+from megatron_let.training import command_line
 from tests.distributed.contract import MICRO_BATCH, MODEL_FLAGS, build_student, micro_batch
 from tests.support.testing import forget_last_run
 
@@ -20,7 +20,7 @@ def megatron_report(flags: list[str], micro_batches: int) -> dict[str, float]:
     """FLOPs of a step and bytes of a rank by Megatron's own formulas."""
     forget_last_run()
     sys.argv = ["pretrain_let.py", *MODEL_FLAGS, "--train-iters", "10", *flags]
-    args = entry.parse_arguments()
+    args = command_line.parse_arguments()
     return {
         "flops": training.num_floating_point_operations(args, args.global_batch_size),
         "weights": report.compute_weight_and_optimizer_memory(args),

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_let.checkpoints import find_damage
+from megatron_let.checkpoint.choice import find_damage
 from tests.distributed.training import records, run, series
 from tests.support.testing import run_distributed, run_program
 from tests.support.tiny_run import FLAGS, STEPS, hashes

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from megatron_let.finite import check_gradients
+from megatron_let.checkpoint.finite import check_gradients
 from tests.distributed.training import TP2_PP2, records, run
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, STEPS, checkpoint, hashes, tensor_names

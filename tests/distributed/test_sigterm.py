@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_let.checkpoints import find_damage
+from megatron_let.checkpoint.choice import find_damage
 from tests.distributed.training import run, series
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, STEPS, hashes

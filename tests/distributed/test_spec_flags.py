@@ -1,6 +1,6 @@
 """Flags that shape the layers: a teacher in vain leaves the baseline's run, bit for bit.
 
-Which flags these are is found by `tests/unit/alignment/spec_trials.py`; of those that need no
+Which flags these are is found by `tests/unit/upstream/spec_trials.py`; of those that need no
 Transformer Engine only --multi-latent-attention is not here, whose local layers Megatron-Core
 0.19.2 fails to build.
 """

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megatron_let import sums
-from megatron_let.checkpoints import find_damage
+from megatron_let.checkpoint import sums
+from megatron_let.checkpoint.choice import find_damage
 from tests.distributed.training import records, run
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, STEPS

@@ -58,7 +58,7 @@ def train_tracked(argv: list[str]) -> str | None:
 
 def train_on_a_full_disk(argv: list[str], largest: int) -> str | None:
     """Train where no file can have more than `largest` bytes; return what is said of it."""
-    from megatron_let.checkpoints import SAVE_ERRORS, explain_failed_save
+    from megatron_let.checkpoint.choice import SAVE_ERRORS, explain_failed_save
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
@@ -94,30 +94,30 @@ def select_samples(argv: list[str]) -> None:
 
 def select_samples_interrupted(argv: list[str]) -> tuple[int, int]:
     """The same, killed before it puts its parts together, and again; batches scored each time."""
-    from megatron_let.data import select
+    from megatron_let.selection import scoring
 
-    scored, score = [0, 0], select.Scorer.score
+    scored, score = [0, 0], scoring.Scorer.score
     attempt = 0
 
-    def counting(self: select.Scorer, samples: list[dict]) -> object:
+    def counting(self: scoring.Scorer, samples: list[dict]) -> object:
         scored[attempt] += 1
         return score(self, samples)
 
     def dying(parts: list[Path]) -> object:
         raise KeyboardInterrupt
 
-    joined = select._joined
-    select.Scorer.score, select._joined = counting, dying
+    joined = scoring._joined
+    scoring.Scorer.score, scoring._joined = counting, dying
     try:
         select_samples(argv)
     except KeyboardInterrupt:
         attempt = 1
     finally:
-        select._joined = joined
+        scoring._joined = joined
     try:
         select_samples(argv)
     finally:
-        select.Scorer.score = score
+        scoring.Scorer.score = score
     return scored[0], scored[1]
 
 
@@ -133,7 +133,7 @@ def train_with_sigterm_in(argv: list[str], where: str) -> str | None:
         BlendedMegatronDatasetBuilder as Builder,
     )
 
-    from megatron_let.run import Run
+    from megatron_let.training.run import Run
 
     def building(self: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)

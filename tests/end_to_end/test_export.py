@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
+from megatron_let.checkpoint.folder import find_checkpoint
+from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion.to_hf import ExportConfig, export, sample
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from tests.support.testing import run_distributed

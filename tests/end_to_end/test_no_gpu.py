@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_let.gpus import COUNTS, INDICES, promise
+from megatron_let.upstream.gpus import COUNTS, INDICES, promise
 from tests.support.tiny_run import FLAGS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")

@@ -277,7 +277,7 @@ def our_flags() -> dict[str, Any]:
     """Our flags and their defaults, from the real parser; run in a worker."""
     from argparse import ArgumentParser
 
-    from megatron_let.arguments import GROUPS, add_arguments
+    from megatron_let.training.arguments import GROUPS, add_arguments
 
     parser = add_arguments(ArgumentParser())
     groups = [group for group in parser._action_groups if group.title in GROUPS]

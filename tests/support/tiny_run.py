@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
+from megatron_let.checkpoint.folder import find_checkpoint
+from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from tests.support.testing import save_tiny_teacher
 

@@ -11,10 +11,10 @@ from typing import Any
 from megatron.training import training
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_let import arguments, entry
 from megatron_let.errors import UsageError
 from megatron_let.methods import build_method, distill, let
-from megatron_let.run_log import count_parameters
+from megatron_let.training import arguments, command_line
+from megatron_let.training.log import count_parameters
 from tests.support.testing import forget_last_run
 
 MODEL = (
@@ -40,8 +40,8 @@ def usage_error(flags: list[str]) -> str:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            args = entry.parse_arguments()
-        entry.model_config(args, build_method(args))
+            args = command_line.parse_arguments()
+        command_line.model_config(args, build_method(args))
     except UsageError as error:
         return str(error)
     except SystemExit:  # argparse's own
@@ -60,7 +60,7 @@ def aligned_layers(flags: list[str]) -> tuple[int, int]:
     """Numbers of the student's and the teacher's layer that a command line aligns."""
     training.destroy_global_state()
     sys.argv = ["pretrain_let.py", *MODEL, *flags]
-    args = entry.parse_arguments()
+    args = command_line.parse_arguments()
     build_method(args)
     return args.let_layer, args.let_teacher_layer
 
@@ -75,7 +75,7 @@ def parser_facts() -> dict[str, Any]:
         "help": parser.format_help(),
         "flags": {name: flags[name] for name in flags if name in REFUSED_FLAGS},
         "refused": REFUSED_FLAGS,
-        "unsupported": entry.UNSUPPORTED_FLAGS,
+        "unsupported": command_line.UNSUPPORTED_FLAGS,
         "options": [option for options, _ in flags.values() for option in options],
         "ours": sorted(ours),
     }
@@ -94,12 +94,12 @@ def number_of_parameters(flags: list[str]) -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     forget_last_run()
-    entry.use_prebuilt_helpers()
+    command_line.use_prebuilt_helpers()
     steps = "--mock-data --train-iters 10 --eval-interval 5".split()
     sys.argv = ["pretrain_let.py", *MODEL, *steps, *flags]
-    args = entry.parse_arguments()
-    config = entry.model_config(args, build_method(args))
-    training.initialize_megatron(get_embedding_ranks=entry.embedding_ranks(args))
+    args = command_line.parse_arguments()
+    config = command_line.model_config(args, build_method(args))
+    training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
     chunks, _, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, config),

@@ -10,7 +10,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_let.conversion.checkpoint import Checkpoint, find_checkpoint
+from megatron_let.checkpoint.folder import find_checkpoint
+from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion.from_hf import ImportConfig, import_model
 from megatron_let.conversion.to_hf import ExportConfig, export
 from megatron_let.conversion.tokenizer_files import load_tokenizer

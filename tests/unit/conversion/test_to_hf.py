@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_let.conversion.checkpoint import Checkpoint
+from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion.families import (
     FAMILIES,
     FLAG_OF,

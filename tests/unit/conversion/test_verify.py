@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
+from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.conversion import verify as verify_module
-from megatron_let.conversion.checkpoint import find_checkpoint
 from megatron_let.conversion.from_hf import ImportConfig, import_model
 from megatron_let.conversion.to_hf import ExportConfig, export
 from megatron_let.conversion.verify import TOLERANCE, verify

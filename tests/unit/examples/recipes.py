@@ -4,7 +4,7 @@ import os
 import sys
 
 from benchmarks.recipes import without
-from megatron_let import entry
+from megatron_let.training import command_line
 from tests.support.testing import forget_last_run
 
 ELSEWHERE = ("--tokenizer-", "--train-data-", "--valid-data-", "--data-cache-")
@@ -26,7 +26,7 @@ def layers_of(recipes: dict[str, list[str]], gpus: int) -> dict[str, int]:
         mock = "--mock-data --tokenizer-type NullTokenizer --vocab-size 49151 --cpu".split()
         sys.argv = ["pretrain_let.py", *without_files(flags), *mock]
         try:
-            config = entry.gpt_config(entry.parse_arguments())
+            config = command_line.gpt_config(command_line.parse_arguments())
         finally:
             os.environ.clear()
             os.environ.update(before)

@@ -5,7 +5,7 @@ import pytest
 from megatron_let.planning import flops
 from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.shapes import student_shape
-from megatron_let.planning.teacher_work import window_ends
+from megatron_let.teacher.work import window_ends
 
 
 def test_llama_students(student):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_let.planning.teacher_work import window_ends
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher, near_random
+from megatron_let.teacher.work import window_ends
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 
 VOCAB = 256

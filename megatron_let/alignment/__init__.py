@@ -1,1 +1,0 @@
-"""The alignment of an early student layer with the teacher's states: losses, resize, attachment."""

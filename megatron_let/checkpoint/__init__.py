@@ -1,0 +1,1 @@
+"""All that reads, writes, chooses, sums and removes checkpoints."""

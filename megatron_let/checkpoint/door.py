@@ -1,0 +1,157 @@
+"""The one way by which a checkpoint comes into a run: which one, and how it is read.
+
+Megatron's own ways (its tracker, the older formats, whatever a file makes of itself) are replaced
+from the parsing of the command line on, so that every flag that loads leads through here.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.training import checkpointing, get_args, training
+
+from megatron_let.checkpoint import sums
+from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting, step_of
+from megatron_let.errors import MachineError, UsageError
+from megatron_let.upstream import safe_loading
+
+
+class Door:
+    """Chooses a checkpoint, and has Megatron load that one and no other."""
+
+    def __init__(self) -> None:
+        self._args: Namespace | None = None
+        """Of the run that has chosen; another one in this process chooses for itself."""
+        self._chosen: Path | None = None
+        self._damaged: dict[Path, str] = {}
+
+    def install(self) -> None:
+        """Replace Megatron's ways; before it parses its command line."""
+        safe_loading.install()
+        checkpointing._load_base_checkpoint = self._load_base
+        checkpointing.checkpoint_exists = self._holds
+        training.load_checkpoint = self._load
+
+    def settle(self, args: Namespace) -> None:
+        """Choose a whole checkpoint; called on every rank when the groups are there.
+
+        Raises:
+            UsageError: as `choose` and `refuse_overwriting` do.
+        """
+        if not (args.load or args.pretrained_checkpoint or args.save):
+            return
+        while True:
+            self._chosen, args.finetune = self._agreed_decision(args)
+            found = self._differing_file(args)
+            if self._chosen is None or found is None:
+                break
+            self._damaged[self._chosen] = found
+        self._args = args
+
+    def _agreed_decision(self, args: Namespace) -> tuple[Path | None, bool]:
+        verdict: list[Any] = [None]
+        if args.fake_process_group or torch.distributed.get_rank() == 0:
+            try:
+                verdict = [self._decide(args)]
+            except (UsageError, OSError) as error:  # or the other ranks would wait for ever
+                verdict = [error if isinstance(error, UsageError) else MachineError(str(error))]
+        if not args.fake_process_group:
+            torch.distributed.broadcast_object_list(verdict)
+        if isinstance(verdict[0], UsageError):
+            raise verdict[0]
+        return verdict[0]
+
+    def _differing_file(self, args: Namespace) -> str | None:
+        """Compare the chosen one's files with their sums, each rank a share; all hear of it."""
+        if self._chosen is None:
+            return None
+        rank, ranks = 0, 1
+        if not args.fake_process_group:
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        try:
+            found: Any = sums.differing(self._chosen, rank, ranks)
+        except OSError as error:
+            found = MachineError(f"{self._chosen} cannot be read now: {error}")
+        every = [found] * ranks
+        if ranks > 1:
+            torch.distributed.all_gather_object(every, found)
+        found = next(filter(None, every), None)
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def _decide(self, args: Namespace) -> tuple[Path | None, bool]:
+        """Return the checkpoint, and whether its weights alone are taken."""
+        chosen, finetune = None, args.finetune
+        if args.load is not None:
+            chosen = choose(args, args.load, self._damaged)
+        if chosen is None and args.pretrained_checkpoint is not None:
+            chosen, finetune = choose(args, args.pretrained_checkpoint, self._damaged), True
+        start = 0 if chosen is None or finetune else step_of(chosen)
+        if start and args.override_ckpt_iteration is not None:
+            start = args.override_ckpt_iteration
+        refuse_overwriting(args, start, self._damaged)
+        if chosen is None and args.load is not None:
+            print(f"> {args.load} holds no checkpoint yet: starting from scratch", flush=True)
+        if args.verify_integrity and chosen is not None and not (chosen / sums.FILE).is_file():
+            print(f"> {chosen} has no sums: nobody can vouch for what is in its files", flush=True)
+        return chosen, finetune
+
+    def _folder(self, args: Namespace, load: str) -> Path | None:
+        # --use-checkpoint-args comes before there is a process group to agree in.
+        return self._chosen if self._args is args else choose(args, load, {})
+
+    def _holds(self, load: str | None) -> bool:
+        """`checkpoint_exists`."""
+        folder = None if load is None else self._folder(get_args(), load)
+        return folder is not None and Path(load or "") in folder.parents
+
+    def _load_base(
+        self, load: str, args: Namespace, rank0: bool = False, **states: Any
+    ) -> tuple[Any, str, bool, Any]:
+        """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
+        folder = self._folder(args, load)
+        if folder is None:
+            return None, "", False, None
+        release, step = folder.name == "release", step_of(folder)
+        checkpointing.set_loaded_iteration(step)
+        if rank0:
+            with safe_loading.agreed_damage():
+                state = load_common_state_dict(str(folder))
+            _check_spec(args, state)
+            return state, str(folder), release, checkpointing.CheckpointType.GLOBAL
+        # The sums were compared when it was chosen.
+        args = Namespace(**vars(args) | {"verify_integrity": False})
+        states.pop("gpt_compat_layer_maps")  # of another format
+        state = states.pop("sharded_state_dict")
+        return checkpointing._load_global_dist_base_checkpoint(
+            str(folder.parent), args, False, state, step, release, **states
+        )
+
+    def _load(self, *model: Any, **kwargs: Any) -> tuple[int, int]:
+        """`load_checkpoint`, again from an older one where the load itself finds damage."""
+        args: Namespace = get_args()
+        while True:
+            try:
+                loaded = checkpointing.load_checkpoint(*model, **kwargs)
+                break
+            except safe_loading.DamagedCheckpoint as error:
+                if self._args is not args or self._chosen is None:
+                    raise
+                self._damaged[self._chosen] = str(error)
+                self.settle(args)
+        if self._args is args and self._chosen and torch.distributed.get_rank() == 0:
+            mend(args, self._chosen, self._damaged)
+        return loaded
+
+
+def _check_spec(args: Namespace, state: dict[str, Any]) -> None:
+    """What a run imports is for its command line to say, not for a checkpoint."""
+    saved = getattr(state.get("args"), "spec", None)
+    if args.use_checkpoint_args and saved not in (None, args.spec):
+        raise UsageError(
+            f"The checkpoint's --spec {saved} names code, which --use-checkpoint-args would import "
+            "and call. If you trust it, give the same --spec on the command line."
+        )

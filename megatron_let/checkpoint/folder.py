@@ -1,0 +1,130 @@
+"""A folder of checkpoints: their names, and whether all their bytes are there."""
+
+import json
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_let.errors import UsageError
+from megatron_let.upstream.inert import MetadataUnpickler
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def step_name(step: int) -> str:
+    """Return the name that Megatron gives the folder of an iteration."""
+    return f"iter_{step:07d}"
+
+
+def iteration_folders(load: Path) -> dict[int, Path]:
+    """Return the checkpoints' folders in `load` by iteration, the newest last.
+
+    Only a name that Megatron gives counts: `iter_0000005.mine` is its owner's.
+    """
+    named = {p.name.removeprefix("iter_"): p for p in load.glob("iter_*") if p.is_dir()}
+    steps = {int(word): path for word, path in named.items() if word.isdecimal()}
+    steps = {step: load / step_name(step) for step in sorted(steps)}
+    return {step: path for step, path in steps.items() if path.name.removeprefix("iter_") in named}
+
+
+def listed(load: Path) -> str:
+    """Say which checkpoints a folder holds."""
+    return ", ".join(path.name for path in iteration_folders(load).values()) or "none"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a save came to its end, which is to write `metadata.json`.
+
+    Raises:
+        UsageError: it has another format than `torch_dist`, which might execute what it holds.
+    """
+    try:
+        saved = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
+    except FileNotFoundError:
+        saved = "torch" if any(folder.glob("mp_rank_*")) else None
+    except (ValueError, KeyError, TypeError):
+        saved = None
+    if saved not in (None, "torch_dist"):
+        raise UsageError(
+            f"{folder} was saved with --ckpt-format {saved}; only torch_dist can be read. "
+            "Megatron-LM's pretrain_gpt.py converts what you trust: --ckpt-convert-format."
+        )
+    return saved is not None
+
+
+def find_checkpoint(load: Path, step: int | None = None) -> Path:
+    """Return the folder of one checkpoint below `load` (`--save` of the run).
+
+    Args:
+        load: the folder that holds the `iter_` folders.
+        step: the iteration to take; the newest that has all its bytes if None.
+
+    Raises:
+        UsageError: there is no such checkpoint, or it has another format than `torch_dist`.
+    """
+    folders = [*iteration_folders(load).values()][::-1] + [load / "release"]
+    if step is not None:
+        folders = [load / step_name(step)]
+    problem: str | None = ""
+    for folder in folders:
+        if is_finished(folder) and (problem := cut(folder)) is None:
+            return folder
+    raise UsageError(
+        f"No whole checkpoint at {load if step is None else folders[0]}. {problem} {load} holds: "
+        f"{listed(load)}. Give the folder that was the run's --save, not an iter_ folder inside "
+        "it; --ckpt-step chooses among those."
+    )
+
+
+def is_written(folder: Path) -> bool:
+    """Whether one `torch_dist` checkpoint has all its files, by their sizes."""
+    return (folder / "metadata.json").is_file() and cut(folder) is None
+
+
+def cut(folder: Path) -> str | None:
+    """Compare the files' sizes with what `.metadata` says of them; say what is wrong."""
+    try:
+        needed = stored_bytes(folder)
+    except UsageError as error:
+        return str(error)
+    for name, size in needed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Return the least size in bytes of every data file of a checkpoint, by its `.metadata`.
+
+    Raises:
+        UsageError: the folder has no readable `.metadata`.
+    """
+    sizes: dict[str, int] = {}
+    for stored in read_metadata(folder).storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    return sizes
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Return what `.metadata` says of the other files.
+
+    Raises:
+        UsageError: it is damaged, or names what is no metadata.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        for stored in metadata.storage_data.values():
+            name = stored.relative_path
+            if Path(name).name != name or min(stored.offset, stored.length) < 0:
+                raise ValueError(f"it names no place in a file here: {name}")
+    except Exception as error:  # a damaged pickle can raise anything
+        if isinstance(error, OSError) and path.exists():
+            raise  # the disk's fault
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    return metadata

@@ -1,1 +1,0 @@
-"""Distillation from a teacher's logits, on vocabulary shards."""

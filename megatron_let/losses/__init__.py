@@ -1,0 +1,1 @@
+"""The losses with a teacher, and how they reach the student."""

@@ -1,0 +1,134 @@
+"""Adds the alignment loss to the backward pass of an activation, whose values stay as they are.
+
+The loss never travels to the last stage: layer K's activation is handed on unchanged, and when its
+gradient comes back, the scaled gradient of the alignment loss is added to it. The same idea as
+Megatron's `MoEAuxLossAutoScaler`, but the scale belongs to the micro-batch, not to a class, and the
+gradient is computed at once, so that neither teacher states nor a graph wait for the backward pass.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_let.losses.cosine import cosine
+from megatron_let.losses.resize import Resize
+
+
+@dataclass
+class Target:
+    """What layer K is aligned with in one micro-batch; this rank's part of the sequence."""
+
+    states_SBT: torch.Tensor
+    """The teacher's states, S local tokens."""
+    mask_SB: torch.Tensor
+    """1.0 where the token counts in the language-model loss, else 0.0."""
+    scale: torch.Tensor | None
+    """Factor of the summed loss: weight x loss scale / (tokens x micro-batches); None: the loss is
+    recorded, and nothing is added."""
+
+
+@dataclass
+class Record:
+    """Sums over the micro-batches of a step, on this rank; read and reset once a step."""
+
+    micro_batches: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Add detached scalars to their sums."""
+        for name, value in values.items():
+            total = self.sums.get(name)
+            self.sums[name] = value.detach() if total is None else total + value.detach()
+
+
+class _AddGradient(torch.autograd.Function):
+    """Identity whose backward adds a ready gradient: to the activation, and to map weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        record: Record,
+        activation: torch.Tensor,
+        gradient: torch.Tensor,
+        *weights_then_gradients: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.record = record
+        ctx.num_weights = len(weights_then_gradients) // 2
+        ctx.save_for_backward(gradient, *weights_then_gradients[ctx.num_weights :])
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+        gradient, *weight_gradients = ctx.saved_tensors
+        ctx.record.add(
+            lm_gradient_square=upstream.float().square().sum(),
+            let_gradient_square=gradient.float().square().sum(),
+        )
+        nothing = [None] * ctx.num_weights
+        return (None, upstream + gradient, None, *weight_gradients, *nothing)
+
+
+class Alignment:
+    """A queue of targets and the attachment of their loss to layer K's output.
+
+    `push` is called once per micro-batch before its forward pass; the layer calls `attach` in the
+    one run of that micro-batch that builds a graph. Under full recomputation that is the run inside
+    the backward pass, when the newest micro-batch is already another one: hence first in, first
+    out, which holds for every schedule of Megatron within one model chunk.
+    """
+
+    def __init__(self) -> None:
+        self.record = Record()
+        self._targets: deque[Target] = deque()
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def push(self, target: Target) -> None:
+        """Queue the target of the micro-batch whose forward pass comes next."""
+        self._targets.append(target)
+
+    def start_step(self) -> None:
+        """Forget what an interrupted step may have left."""
+        self._targets.clear()
+        self.record = Record()
+
+    def attach(self, activation_SBH: torch.Tensor, resize: Resize) -> torch.Tensor:
+        """Return the activation with the oldest target's loss in its backward pass.
+
+        Without a target (an unguided step) the activation comes back as it is; a learned map then
+        gets a zero gradient, since data-parallel buckets wait for every weight's.
+        """
+        weights = list(resize.parameters())
+        if not self._targets:
+            return self._without_gradient(activation_SBH, weights)
+        target = self._targets.popleft()
+        gradients = self._gradients(activation_SBH, target, resize, weights)
+        if target.scale is None:
+            return self._without_gradient(activation_SBH, weights)
+        return _AddGradient.apply(
+            self.record, activation_SBH, gradients[0], *weights, *gradients[1:]
+        )
+
+    @staticmethod
+    def _without_gradient(
+        activation_SBH: torch.Tensor, weights: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
+
+    def _gradients(
+        self,
+        activation_SBH: torch.Tensor,
+        target: Target,
+        resize: Resize,
+        weights: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        leaf = activation_SBH.detach().requires_grad_()
+        total = (cosine(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
+        self.record.micro_batches += 1
+        self.record.add(loss=total, tokens=target.mask_SB.sum())
+        scale = 0.0 if target.scale is None else target.scale
+        return list(torch.autograd.grad(total * scale, [leaf, *weights]))

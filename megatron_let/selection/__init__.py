@@ -1,0 +1,1 @@
+"""SALT_DS: scores a run's training samples with a small model and selects."""

@@ -1,0 +1,1 @@
+"""One training run: its command line, its loop's callbacks, and what it records."""

@@ -1,0 +1,257 @@
+"""What `pretrain_let.py` reads from: the command line and the model's configuration."""
+
+import functools
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.training import arguments as megatron_arguments
+from megatron.training import get_tokenizer, global_vars, initialize, training
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+
+from megatron_let.checkpoint import choice
+from megatron_let.data.checked import check_ids
+from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.inspect import first_tokens
+from megatron_let.data.tokenizer import token_ids
+from megatron_let.errors import UsageError
+from megatron_let.hugging_face import remote_code
+from megatron_let.methods.base import Method
+from megatron_let.training import arguments
+from megatron_let.training.ignored_flags import refuse_ignored
+from megatron_let.training.tracking import scrubbed, tracker_defaults
+
+# Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
+# the file that replaces the command line, ours included, and files that lie in no folder.
+UNSUPPORTED_FLAGS = (
+    "sft fim_data logits_load_dir logits_save_dir hybrid_context_parallel perform_rl_step "
+    "dataloader_inter_document_masking yaml_cfg enable_msc"
+).split()
+
+
+LOOKED_AT = 1 << 20
+"""Token ids of each dataset that are compared with the model's rows before the first step."""
+
+
+def use_prebuilt_helpers() -> None:
+    """Keep Megatron from compiling the dataset helpers that its wheel already brings.
+
+    The wheel has no makefile, so upstream's call ends the run although nothing is missing.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        dataset_utils.compile_helpers = lambda: None
+
+
+def keep_secrets() -> None:
+    """Have Megatron print its arguments, and give them to TensorBoard and W&B, without secrets."""
+    for module, name in (
+        (megatron_arguments, "_print_args"),
+        (global_vars, "_set_wandb_writer"),
+        (training, "write_args_to_tensorboard"),
+    ):
+        setattr(module, name, _without_secrets(inspect.unwrap(getattr(module, name))))
+
+
+def _without_secrets(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, with a copy of Megatron's arguments, as its last one or as it finds them."""
+
+    @functools.wraps(function)
+    def wrapped(*given: Any) -> None:
+        argv, get_args = sys.argv, initialize.get_args
+        hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
+        sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
+        try:
+            function(*given[:-1], *([hidden] if given else []))
+        finally:
+            sys.argv, initialize.get_args = argv, get_args
+
+    return wrapped
+
+
+def parse_arguments() -> Namespace:
+    """Parse and check the command line; sets Megatron's globals (`parse_and_validate_args`).
+
+    Raises:
+        UsageError: a flag of ours, a mode of Megatron's or a path that can't be right.
+    """
+    if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    keep_secrets()
+    _refuse_unsupported(sys.argv)
+    flags = parse_args(arguments.add_arguments)
+    if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
+    refuse_ignored(flags, sys.argv)
+    arguments.check_flags(flags, sys.argv)
+    choice.check_flags(flags)
+    _check_data_paths(flags)
+    _check_needed(flags)
+    args = _megatron_arguments(tracker_defaults(flags))
+    arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
+    _check_data_tokenizer(args)
+    args.save_keep_every = args.save_retain_interval
+    if args.save_keep_last is not None:  # then it is ours to remove checkpoints
+        args.save_retain_interval = None
+    return args
+
+
+def _refuse_unsupported(argv: list[str]) -> None:
+    given = {word.split("=")[0] for word in argv}
+    for flag in (f"--{name.replace('_', '-')}" for name in UNSUPPORTED_FLAGS):
+        if flag in given:
+            raise UsageError(
+                f"{flag} is not supported: pretrain_let.py trains on documents packed to "
+                "sequences, with its flags on the command line and its files in folders. Use "
+                f"Megatron-LM's pretrain_gpt.py for {flag}."
+            )
+
+
+def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
+    """Let Megatron check its flags; what it refuses by an assertion becomes a message."""
+    defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
+    try:
+        return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+    except UsageError:
+        raise  # a checkpoint's, of --use-checkpoint-args
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        # Some assertions have no words: then the violated condition speaks for itself.
+        if "trust_remote_code" in str(error):
+            raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
+        words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
+
+
+def _data_prefixes(args: Namespace) -> Iterator[str]:
+    given = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    try:
+        if args.data_args_path is not None:
+            given.append(Path(args.data_args_path).read_text().split())
+        if args.per_split_data_args_path is not None:
+            given += json.loads(Path(args.per_split_data_args_path).read_text()).values()
+    except (AttributeError, OSError, ValueError, RecursionError) as error:
+        flag = "--data-args-path" if args.data_args_path else "--per-split-data-args-path"
+        path = args.data_args_path or args.per_split_data_args_path
+        raise UsageError(f"{flag} {path} cannot be read: {error}") from error
+    return (word for paths in given for word in paths or [] if not _is_number(word))
+
+
+def _check_data_paths(args: Namespace) -> None:
+    for prefix in _data_prefixes(args):
+        files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+        if all(file.exists() for file in files):
+            try:
+                start = first_tokens(prefix, 1)
+            except ValueError as error:
+                raise UsageError(f"The data is damaged: {error}. Write it again.") from error
+            if not len(start):
+                raise UsageError(f"{prefix} holds no token: leave it out.")
+            continue
+        raise UsageError(
+            f"No data at {prefix}: {files[0].name} and {files[1].name} must both exist there. "
+            "Write them with tools/preprocess_data.py, and give their path without the ending."
+        )
+
+
+def _check_needed(args: Namespace) -> None:
+    """Numbers that Megatron computes with although they have no default."""
+    if not args.skip_train:
+        for flag, meaning, value in (
+            ("--train-iters", "number of training steps", args.train_iters or args.train_samples),
+            ("--lr", "peak learning rate", args.lr),
+            ("--eval-interval", "steps between two evaluations", args.eval_interval),
+        ):
+            if value is None:
+                raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
+    for name in ("eval_interval", "log_interval", "save_interval", "tensorboard_log_interval"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value} must be at least 1 step. (No evaluation: "
+                "--eval-iters 0; no checkpoints: leave --save out.)"
+            )
+    if args.save is not None and args.save_interval is None:
+        raise UsageError(
+            f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "
+            f"for example --save-interval {args.train_iters or 1000}."
+        )
+
+
+def _check_data_tokenizer(args: Namespace) -> None:
+    """Refuse data that was preprocessed with another tokenizer, where its sidecar tells."""
+    ids = {} if "Null" in args.tokenizer_type else token_ids(get_tokenizer())
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        args.tokenizer_fingerprint = tokenizer_fingerprint(ids)  # for who exports the checkpoint
+    for prefix in _data_prefixes(args):
+        sidecar = Path(f"{prefix}.json")
+        if ids and sidecar.exists():
+            _check_sidecar(args, prefix, sidecar, tokenizer_fingerprint(ids))
+        check_ids(first_tokens(prefix, LOOKED_AT), args.padded_vocab_size, prefix)
+
+
+def _check_sidecar(args: Namespace, prefix: str, sidecar: Path, own: str) -> None:
+    try:
+        made_with = json.loads(sidecar.read_bytes()).get("tokenizer_fingerprint")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{sidecar} is damaged ({error!r}): remove it.") from error
+    if made_with is not None and made_with != own:
+        raise UsageError(
+            f"{prefix} was made with another tokenizer (fingerprint {str(made_with)[:12]}) than "
+            f"--tokenizer-model {args.tokenizer_model or args.vocab_file} ({own[:12]}). Use that "
+            "tokenizer, or preprocess again."
+        )
+
+
+def _is_number(word: str) -> bool:
+    """Whether a word of a blend is a weight."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def model_config(args: Namespace, method: Method) -> Any:
+    """Return Megatron's `GPTModelConfig` with what the method changes in it."""
+    config = gpt_config(args)
+    method.check_tokens(_student_token_ids(args))
+    method.configure(config)
+    return config
+
+
+def gpt_config(args: Namespace) -> Any:
+    """Return Megatron's `GPTModelConfig`, with a flag that upstream loses on the way."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def _student_token_ids(args: Namespace) -> dict[str, int]:
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        return {}
+    return get_tokenizer()._tokenizer.tokenizer.get_vocab()
+
+
+def embedding_ranks(args: Namespace) -> Any:
+    """Return the function that tells Megatron which pipeline ranks hold an embedding."""
+    config = core_transformer_config_from_args(args)
+
+    def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+        ranks = {pp_ranks[0]}
+        if len(pp_ranks) > 1:
+            ranks.update(get_mtp_ranks(pp_ranks, config))
+            if not args.untie_embeddings_and_output_weights:
+                ranks.add(pp_ranks[-1])
+        return sorted(ranks)
+
+    return get_embedding_ranks

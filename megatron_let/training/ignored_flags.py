@@ -1,0 +1,67 @@
+"""Flags that Megatron parses and then forgets here: each is refused, with what helps instead."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+
+from megatron_let.errors import UsageError
+from megatron_let.upstream import cpu
+
+# Names, or with a dash at the end what names begin with.
+IGNORED = {
+    "rampup-batch-size": "Use --step-batch-size-schedule, pairs of tokens and batch size such as "
+    "0:256,1B:512.",
+    "openai-gelu": "Leave it out: with biases GELU is computed in that form (tanh), and with "
+    "--no-bias-gelu-fusion in the exact one.",
+    "use-flash-attn": "Use --attention-backend flash.",
+    "inprocess-": "A run is started again by torchrun or Slurm (docs/reliability.md).",
+    "log-straggler straggler- disable-straggler-on-startup": "Use --timing-log-level 2 "
+    "--timing-log-option all for each rank's times (docs/reliability.md).",
+    "enable-ft-package calc-ft-timeouts ft-num-warmup-iters adlr- fault-injector-": "It belongs to "
+    "tools of NVIDIA's clusters; use --distributed-timeout-minutes and --exit-signal-handler "
+    "(docs/reliability.md).",
+    "non-persistent-local- replication replication-": "Checkpoints on a node's own disk need "
+    "nvidia_resiliency_ext and are not tested; use --save on a shared disk (docs/reliability.md).",
+    "bert- biencoder- block-data-path classes-fraction data-per-class-fraction dino- grpo- "
+    "embedding-path evidence-data-path head-lr-mult ict- img- indexer- inference- iter-per-epoch "
+    "mask-factor mask-prob mask-type max-tokens-to-oom nccl-all-reduce-for-prefill num-channels "
+    "num-classes langrl- onnx-safe output-bert-embeddings patch-dim query-in-block-prob retriever- "
+    "rl- short-seq-prob swin- titles-data-path use-legacy-static-engine use-one-sent-docs vision- "
+    "vocab-extra-ids logits- fim-": "It belongs to another of Megatron-LM's programs.",
+    "apply-residual-connection-post-layernorm dist-ckpt-save-pre-mcore-014 config-logger-dir "
+    "exit-signal-handler-for-dataloader": "Megatron-Core 0.19 has no working code for it.",
+}
+NEEDS_TRANSFORMER_ENGINE = "fp8- fp4- save-dgrads-interval save-activations-interval"
+NEEDS_GPU = (
+    "record-memory-history memory-snapshot-path log-memory-to-tensorboard log-device-memory-used "
+    "log-energy enable-cuda-graph external-cuda-graph gpu-sniff-test-interval use-nccl-ub "
+    "nvtx-ranges"
+)
+
+
+def refuse_ignored(args: Namespace, argv: list[str]) -> None:
+    """Look for flags without effect on a command line.
+
+    Raises:
+        UsageError: naming one, and what helps.
+    """
+    given = [word for word in argv if word.startswith("--")]
+    for names, way_out in IGNORED.items():
+        _refuse(given, names, "here", way_out)
+    if args.non_persistent_ckpt_type == "local":
+        way_out = IGNORED["non-persistent-local- replication replication-"]
+        _refuse(given, "non-persistent-ckpt-type", "with local", way_out)
+    if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
+        way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
+        _refuse(given, "async-save", "alone", way_out)
+    if args.transformer_impl != "transformer_engine":
+        way_out = "Install it (docs/install.md), or leave the flag out."
+        _refuse(given, NEEDS_TRANSFORMER_ENGINE, "without Transformer Engine", way_out)
+    if cpu.is_active():
+        _refuse(given, NEEDS_GPU, "without a GPU", "Leave it out.")
+
+
+def _refuse(given: Iterable[str], names: str, where: str, way_out: str) -> None:
+    for flag in given:
+        name = flag.split("=")[0].removeprefix("--").removeprefix("no-")
+        if any(name.startswith(n) if n.endswith("-") else name == n for n in names.split()):
+            raise UsageError(f"{flag.split('=')[0]} has no effect {where}. {way_out}")

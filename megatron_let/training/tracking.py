@@ -1,0 +1,206 @@
+"""TensorBoard and Weights & Biases over a run's many starts, and a record of each start.
+
+Megatron opens both by itself. What is added here: TensorBoard is always on beside the checkpoints,
+a W&B run keeps its id when a job is requeued, and works without network.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_let.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+WANDB_ID_FILE = "wandb_run_id.txt"
+WANDB_HOST = "https://api.wandb.ai"
+CONNECT_SECONDS = 5
+STARTS = "starts"
+PACKAGES = (
+    "megatron-core torch transformer-engine apex flash-attn transformers tokenizers numpy "
+    "triton nvidia-nccl-cu12 nvidia-nccl-cu13"
+).split()
+ENVIRONMENT = """
+CUDA_DEVICE_MAX_CONNECTIONS CUDA_LAUNCH_BLOCKING CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME
+MASTER_ADDR MASTER_PORT NCCL_ALGO NCCL_DEBUG NCCL_IB_DISABLE NCCL_IB_HCA NCCL_NET NCCL_NVLS_ENABLE
+NCCL_P2P_DISABLE NCCL_PROTO NCCL_SOCKET_IFNAME NVTE_FLASH_ATTN NVTE_FUSED_ATTN OMP_NUM_THREADS
+PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF SLURM_CPUS_PER_TASK SLURM_GPUS_ON_NODE SLURM_JOB_ID
+SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES SLURM_JOB_PARTITION SLURM_NTASKS
+SLURM_RESTART_COUNT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID WORLD_SIZE
+""".split()
+"""The variables that are recorded; others may be secrets, by whatever name."""
+HIDDEN = "***"
+SECRET_NAME = re.compile(
+    r"(?i:(?:api|access|private)[-_]?key|secret|passw|passphrase|credential|jwt"
+    r"|(?:api|access|auth|bearer|hf|hub)[-_]?token)"
+)
+_VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s"'&,;]+)"""
+SECRETS = (
+    re.compile(r"(?<=://)()[^/\s@\"']+(?=@)"),  # user and password of an address
+    re.compile(rf"((?:{SECRET_NAME.pattern})[\w-]*[\"']? ?[=:] ?){_VALUE}"),
+    re.compile(rf"(?i)((?:token|pwd|signature|[?&]key|[?&]sig)=){_VALUE}"),
+    re.compile(r"()\bhf_(?=\w*[A-Z0-9])[A-Za-z0-9]{10,}"),
+    re.compile(r"()\b(?:gh[opsu]|github_pat|glpat|sk|xox[abp]|nvapi)[-_][\w-]{16,}"),
+    re.compile(r"()\b(?:AKIA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"),
+)
+"""Each keeps its first group; what else it finds is hidden."""
+LARGEST_DIFF_BYTES = 1_000_000
+
+
+def tracker_defaults(args: Namespace) -> dict[str, Any]:
+    """Prepare the trackers that Megatron will open; returns defaults for its flags.
+
+    Args:
+        args: the command line as parsed, before Megatron has acted on it.
+
+    Raises:
+        UsageError: W&B is asked for and has nowhere to keep its files.
+    """
+    if args.wandb_project:
+        _prepare_wandb(args)
+    if args.save is None or args.tensorboard_dir is not None:
+        return {}
+    return {"tensorboard_dir": str(Path(args.save) / "tensorboard")}
+
+
+def _prepare_wandb(args: Namespace) -> None:
+    """Set W&B's environment on the rank that opens it; what the user has set stays."""
+    if args.save is None:
+        raise UsageError(
+            f"--wandb-project {args.wandb_project} needs --save: the run's id is kept there, so "
+            "that a later start goes on with the same W&B run."
+        )
+    if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1:
+        return
+    os.environ.setdefault("WANDB_RUN_ID", _wandb_id(Path(args.save)))
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    if "WANDB_MODE" not in os.environ and not _reachable():
+        os.environ["WANDB_MODE"] = "offline"
+        folder = args.wandb_save_dir or f"{args.save}/wandb"
+        print(
+            "> W&B's host does not answer: the run is logged offline (WANDB_MODE=online insists). "
+            f"Where it does, send it with: wandb sync {folder}/wandb/offline-run-*",
+            flush=True,
+        )
+
+
+def _wandb_id(save: Path) -> str:
+    """The id that the first start chose."""
+    path = save / WANDB_ID_FILE
+    if not path.is_file() or not path.read_text().strip():
+        save.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(uuid.uuid4().hex[:12])
+        os.replace(partial, path)
+    return path.read_text().strip()
+
+
+def _reachable() -> bool:
+    """Whether W&B's host takes connections; behind a proxy nobody can tell, and W&B may try."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST))
+    address = (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443))
+    try:
+        with socket.create_connection(address, timeout=CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+# --- a record of each start --------------------------------------------------------------------
+
+
+def record_start(save: Path, args: Namespace) -> None:
+    """Write what this start of a run consists of beside its checkpoints.
+
+    `starts/iter_0000150_20261122-093000-123456-x.json`: the command line, all of Megatron's
+    arguments, the versions of what computes, the state of this repository and the job's
+    environment; for its owner's eyes, and without what looks like a secret.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    folder = save / STARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "time": now.isoformat(timespec="seconds"),
+        "iteration": args.iteration,
+        "command": sys.argv,
+        "versions": _versions(),
+        "git": git_state(ROOT),
+        "host": platform.node(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "arguments": dict(sorted(vars(args).items())),
+    }
+    # A file of its own for each start, which its owner alone can read.
+    name = f"iter_{args.iteration:07d}_{now:%Y%m%d-%H%M%S-%f}-"
+    descriptor, _ = tempfile.mkstemp(".json", name, folder)
+    with open(descriptor, "w") as file:
+        json.dump(scrubbed(record), file, indent=1, default=lambda value: scrubbed(str(value)))
+        file.write("\n")
+
+
+def scrubbed(value: Any) -> Any:
+    """Return a text, or what is made of texts, with `***` for all that looks like a secret."""
+    if isinstance(value, str):
+        for pattern in SECRETS:
+            value = pattern.sub(rf"\1{HIDDEN}", value)
+    elif isinstance(value, dict):
+        value = {
+            name: HIDDEN if isinstance(v, str) and SECRET_NAME.search(str(name)) else scrubbed(v)
+            for name, v in value.items()
+        }
+    elif isinstance(value, list | tuple):
+        before = ["", *value]  # the value of a flag is a word of its own
+        value = [
+            HIDDEN if str(flag).startswith("--") and SECRET_NAME.search(flag) else scrubbed(word)
+            for flag, word in zip(before, value, strict=False)
+        ]
+    return value
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit and what differs from it; None where this is no repository."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    diff = _git(folder, "diff", "HEAD") or ""
+    if len(diff.encode()) > LARGEST_DIFF_BYTES:
+        diff = f"more than {LARGEST_DIFF_BYTES} bytes"
+    status = (_git(folder, "status", "--porcelain") or "").splitlines()
+    return {"commit": commit.strip(), "changed": status, "diff": diff}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-c", f"safe.directory={folder}", "-C", str(folder)]
+    try:
+        result = subprocess.run(
+            [*command, *words], capture_output=True, text=True, errors="replace", timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout if result.returncode == 0 else None

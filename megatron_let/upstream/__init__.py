@@ -1,0 +1,1 @@
+"""The only door to Megatron's insides: what is replaced there, and the reasons."""

@@ -1,0 +1,85 @@
+"""`--async-save`: what Megatron's writer in the background needs to be safe, and to run on CPU."""
+
+import copy
+import functools
+import multiprocessing as mp
+import os
+import queue
+import signal
+import threading
+from argparse import Namespace
+from multiprocessing.managers import SyncManager
+from multiprocessing.util import Finalize
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+from megatron_let.upstream import cpu
+
+_write = async_utils.PersistentAsyncCaller.async_loop
+_start = async_utils.PersistentAsyncCaller._get_process.__func__  # type: ignore[attr-defined]
+
+
+def prepare_saves(args: Namespace) -> None:
+    """Set up where writers put their results, and the writer; before there are threads.
+
+    Upstream's queue of results lives in a process that imports the whole program once more: on CPU
+    ten seconds at a run's first save. A synchronous save needs none; an asynchronous one can fork
+    it, as it can the writer where there is no CUDA.
+    """
+    if not args.async_save:
+        filesystem_async._results_queue = queue.Queue()
+        return
+    results = SyncManager(ctx=mp.get_context("fork"))
+    results.start(_end_with_parent)
+    filesystem_async._results_queue = results.Queue()
+    caller = async_utils.PersistentAsyncCaller
+    caller.async_loop = staticmethod(write_loop)
+    if cpu.is_active():
+        priorities = args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
+        # Once more for a save at the run's end, for which upstream spawns one.
+        caller._get_process = classmethod(lambda it, *_: _start(it, args.rank, "fork", *priorities))
+        caller._get_process()
+    Finalize(None, _kill_writer, exitpriority=1)  # multiprocessing would wait for it
+
+
+def write_loop(*args: Any) -> None:
+    """Write what the run asks for, to its end and no longer; a writer's main function.
+
+    A scheduler's SIGTERM to all processes comes before the run asks for its last save.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)  # a fork has none of its parent's
+    _end_with_parent()
+    _write(*args)
+
+
+def snapshot(request: Any) -> Any:
+    """Return a request to save what the weights are now.
+
+    On CPU the writer shares their memory, and would find what the next steps make of them.
+    """
+    if not cpu.is_active() or request.preload_fn is None:
+        return request
+    rank, files, results = request.async_fn_args
+    files = copy.deepcopy(files)
+    preload = functools.partial(request.preload_fn.func, files, True)
+    return request._replace(async_fn_args=[rank, files, results], preload_fn=preload)
+
+
+def _end_with_parent() -> None:
+    """End this process with the run's: a next start may write the same files."""
+    parent = mp.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _kill_writer() -> None:
+    if (writer := async_utils.PersistentAsyncCaller._persistent_process) is not None:
+        writer.kill()

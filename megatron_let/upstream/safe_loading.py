@@ -1,0 +1,113 @@
+"""No byte of a checkpoint is executed: torch's reader, and Megatron's on top of it, made safe.
+
+Two parts of a `torch_dist` checkpoint are pickles, which torch loads as the programs that they are:
+`.metadata`, and the entries that are no tensors. `install` puts loaders of data alone in their
+place. They also tell damage from any other failure: what cannot be read when tried once more, by
+itself, is damaged.
+"""
+
+import functools
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.safe_globals import SAFE_GLOBALS, _reconstruct
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, filesystem
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+
+from megatron_let.errors import UsageError
+from megatron_let.upstream.inert import MetadataUnpickler, why
+
+NUMPY_1 = (_reconstruct, "numpy.core.multiarray._reconstruct")
+"""Its name in random states that were saved with NumPy 1."""
+
+
+class DamagedCheckpoint(UsageError):
+    """Says which entry of a checkpoint cannot be read, and why; raised on all ranks at once."""
+
+
+def install() -> None:
+    """Have torch and Megatron read checkpoints by this module; a second call does nothing."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # it would execute a common.pt
+    if DefaultLoadPlanner.load_bytes is load_bytes:
+        return
+    torch.serialization.add_safe_globals([*SAFE_GLOBALS, NUMPY_1])
+    reading = SimpleNamespace(load=lambda file: MetadataUnpickler(file).load(), dump=pickle.dump)
+    filesystem.pickle = reading  # type: ignore[assignment]
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
+    FileSystemReader.read_data = _naming_damage(FileSystemReader.read_data)  # type: ignore[method-assign]
+    load = TorchDistLoadShardedStrategy.load
+    TorchDistLoadShardedStrategy.load = agreed_damage()(load)  # type: ignore[method-assign]
+
+
+def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+    """Load an entry that is no tensor: data and Megatron's few classes (`SAFE_GLOBALS`)."""
+    loaded = torch.load(value, weights_only=True)
+    name = read_item.dest_index.fqn
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+    else:
+        self.state_dict[name] = loaded
+
+
+@contextmanager
+def agreed_damage() -> Iterator[None]:
+    """Raise on all ranks what is found damaged on any of them; entered on every rank.
+
+    Raises:
+        DamagedCheckpoint: with the words of the first rank that found something.
+    """
+    found = None
+    try:
+        yield
+    except CheckpointException as error:
+        causes = (cause for cause, _ in error.failures.values())
+        found = next((str(cause) for cause in causes if isinstance(cause, DamagedCheckpoint)), None)
+        if found is None:
+            raise
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() != "fake":
+        all_found: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(all_found, found)
+        found = next(filter(None, all_found), None)
+    if found is not None:
+        raise DamagedCheckpoint(found)
+
+
+def _naming_damage(read_data: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(read_data)
+    def named(self: FileSystemReader, plan: LoadPlan, planner: Any) -> Any:
+        try:
+            return read_data(self, plan, planner)
+        except Exception as error:
+            if found := _damaged_entry(self, plan):
+                raise DamagedCheckpoint(found) from error
+            raise
+
+    return named
+
+
+def _damaged_entry(reader: FileSystemReader, plan: LoadPlan) -> str | None:
+    """Read the entries again, up to the first that cannot be; None if the fault is not theirs."""
+    for item in plan.items:
+        stored = reader.storage_data[item.storage_index]
+        path = reader.fs.concat_path(reader.path, stored.relative_path)
+        try:
+            with reader.fs.create_stream(path, "rb") as file:
+                entry = io.BytesIO(reader._slice_file(file, stored).read())
+            loaded = torch.load(entry, "cpu", weights_only=True)
+            if isinstance(loaded, torch.Tensor):
+                narrow_tensor_by_index(loaded, item.storage_offsets, item.lengths)
+        except Exception as error:
+            if isinstance(error, OSError | MemoryError) or "alloc" in str(error):
+                return None  # the disk's fault, or this machine's
+            return f"{item.storage_index.fqn} cannot be read: {why(error)}"
+    return None

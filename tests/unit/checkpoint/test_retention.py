@@ -1,0 +1,110 @@
+import os
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint
+
+from megatron_let.checkpoint.folder import TRACKER
+from megatron_let.checkpoint.retention import Retention, superfluous
+
+
+def make(save, *steps, tracked):
+    for step in steps:
+        folder = save / f"iter_{step:07d}"
+        folder.mkdir(parents=True)
+        torch.distributed.checkpoint.save(
+            {"weights": torch.zeros(8)}, checkpoint_id=folder, no_dist=True
+        )
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (save / TRACKER).write_text(str(tracked))
+
+
+def names(save):
+    return sorted(path.name for path in save.iterdir() if path.is_dir())
+
+
+def steps(paths):
+    return [int(path.name[-7:]) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "gone"),
+    [
+        (1, None, [100, 200, 300, 400]),
+        (2, None, [100, 200, 300]),
+        (2, 200, [100, 300]),
+        (5, None, []),
+        (9, 100, []),
+    ],
+)
+def test_what_goes(tmp_path, keep_last, keep_every, gone):
+    make(tmp_path, 100, 200, 300, 400, 500, tracked=500)
+    assert steps(superfluous(tmp_path, 500, keep_last, keep_every)) == gone
+
+
+def test_what_is_no_complete_checkpoint_of_this_run_stays(tmp_path):
+    make(tmp_path, 100, 200, 300, 400, tracked=300)  # 400 is being written, or was left behind
+    (tmp_path / "damaged_iter_0000050").mkdir()
+    (tmp_path / "release").mkdir()
+    (tmp_path / "iter_0000010").symlink_to(tmp_path / "release")
+    assert steps(superfluous(tmp_path, 300, 1, None)) == [100, 200]
+
+
+def test_a_half_written_one_does_not_count(tmp_path):
+    make(tmp_path, 100, 200, 300, 400, tracked=400)
+    (tmp_path / "iter_0000300" / "metadata.json").unlink()
+    assert steps(superfluous(tmp_path, 400, 2, None)) == [100]
+    os.truncate(next((tmp_path / "iter_0000200").glob("*.distcp")), 10)
+    assert steps(superfluous(tmp_path, 400, 2, None)) == []
+
+
+def test_nothing_goes_before_this_start_has_saved(tmp_path):
+    """It may have gone back to the oldest: --ckpt-step."""
+    make(tmp_path, 1, 2, 3, tracked=3)
+    args = Namespace(save=str(tmp_path), save_keep_last=1, save_keep_every=None)
+    retention = Retention(args, here=True)
+    retention.finish()
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    (tmp_path / TRACKER).write_text("2")
+    retention.finish()
+    retention.finish()
+    assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
+
+
+def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    def fail(*paths):
+        raise PermissionError(13, "Permission denied", str(paths[0]))
+
+    args = Namespace(save=str(tmp_path), save_keep_last=1, save_keep_every=None)
+    retention = Retention(args, here=True)
+    make(tmp_path, 1, 2, tracked=2)
+    monkeypatch.setattr(os, "replace", fail)
+    retention.finish()
+    assert "> --save-keep-last: [Errno 13]" in capsys.readouterr().out
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002"]
+
+
+def test_it_is_removed_once_a_newer_one_is_complete(tmp_path):
+    args = Namespace(save=str(tmp_path), save_keep_last=2, save_keep_every=None)
+    retention = Retention(args, here=True)
+    retention.apply()  # nothing there yet
+    make(tmp_path, 1, 2, 3, tracked=2)
+    (tmp_path / "removing_iter_0000000").mkdir()  # an earlier start was killed over it
+    retention.apply()
+    retention._removing.join()
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    (tmp_path / TRACKER).write_text("3")
+    retention.apply()
+    retention._removing.join()
+    assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
+
+
+@pytest.mark.parametrize(("keep_last", "here"), [(None, True), (1, False)])
+def test_nothing_goes_without_the_flag_or_on_another_rank(tmp_path, keep_last, here):
+    make(tmp_path, 1, 2, 3, tracked=3)
+    args = Namespace(save=str(tmp_path), save_keep_last=keep_last, save_keep_every=None)
+    retention = Retention(args, here=here)
+    (tmp_path / TRACKER).write_text("2")
+    retention.finish()
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]

@@ -1,0 +1,114 @@
+"""Scores against a loop in numpy, the choice, and what a user can get wrong."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_let.data.selection import (
+    SelectedFirst,
+    Selection,
+    difficulty_B,
+    highest,
+    load_selection,
+    number_wanted,
+)
+from megatron_let.errors import UsageError
+from megatron_let.selection.scoring import SelectConfig, number_of_candidates
+
+
+def written_out(logits, labels, mask, top_k):
+    """Equation 10 token by token, the lower of two middle values."""
+    losses = []
+    for row, label, counts in zip(logits, labels, mask, strict=True):
+        likeliest = np.argsort(-row)[:top_k]
+        if counts and label in likeliest:
+            losses.append(np.log(np.exp(row).sum()) - row[label])
+    if len(losses) < 0.1 * mask.sum():
+        return -np.inf
+    return sorted(losses)[(len(losses) - 1) // 2]
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 20])
+def test_difficulty_is_the_median_of_the_kept(top_k):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 30, 20, generator=generator)
+    labels = torch.randint(0, 20, (6, 30), generator=generator)
+    mask = (torch.rand(6, 30, generator=generator) > 0.3).float()
+    found = difficulty_B(logits, labels, mask, top_k).numpy()
+    arrays = (logits.double().numpy(), labels.numpy(), mask.numpy())
+    expected = [written_out(*row, top_k) for row in zip(*arrays, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_sample_beyond_the_scorers_reach_comes_last():
+    logits = torch.zeros(2, 10, 5)
+    logits[..., 0] = 9.0
+    labels = torch.tensor([[1] * 10, [0] * 10])  # never the likeliest; always
+    scores = difficulty_B(logits, labels, torch.ones(2, 10), top_k=1)
+    assert scores[0] == -torch.inf and scores[1] < 0.1
+
+
+def test_highest_are_kept_in_their_order_and_of_equal_ones_the_earlier():
+    assert highest(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
+
+
+def test_selected_samples_come_first_and_then_the_stream():
+    stream = SelectedFirst(list("abcdefgh"), np.array([2, 5]), number=5)
+    assert len(stream) == 8
+    assert "".join(stream[i] for i in range(8)) == "cfcfc" + "fgh"
+
+
+@pytest.fixture
+def kept(tmp_path):
+    path = tmp_path / "selection.npz"
+    Selection(data="d1", candidates=9, samples=np.array([1, 4]), flops=2.5).save(path)
+    return path
+
+
+def test_what_is_saved_is_loaded(kept):
+    selection = load_selection(kept)
+    selection.check("d1")
+    assert selection.samples.tolist() == [1, 4]
+    assert (selection.data, selection.candidates, selection.flops) == ("d1", 9, 2.5)
+
+
+def test_a_selection_of_other_data_is_refused(kept):
+    with pytest.raises(UsageError, match="was made from other training data.*d1.*d2.*select_data"):
+        load_selection(kept).check("d2")
+
+
+def test_no_selection(tmp_path):
+    (tmp_path / "text").write_text("words")
+    for name in ("nowhere", "text"):
+        with pytest.raises(UsageError, match=f"{name} is no selection .*tools/select_data.py"):
+            load_selection(tmp_path / name)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5])
+def test_keep_fraction_outside(tmp_path, fraction):
+    with pytest.raises(UsageError, match=rf"--keep-fraction {fraction} must be above 0 and at mo"):
+        SelectConfig(output=tmp_path / "x", keep_fraction=fraction, scorer_model=None)
+
+
+def test_nothing_is_overwritten(kept):
+    with pytest.raises(UsageError, match="exists, and nothing is overwritten"):
+        SelectConfig(output=kept, keep_fraction=0.5, scorer_model=None)
+
+
+def run_flags(**changes):
+    values = {"kd_stop_step": 10, "global_batch_size": 8, "step_batch_size_schedule": None}
+    return Namespace(**values | changes)
+
+
+def test_candidates_are_as_many_as_the_kept_part_needs(tmp_path):
+    config = SelectConfig(output=tmp_path / "x", keep_fraction=0.3, scorer_model=None)
+    assert number_of_candidates(config, run_flags(), available=400) == 267
+    with pytest.raises(UsageError, match="0.3 needs 267 samples to choose 80 from.*least 0.32,"):
+        number_of_candidates(config, run_flags(), available=250)
+
+
+def test_a_run_without_a_stop_has_no_selection():
+    with pytest.raises(UsageError, match="first steps of --method salt"):
+        number_wanted(run_flags(kd_stop_step=None))
