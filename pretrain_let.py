@@ -17,17 +17,21 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from megatron_let.training import command_line  # noqa: E402
-from megatron_let.upstream import optimizers  # noqa: E402
 from megatron_let.upstream.async_saves import prepare_saves  # noqa: E402
 from megatron_let.checkpoint.choice import SAVE_ERRORS, explain_failed_save  # noqa: E402
 from megatron_let.checkpoint.door import Door  # noqa: E402
+from megatron_let.checkpoint.finite import FiniteCheck  # noqa: E402
+from megatron_let.checkpoint.lock import one_run_in, save_folder  # noqa: E402
+from megatron_let.checkpoint.retention import Retention  # noqa: E402
+from megatron_let.checkpoint.sums import Sums  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
-from megatron_let.methods import build_method  # noqa: E402
+from megatron_let.methods.table import build_method  # noqa: E402
+from megatron_let.training.log import RunLog  # noqa: E402
 from megatron_let.training.resume import resume_check  # noqa: E402
 from megatron_let.training.run import Run  # noqa: E402
-from megatron_let.training.log import RunLog  # noqa: E402
-from megatron_let.checkpoint.lock import one_run_in, save_folder  # noqa: E402
-from megatron_let.training.tracking import scrubbed  # noqa: E402
+from megatron_let.upstream.loop_hooks import LISTENERS, LoopHooks  # noqa: E402
+from megatron_let.upstream.mended import mend_megatron  # noqa: E402
+from megatron_let.upstream.secrets import scrubbed  # noqa: E402
 
 
 def main() -> None:
@@ -38,20 +42,24 @@ def main() -> None:
 
 def train() -> None:
     """Parse the flags, build the configuration, train."""
-    command_line.use_prebuilt_helpers()
-    optimizers.install()
+    mend_megatron()
     door = Door()
     door.install()
     args = command_line.parse_arguments()
     prepare_saves(args)
     method = build_method(args)
     model_config = command_line.model_config(args, method)
-    model_config.pre_wrap_hooks.insert(0, resume_check(door, args, method))
 
-    log = RunLog(args, method)
-    run = Run(args, model_config, method, log)
+    hooks = LoopHooks(args)
+    run = Run(args, model_config, method, hooks)
+    log = RunLog(args, method, run.bad_losses)
+    checks = [] if args.fake_process_group else [FiniteCheck(run.bad_losses)]
+    own = [make(args) for make in LISTENERS]
+    hooks.listeners = [*method.listeners(), *checks, log, Retention(args), Sums(), *own]
+    model_config.pre_wrap_hooks.insert(0, resume_check(door, hooks, args, method))
+    model_config.pre_wrap_hooks.append(log.count_model)
 
-    with log.installed(model_config, run.bad_losses):
+    with hooks.installed():
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             run.datasets_provider(),
@@ -59,7 +67,6 @@ def train() -> None:
             run.forward_step,
             get_embedding_ranks=command_line.embedding_ranks(args),
         )
-    log.finish()  # Megatron leaves by sys.exit where it stops early
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.training import training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
-from megatron_let.methods import build_method  # noqa: E402
 from megatron_let.methods.base import Method  # noqa: E402
+from megatron_let.methods.table import build_method  # noqa: E402
 from megatron_let.teacher.stage import Rows, Teacher  # noqa: E402
 from megatron_let.training import command_line  # noqa: E402
 from megatron_let.training.log import count_parameters  # noqa: E402
 from megatron_let.training.run import Run  # noqa: E402
-from megatron_let.upstream import optimizers  # noqa: E402
+from megatron_let.upstream.mended import mend_megatron  # noqa: E402
 
 WARM_UP = 2
 
@@ -44,7 +44,7 @@ class Trainee:
         self.method = method
         config = command_line.model_config(args, method)
         self.config = config.transformer
-        self.run = Run(args, config, method, log=None)
+        self.run = Run(args, config, method)
         self.chunks, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             cfg_container=pretrain_cfg_container_from_args(args, config),
@@ -132,7 +132,7 @@ def run_pairs(args: Any, baseline: Trainee, let: Trainee, pairs: int) -> dict[st
         students = {"baseline": baseline, "let": let}
         order = list(students) if pair % 2 else list(students)[::-1]
         found = {name: train(students[name]) for name in order}
-        teacher = let.method.teacher  # type: ignore[attr-defined]
+        teacher = let.method.host.teacher  # type: ignore[attr-defined]
         if teacher is not None:
             share = own_share(args, step, let.method.micro_batches_at_once())
             found["bare"] = seconds(functools.partial(_run_all, teacher, share))
@@ -144,8 +144,7 @@ def run_pairs(args: Any, baseline: Trainee, let: Trainee, pairs: int) -> dict[st
 
 def main() -> None:
     """Build both students, run guided pairs and pairs after the stop, write the result."""
-    command_line.use_prebuilt_helpers()
-    optimizers.install()
+    mend_megatron()
     args = command_line.parse_arguments()
     method = build_method(args)
     training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
@@ -162,9 +161,9 @@ def main() -> None:
     result = {
         "parameters": {
             "student": count_parameters(baseline.chunks),
-            "teacher": method.facts["parameters"],
+            "teacher": method.host.facts["parameters"],
         },
-        "floor": method.facts["flops_per_token"] / student_flops,
+        "floor": method.host.facts["flops_per_token"] / student_flops,
         "guided": guided,
         "stopped": {name: stopped[name] for name in ("baseline", "let")},
         "calls_after_stop": calls[0],

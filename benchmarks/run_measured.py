@@ -156,32 +156,21 @@ def place() -> str:
 
 def take_turns(method: Any, steps: Steps) -> None:
     """Have each of the method's signals take part in the steps of its own mode alone."""
-    from megatron_let.methods import METHODS
+    from megatron_let.methods.table import method_row
 
     def weight_at(signal: Any, weight: float, *now: int) -> float:
-        return weight if isinstance(signal, METHODS[steps.mode]) else 0.0
+        return weight if isinstance(signal, tuple(method_row(steps.mode).parts())) else 0.0
 
-    def teacher_states(*args: Any) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         steps.teacher_passes[steps.mode] += 1
-        return states(*args)
+        return states(*args, **named)
 
-    states, method.teacher_states = method.teacher_states, teacher_states
+    states, method.host.states = method.host.states, counted
     steps.mode = method.args.method  # all take part until the first step: the teacher is loaded
     for signal in method.signals:
         weight = signal.weight_at(0, 0)
         signal.weight_at = functools.partial(weight_at, signal, weight)
     method._release = lambda: None  # a step without the teacher is not the end of it
-
-
-def mend_norms() -> None:
-    """Without Transformer Engine Megatron's norms refuse sequence parallelism; `cpu.py` mends it.
-
-    On a GPU `pretrain_let.py` does not yet.
-    """
-    from megatron_let.upstream import accelerators
-
-    if not cpu.is_active() and not accelerators.accelerators()["Transformer Engine"]:
-        cpu._apply([mend for mend in cpu.MEGATRON_REDIRECTS if mend.make is cpu._torch_norm])
 
 
 def main() -> None:
@@ -194,7 +183,6 @@ def main() -> None:
 
     if IS_ALONE:
         alone.fill_received()
-    mend_norms()
     methods: list[Any] = []
     build = pretrain_let.build_method
 

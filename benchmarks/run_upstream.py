@@ -23,8 +23,9 @@ import megatron.core  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from benchmarks import turns  # noqa: E402
-from megatron_let.training import command_line  # noqa: E402
-from megatron_let.upstream import accelerators  # noqa: E402
+from megatron_let.upstream import accelerators, norms  # noqa: E402
+from megatron_let.upstream.datasets import PREBUILT_HELPERS  # noqa: E402
+from megatron_let.upstream.table import apply  # noqa: E402
 
 SCRIPT = "pretrain_gpt.py"
 IMPORTED_SCRIPTS = ("gpt_builders.py", "model_provider.py")
@@ -35,10 +36,10 @@ def main() -> None:
     """Load the scripts of the checkout that the first argument names, and run the last."""
     checkout = Path(sys.argv[1]).resolve()
     _check_core(checkout)
-    command_line.use_prebuilt_helpers()
+    apply([PREBUILT_HELPERS, *norms.REDIRECTS])
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     for name in IMPORTED_SCRIPTS:
-        _import(checkout / name)
+        import_script(checkout / name)
     script = str(checkout / SCRIPT)
     sys.argv = [script, *as_flags(accelerators.platform_defaults()), *sys.argv[2:]]
     turns.install_if_wanted()
@@ -51,7 +52,7 @@ def _check_core(checkout: Path) -> None:
         sys.exit(f"megatron.core is the checkout's ({core}), not the installed megatron-core.")
 
 
-def _import(path: Path) -> None:
+def import_script(path: Path) -> None:
     """Import one file; its folder on `sys.path` would add the checkout's `megatron` to ours."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

@@ -72,7 +72,7 @@ def measure(result: Path, argv: list[str]) -> None:
     from megatron.training import training
 
     import pretrain_let
-    from megatron_let.checkpoint import saves, sums
+    from megatron_let.checkpoint import sums
 
     torch.set_num_threads(1)
     summing = Summing(result.with_name("piece"))
@@ -105,7 +105,7 @@ def measure(result: Path, argv: list[str]) -> None:
         summing.wanted.clear()
         return values
 
-    saves.Sums.start = lambda *args: None  # type: ignore[method-assign]
+    sums.Sums.after_save = lambda *args: None  # type: ignore[method-assign]
     training.save_checkpoint_and_time, training.train_step = timed_save, timed_step
     sys.argv = ["pretrain_let.py", *argv]
     pretrain_let.main()

@@ -9,6 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.errors import UsageError  # noqa: E402
+from megatron_let.methods.table import import_file  # noqa: E402
 
 # The conversion imports torch and transformers, which --help does without.
 DTYPES = ("fp32", "bf16", "fp16")
@@ -44,6 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
             "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
         )
         command.add_argument("--dtype", choices=DTYPES, help="default: as saved")
+        command.add_argument(
+            "--family-module",
+            metavar="FILE",
+            help="Python file with an architecture of your own (docs/extending.md)",
+        )
         command.add_argument(
             "--verify", action="store_true", help="compare both models' logits on a text"
         )
@@ -93,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = vars(parser.parse_args(arguments))
     command = COMMANDS[values.pop("command")]
     try:
+        if (path := values.pop("family_module")) is not None:
+            import_file("--family-module", path)
         command(values)
     except (UsageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

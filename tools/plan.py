@@ -14,10 +14,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.errors import UsageError  # noqa: E402
+from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, MAIN, METHODS  # noqa: E402
 from megatron_let.planning.huggingface import TEACHERS, teacher_shape  # noqa: E402
 from megatron_let.planning.layout import Layout  # noqa: E402
 from megatron_let.planning.plan import Plan, plan  # noqa: E402
-from megatron_let.planning.run import LET_LAYER, LET_STOP_STEP, METHODS, Gpu, RunShape  # noqa: E402
+from megatron_let.planning.run import Gpu, RunShape  # noqa: E402
 from megatron_let.planning.shapes import (  # noqa: E402
     STUDENTS,
     ModelShape,
@@ -73,7 +74,7 @@ def _add_student_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_method_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--method", choices=list(METHODS), default="let", help="default: let")
+    group.add_argument("--method", choices=list(METHODS), default=MAIN, help=f"default: {MAIN}")
     group.add_argument(
         "--teacher", metavar="NAME_OR_FOLDER", help=f"{', '.join(TEACHERS)}, or a model's folder"
     )

@@ -21,6 +21,7 @@ from megatron_let.checkpoint.folder import (
     is_written,
     iteration_folders,
     listed,
+    step_of,
 )
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.errors import MachineError, UsageError
@@ -120,11 +121,6 @@ def read_tracker(load: Path) -> int | None:
     if word == "release":
         return RELEASE
     return int(word) if word.isdecimal() else None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the iteration that a run which goes on from a checkpoint has behind it."""
-    return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
 
 
 def is_own(args: Namespace, load: Path) -> bool:

@@ -5,17 +5,19 @@ from the parsing of the command line on, so that every flag that loads leads thr
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import load_common_state_dict
-from megatron.training import checkpointing, get_args, training
+from megatron.training import get_args
 
 from megatron_let.checkpoint import sums
-from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting, step_of
+from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting
+from megatron_let.checkpoint.folder import step_of
 from megatron_let.errors import MachineError, UsageError
-from megatron_let.upstream import safe_loading
+from megatron_let.upstream import loading, safe_loading
+from megatron_let.upstream.table import apply
 
 
 class Door:
@@ -30,9 +32,7 @@ class Door:
     def install(self) -> None:
         """Replace Megatron's ways; before it parses its command line."""
         safe_loading.install()
-        checkpointing._load_base_checkpoint = self._load_base
-        checkpointing.checkpoint_exists = self._holds
-        training.load_checkpoint = self._load
+        apply(loading.redirects(self._load_base, self._holds, self._load))
 
     def settle(self, args: Namespace) -> None:
         """Choose a whole checkpoint; called on every rank when the groups are there.
@@ -114,28 +114,30 @@ class Door:
         """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
         folder = self._folder(args, load)
         if folder is None:
-            return None, "", False, None
-        release, step = folder.name == "release", step_of(folder)
-        checkpointing.set_loaded_iteration(step)
-        if rank0:
-            with safe_loading.agreed_damage():
-                state = load_common_state_dict(str(folder))
-            _check_spec(args, state)
-            return state, str(folder), release, checkpointing.CheckpointType.GLOBAL
-        # The sums were compared when it was chosen.
-        args = Namespace(**vars(args) | {"verify_integrity": False})
-        states.pop("gpt_compat_layer_maps")  # of another format
-        state = states.pop("sharded_state_dict")
-        return checkpointing._load_global_dist_base_checkpoint(
-            str(folder.parent), args, False, state, step, release, **states
-        )
+            return loading.NOTHING
+        if not rank0:
+            return loading.whole_state(folder, step_of(folder), args, states)
+        found = loading.common_state(folder, step_of(folder))
+        _check_spec(args, found[0])
+        return found
 
-    def _load(self, *model: Any, **kwargs: Any) -> tuple[int, int]:
+    def saved_args(self, args: Namespace) -> Namespace | None:
+        """Return the arguments saved in the checkpoint that a run goes on from, None without one.
+
+        Every rank reads them, as Megatron does with --use-checkpoint-args: it is the small part of
+        a checkpoint that holds no tensors.
+        """
+        if args.load is None and args.pretrained_checkpoint is None:
+            return None
+        state, _, is_release, _ = self._load_base(args.load, args, rank0=True)
+        return None if is_release or not state else state.get("args")
+
+    def _load(self, load: Callable[..., Any], *model: Any, **kwargs: Any) -> tuple[int, int]:
         """`load_checkpoint`, again from an older one where the load itself finds damage."""
         args: Namespace = get_args()
         while True:
             try:
-                loaded = checkpointing.load_checkpoint(*model, **kwargs)
+                loaded = load(*model, **kwargs)
                 break
             except safe_loading.DamagedCheckpoint as error:
                 if self._args is not args or self._chosen is None:

@@ -7,61 +7,56 @@ they are saved; neither makes a training step wait.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.training.async_utils import maybe_finalize_async_save
 
+from megatron_let.upstream.loop_hooks import Listener, Save, Step
 
-def check_gradients(
-    step: int,
-    norm: float | None,
-    losses: Mapping[str, torch.Tensor],
-    count_bad_losses: Callable[[], int],
-) -> None:
-    """End the run if a step's update was made from gradients that are not finite.
+
+class FiniteCheck(Listener):
+    """Ends the run where an update, or what is to be saved, is not finite.
 
     Args:
-        step: as the log numbers it.
-        norm: of the gradients over all ranks; None if no update was made.
-        losses: among them the method's, equal on all ranks.
-        count_bad_losses: tells how many of this rank's losses are not finite; waits for them.
-
-    Raises:
-        SystemExit: on every rank.
+        count_bad_losses: tells how many losses of the step are not finite, on this rank; waits.
     """
-    if norm is None or math.isfinite(norm):
-        return
-    also = [name for name in losses if "loss" in name and not losses[name].isfinite().all()]
-    also += [f"the loss on rank {rank}" for rank in ranks_with(count_bad_losses())]
-    end_run(
-        f"step {step}: the norm of the gradients is {norm}"
-        f"{'; not finite either: ' * bool(also)}{', '.join(also)}. Nothing of this step is saved: "
-        "start again to go on from the newest checkpoint, with --iterations-to-skip "
-        f"{step} to leave this step's batch out."
-    )
 
+    def __init__(self, count_bad_losses: Callable[[], int]) -> None:
+        self._count_bad_losses = count_bad_losses
 
-def check_weights(step: int, chunks: Sequence[torch.nn.Module], optimizer: Any) -> None:
-    """End the run if it is about to save weights or optimizer state that are not finite.
+    def after_step(self, step: Step) -> None:
+        """Look at the norm of the gradients that the update was made from."""
+        norm = step.grad_norm
+        if step.is_skipped or norm is None or math.isfinite(norm):
+            return
+        losses = {name: value for name, value in step.reported.items() if "loss" in name}
+        also = [name for name, value in losses.items() if not value.isfinite().all()]
+        also += [f"the loss on rank {rank}" for rank in ranks_with(self._count_bad_losses())]
+        end_run(
+            f"step {step.number}: the norm of the gradients is {norm}"
+            f"{'; not finite either: ' * bool(also)}{', '.join(also)}. Nothing of this step is "
+            "saved: start again to go on from the newest checkpoint, with --iterations-to-skip "
+            f"{step.number} to leave this step's batch out."
+        )
 
-    Raises:
-        SystemExit: on every rank.
-    """
-    weights = [named for chunk in chunks for named in chunk.named_parameters()]
-    saved = [*weights, *_optimizer_state(optimizer)]
-    largest = torch.nn.utils.get_total_norm([tensor.detach() for _, tensor in saved], math.inf)
-    ranks = ranks_with(not math.isfinite(largest))
-    if not ranks:
-        return
-    bad = (name for name, tensor in saved if not tensor.isfinite().all())
-    names: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(names, next(bad, "").replace("module.", ""))
-    end_run(
-        f"step {step}: {names[ranks[0]]} on rank {ranks[0]} is not finite, so the step is not "
-        "saved: start again to go on from the newest checkpoint, perhaps with a smaller --lr."
-    )
+    def before_save(self, save: Save) -> None:
+        """Look at weights and optimizer state."""
+        weights = [named for chunk in save.chunks for named in chunk.named_parameters()]
+        saved = [*weights, *_optimizer_state(save.optimizer)]
+        largest = torch.nn.utils.get_total_norm([tensor.detach() for _, tensor in saved], math.inf)
+        ranks = ranks_with(not math.isfinite(largest))
+        if not ranks:
+            return
+        bad = (name for name, tensor in saved if not tensor.isfinite().all())
+        names: list[str] = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(names, next(bad, "").replace("module.", ""))
+        end_run(
+            f"step {save.step}: {names[ranks[0]]} on rank {ranks[0]} is not finite, so the step is "
+            "not saved: start again to go on from the newest checkpoint, perhaps with a smaller "
+            "--lr."
+        )
 
 
 def _optimizer_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:

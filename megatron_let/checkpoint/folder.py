@@ -16,6 +16,11 @@ def step_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the iteration that a run which goes on from a checkpoint has behind it."""
+    return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
+
+
 def iteration_folders(load: Path) -> dict[int, Path]:
     """Return the checkpoints' folders in `load` by iteration, the newest last.
 

@@ -11,57 +11,54 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_let.checkpoint.folder import TRACKER, is_written, iteration_folders
+from megatron_let.checkpoint.folder import is_written, iteration_folders, step_of
+from megatron_let.upstream.loop_hooks import Listener
 
 LEAVING = "removing_"
 """A folder that is being removed has another name: half of it must not pass for a checkpoint."""
 
 
-class Retention:
-    """Removes what `--save-keep-last` does not keep; does nothing without it, or on other ranks.
-
-    Nothing goes before this start has saved: until then an older checkpoint may be all it has.
+class Retention(Listener):
+    """Removes what `--save-keep-last` does not keep; does nothing without it.
 
     Args:
         args: `--save`, `--save-keep-last`, and `--save-retain-interval`, whose multiples stay.
-        here: whether this rank removes.
     """
 
-    def __init__(self, args: Namespace, here: bool) -> None:
-        self._save = Path(args.save) if args.save and args.save_keep_last and here else None
+    def __init__(self, args: Namespace) -> None:
+        self._save = Path(args.save or "")
         self._keep_last = args.save_keep_last
         self._keep_every = args.save_keep_every
-        self._tracked = self._tracker()
+        self._newest: int | None = None
         self._removing: threading.Thread | None = None
 
-    def _tracker(self) -> str:
-        tracker = self._save / TRACKER if self._save else None
-        return tracker.read_text().strip() if tracker and tracker.is_file() else ""
-
-    def apply(self) -> None:
+    def after_save(self, folder: Path) -> None:
         """Remove, in a thread, what a new checkpoint has made superfluous.
 
         A folder that cannot be removed is told of, and the run goes on.
         """
-        if self._save is None or (self._removing is not None and self._removing.is_alive()):
+        if self._keep_last is None or os.environ.get("RANK", "0") != "0":
             return
+        self._newest = step_of(folder)
+        if self._removing is None or not self._removing.is_alive():
+            self._remove()
+
+    def on_end(self, is_complete: bool) -> None:
+        """Wait for what is being removed, and remove the rest."""
+        if self._newest is not None:
+            if self._removing is not None:
+                self._removing.join()
+            self._remove()
+
+    def _remove(self) -> None:
+        assert self._newest is not None
         try:
-            tracked = self._tracker()
-            if tracked == self._tracked or not tracked.isdecimal():
-                return
-            self._tracked = tracked
-            for folder in superfluous(self._save, int(tracked), self._keep_last, self._keep_every):
+            for folder in superfluous(self._save, self._newest, self._keep_last, self._keep_every):
                 os.replace(folder, folder.with_name(f"{LEAVING}{folder.name}.{time.time_ns()}"))
         except OSError as error:
             print(f"> --save-keep-last: {error}", flush=True)
         self._removing = threading.Thread(target=_remove, args=(self._save,))
         self._removing.start()  # the interpreter waits for it at its end
-
-    def finish(self) -> None:
-        """The same at a run's end, whatever is still being removed."""
-        if self._removing is not None:
-            self._removing.join()
-        self.apply()
 
 
 def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron_let.upstream.loop_hooks import Listener, Save
+
 FILE = "integrity.json"
 """Megatron's name and format."""
 HASHES_AT_ONCE = 8
@@ -27,30 +29,30 @@ LAST_SECONDS = 20.0
 """So long the end of a run waits for its last sums; torchrun kills 30 s after a SIGTERM."""
 
 
-class Sums:
+class Sums(Listener):
     """Sums one checkpoint after the other in the background; no error of it ends the run."""
 
     def __init__(self) -> None:
         self._newest: threading.Thread | None = None
 
-    def start(self, folder: Path) -> None:
-        """Sum a checkpoint whose files are all there; called on every rank."""
+    def before_save(self, save: Save) -> None:
+        """Remove the sums of an older attempt before its files are written again."""
+        if save.folder and os.environ.get("RANK", "0") == "0":
+            for path in (save.folder / FILE, *save.folder.glob(PARTS.format("*"))):
+                path.unlink(missing_ok=True)
+
+    def after_save(self, folder: Path) -> None:
+        """Sum a checkpoint whose files are all there."""
         ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._newest = threading.Thread(
             target=_sum_after, args=(self._newest, folder, *ranks), daemon=True
         )
         self._newest.start()
 
-    def finish(self) -> None:
+    def on_end(self, is_complete: bool) -> None:
         """Wait for what is being summed at the end of a run, for a while."""
         if self._newest is not None:
             self._newest.join(LAST_SECONDS)
-
-
-def forget_sums(folder: Path) -> None:
-    """Remove the sums of an older attempt before its files are written again."""
-    for path in (folder / FILE, *folder.glob(PARTS.format("*"))):
-        path.unlink(missing_ok=True)
 
 
 def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:

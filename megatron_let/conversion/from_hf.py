@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import TRACKER
 from megatron_let.checkpoint.reader import COMMON_STATE
-from megatron_let.conversion.families import (
-    Family,
+from megatron_let.conversion.configs import (
     family_of_config,
     megatron_flags,
     megatron_values,
     model_shape,
 )
+from megatron_let.conversion.family import Family
 from megatron_let.conversion.mapping import (
     NOT_HUGGING_FACE_WEIGHTS,
     OUTPUT_LAYER,
@@ -38,6 +38,7 @@ from megatron_let.conversion.write_checkpoint import write_checkpoint
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import TOKENIZER_FILES, has_tokenizer
+from megatron_let.methods.table import BASELINE
 from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
 
@@ -240,7 +241,7 @@ def _tokenizer(source: Path, folder: Path, output: Path) -> dict[str, Any]:
 def _objects(values: dict[str, Any]) -> dict[str, Any]:
     rows = {"padded_vocab_size": values["vocab_size"], "make_vocab_size_divisible_by": 1}
     layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    ours = {"method": "baseline", "pad_vocab_size": False, "ckpt_format": "torch_dist"}
+    ours = {"method": BASELINE, "pad_vocab_size": False, "ckpt_format": "torch_dist"}
     args = Namespace(**values, **rows, **layout, **ours)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     layers = values["num_layers"]

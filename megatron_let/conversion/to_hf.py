@@ -19,12 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
-from megatron_let.conversion.families import (
-    Family,
-    family_of_run,
-    hugging_face_config,
-    model_shape,
-)
+from megatron_let.conversion.configs import family_of_run, hugging_face_config, model_shape
+from megatron_let.conversion.family import Family
 from megatron_let.conversion.mapping import NOT_WEIGHTS, ModelShape, Rule, check_names, rules_of
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_folder import SafetensorsFolder

@@ -239,12 +239,3 @@ def end_of_document(tokenizer: Tokenizer, name: str) -> int:
             "eos_token; set one in its tokenizer_config.json"
         )
     return eod
-
-
-def token_ids(tokenizer: Any) -> dict[str, int]:
-    """Every token's id, of a tokenizer of Megatron's: what `Tokenizer.ids` is of ours."""
-    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
-
-    if isinstance(tokenizer._tokenizer, HuggingFaceTokenizer):
-        return tokenizer._tokenizer.tokenizer.get_vocab()
-    return {str(token): index for index, token in enumerate(tokenizer.vocab)}

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_let.losses.cosine import cosine
 from megatron_let.losses.resize import Resize
+from megatron_let.losses.table import Loss
 
 
 @dataclass
@@ -80,7 +80,8 @@ class Alignment:
     out, which holds for every schedule of Megatron within one model chunk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
         self.record = Record()
         self._targets: deque[Target] = deque()
 
@@ -127,7 +128,7 @@ class Alignment:
         weights: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
         leaf = activation_SBH.detach().requires_grad_()
-        total = (cosine(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
+        total = (self._loss(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
         self.record.micro_batches += 1
         self.record.add(loss=total, tokens=target.mask_SB.sum())
         scale = 0.0 if target.scale is None else target.scale

@@ -1,23 +1,36 @@
 """What a training method adds to plain pre-training. The defaults of all hooks are the baseline."""
 
 from argparse import Namespace
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
 
-Batch = dict[str, Any]
-"""Tensors `[b, s, ...]` of a micro-batch by name; None where a stage does not need one.
-
-Under context parallelism they are this rank's part of the sequence, and `WHOLE` holds them whole.
-"""
-WHOLE = "whole"
+from megatron_let.methods.table import Flags
+from megatron_let.upstream.batch import Batch
+from megatron_let.upstream.loop_hooks import Listener, Step
 
 
-class Hooks:
+class Hooks(Listener):
     """What a method, and each signal of one, can do; the defaults do nothing."""
 
-    same_on_resume: tuple[str, ...] = ()
-    """Arguments that a resumed run must share with its checkpoint."""
+    flag_group: ClassVar[type[Flags]] = Flags
+    """The flags of its own, a dataclass; without further word a resumed run must share them."""
+
+    @classmethod
+    def check_flags(cls, args: Namespace) -> None:
+        """Check its own flags, and fill in defaults that depend on others; called twice.
+
+        First before Megatron looks at the command line, then when all is known.
+
+        Raises:
+            UsageError: naming the flag, its value and the way out.
+        """
+
+    @property
+    def same_on_resume(self) -> tuple[str, ...]:
+        """Arguments that a resumed run must share with its checkpoint."""
+        return tuple(field.name for field in fields(self.flag_group))
 
     def check_checkpoint(self, saved: Namespace) -> None:
         """Check the arguments of the checkpoint that will be loaded."""
@@ -50,6 +63,7 @@ class Method(Hooks):
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
+        self.flags: Any = self.flag_group.of(args)
 
     def check_tokens(self, student_ids: dict[str, int]) -> None:
         """Check the student's token -> id map (empty if unknown) against the method's models."""
@@ -71,6 +85,14 @@ class Method(Hooks):
         These are the next micro-batches of this step in their order: `micro_batches_at_once`, or
         what is left of the step.
         """
+
+    def listeners(self) -> list[Listener]:
+        """Who hears of the loop's events: the method, and the parts of it that want to."""
+        return [self]
+
+    def after_step(self, step: Step) -> None:
+        """Report the step."""
+        step.reported |= self.end_step()
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Called on every rank after each step; returns what to log, equal on all ranks."""

@@ -8,11 +8,13 @@ rank applies its own rows of the teacher's head; no logits are gathered.
 """
 
 import functools
+import math
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import mpu
@@ -23,6 +25,7 @@ from megatron_let.data.selection import (
     load_selection,
     number_wanted,
 )
+from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Record
 from megatron_let.losses.distilled_cross_entropy import (
     Distillation,
@@ -30,27 +33,47 @@ from megatron_let.losses.distilled_cross_entropy import (
     distilled_cross_entropy,
 )
 from megatron_let.methods import signal
-from megatron_let.methods.base import Batch
-from megatron_let.methods.schedules import distillation_weight
+from megatron_let.methods.schedules import distillation_weight, run_length
 from megatron_let.methods.signal import Signal
+from megatron_let.methods.table import KD_STOP_SHARE, Flags, method_row
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
+from megatron_let.upstream.batch import Batch
 
 # Paths of Megatron that compute the loss elsewhere, or that were never run with a distilled one.
 REFUSED_FLAGS = signal.REFUSED_FLAGS | {"context_parallel_size": (1,), "use_mup": (False,)}
 
 
+@dataclass(frozen=True)
+class DistillFlags(Flags):
+    """SALT (arXiv 2410.18779) and reverse KD; neither weight nor temperature is known for sure."""
+
+    title = "distillation"
+
+    kd_weight: float = 0.667
+    """Part of the distillation in the loss, 0 to 1; the rest is the language-model loss. For a
+    teacher much smaller than the student try 0.2 to 0.5."""
+
+    kd_temperature: float = 1.0
+    """What the teacher's logits are divided by."""
+
+    kd_stop_step: int | None = None
+    """SALT's step from which on training is plain and the teacher released; the default is 17.3
+    percent of the run's steps."""
+
+    kd_decay: Literal["step", "linear", "ratio-linear"] = "step"
+    """SALT's course of the weight until there: full weight, linear to zero, or the ratio of the
+    two losses linear to zero."""
+
+    kd_selection: str | None = None
+    """SALT_DS: file of tools/select_data.py with the samples to see until the stop step."""
+
+
 class Distill(Signal):
     """Logit distillation until `--kd-stop-step`; without one (reverse KD) during the whole run."""
 
-    same_on_resume = (
-        "kd_weight",
-        "kd_temperature",
-        "kd_stop_step",
-        "kd_decay",
-        "kd_selection",
-    )
-
+    flag_group = DistillFlags
+    flags: DistillFlags
     refused_flags = REFUSED_FLAGS
     danger = "the loss could be computed without the teacher."
     recorded = ("kd", "tokens")
@@ -62,13 +85,28 @@ class Distill(Signal):
         """The teacher's states and the loss mask of each micro-batch that has not had its loss."""
         self._lm_losses: torch.Tensor | None = None
         self.record = Record()
-        chosen = args.kd_selection
+        chosen = self.flags.kd_selection
         self._selection = None if chosen is None else load_selection(Path(chosen))
+
+    @classmethod
+    def check_flags(cls, args: Namespace) -> None:
+        """Weight, temperature and stop; a default stop is filled in."""
+        if not 0 < args.kd_weight <= 1:
+            raise UsageError(
+                f"--kd-weight {args.kd_weight} is no part of a loss: choose more than 0 and at "
+                "most 1, or --method baseline."
+            )
+        if not (args.kd_temperature > 0 and math.isfinite(args.kd_temperature)):
+            raise UsageError(f"--kd-temperature {args.kd_temperature} must be positive.")
+        if method_row(args.method).distils_to_the_end:
+            _check_no_stop(args)
+        else:
+            _check_salt_stop(args)
 
     def weight_at(self, step: int, samples: int) -> float:
         """omega(s)."""
-        args = self.args
-        return distillation_weight(args.kd_weight, step, args.kd_stop_step, args.kd_decay)
+        flags = self.flags
+        return distillation_weight(flags.kd_weight, step, flags.kd_stop_step, flags.kd_decay)
 
     # --- before the run -----------------------------------------------------------------------
 
@@ -143,7 +181,7 @@ class Distill(Signal):
             labels_BS.transpose(0, 1),
             states_SBD,
             self._head,
-            Distillation(weight=self.weight, temperature=self.args.kd_temperature),
+            Distillation(weight=self.weight, temperature=self.flags.kd_temperature),
             mpu.get_tensor_model_parallel_group(),
         )
         self.record.micro_batches += 1
@@ -169,8 +207,43 @@ class Distill(Signal):
 
     def summary(self) -> str:
         """Weight and its course."""
-        args = self.args
-        course = "during the whole run"
-        if args.kd_stop_step is not None:
-            course = f"{args.kd_decay} until step {args.kd_stop_step}"
-        return f"distillation: weight {args.kd_weight} {course}, temperature {args.kd_temperature}"
+        flags, course = self.flags, "during the whole run"
+        if flags.kd_stop_step is not None:
+            course = f"{flags.kd_decay} until step {flags.kd_stop_step}"
+        temperature = flags.kd_temperature
+        return f"distillation: weight {flags.kd_weight} {course}, temperature {temperature}"
+
+
+def _check_no_stop(args: Namespace) -> None:
+    given = [args.kd_stop_step is not None, args.kd_decay != "step", args.kd_selection is not None]
+    if any(given):
+        raise UsageError(
+            "--kd-stop-step, --kd-decay and --kd-selection have no effect with --method "
+            "reverse-kd, which distils during the whole run. Remove them, or use --method salt."
+        )
+
+
+def _check_salt_stop(args: Namespace) -> None:
+    steps = run_length(args, "steps")
+    if args.kd_stop_step is None and steps is not None:
+        args.kd_stop_step = max(1, round(KD_STOP_SHARE * steps))
+    stop = args.kd_stop_step
+    if stop is None and args.step_batch_size_schedule is not None:
+        raise UsageError(
+            "--method salt needs --kd-stop-step where --step-batch-size-schedule is given."
+        )
+    if stop is not None and not 1 <= stop <= (steps or stop):
+        raise UsageError(
+            f"--kd-stop-step {stop} is outside the run: choose 1 to {steps}, or --method "
+            "reverse-kd to distil during the whole run."
+        )
+    if args.kd_selection is not None and args.dataloader_type not in (None, "single"):
+        raise UsageError(
+            f"--kd-selection has no effect with --dataloader-type {args.dataloader_type}, which "
+            "draws its own order. Use --dataloader-type single."
+        )
+    if args.kd_decay == "ratio-linear" and args.kd_weight == 1:
+        raise UsageError(
+            "--kd-decay ratio-linear divides by the language-model loss's part, which --kd-weight "
+            "1 makes zero. Use a smaller weight, or --kd-decay linear."
+        )

@@ -1,39 +1,45 @@
-"""Methods with a teacher: its life on its pipeline stages, from loading to release."""
+"""Methods with a teacher: which signals guide, how much, and until when."""
 
-import math
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
-from megatron_let.methods.base import WHOLE, Batch, Method
+from megatron_let.methods.base import Method
 from megatron_let.methods.signal import Signal
-from megatron_let.teacher.clock import Clock
-from megatron_let.teacher.load import (
-    DTYPES,
-    TeacherConfig,
-    check_token_ids,
-    fingerprint,
-    load_causal_lm,
-    read_teacher_config,
-    read_token_ids,
-    untrained_causal_lm,
-)
-from megatron_let.teacher.split import needed_positions, own_slice, states_SBD
-from megatron_let.teacher.stage import Rows, Teacher, near_random
+from megatron_let.methods.table import Flags
+from megatron_let.teacher.host import TeacherHost
+from megatron_let.teacher.load import TeacherConfig, read_teacher_config
+from megatron_let.teacher.split import own_slice
 from megatron_let.teacher.work import micro_batches_at_once
+from megatron_let.upstream.batch import Batch
+from megatron_let.upstream.loop_hooks import Listener
 
-CONTROLS = {
-    "random": "CONTROL: the teacher is untrained",
-    "shuffled": "CONTROL: the teacher's states are those of shuffled positions",
-    "zero": "CONTROL: the teacher works, and nothing of it reaches the student",
-}
+
+@dataclass(frozen=True)
+class TeacherFlags(Flags):
+    """The small frozen model that guides the student; never trained, never in a checkpoint."""
+
+    title = "teacher"
+
+    teacher_model: str | None = None
+    """Folder or hub id of a Hugging Face causal language model with the student's tokenizer."""
+
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a hub id; the default is its main branch."""
+
+    teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision of the teacher's forward pass; the default is the student's."""
+
+    teacher_control: Literal["none", "random", "shuffled", "zero"] = "none"
+    """An experiment's control. random: an untrained teacher of the same shape; shuffled: its states
+    of other positions; zero: it works, and nothing of it reaches the student."""
 
 
 class TeacherMethod(Method):
@@ -44,21 +50,30 @@ class TeacherMethod(Method):
         signals: the classes of the ways in which the teacher guides.
     """
 
+    flag_group = TeacherFlags
+
     def __init__(self, args: Namespace, signals: Sequence[type[Signal]]) -> None:
         super().__init__(args)
         args.teacher_fingerprint = None  # saved in checkpoints
-        self.config = _read_config(args)
-        self.signals = [signal(args, self.config) for signal in signals]
-        self.same_on_resume = ("teacher_control",) + sum(
-            (signal.same_on_resume for signal in self.signals), ()
-        )
-        self.teacher: Teacher | None = None
-        self.clock = Clock()
-        self.facts: dict[str, Any] = {}
-        """About the teacher, the same on all ranks; empty if none was loaded."""
+        config = _read_config(args)
+        self.signals = [signal(args, config) for signal in signals]
+        self.host = TeacherHost(args, config, _common_layer(self.signals))
         self._transformer: TransformerConfig
-        self._layer = _common_layer(self.signals)
-        _check_rows(self.config, args)
+
+    @classmethod
+    def check_flags(cls, args: Namespace) -> None:
+        """There must be a teacher."""
+        if args.teacher_model is None:
+            raise UsageError(
+                f"--method {args.method} needs a teacher. Add --teacher-model with the folder or "
+                "hub id of a small Hugging Face causal language model that has the student's "
+                "tokenizer."
+            )
+
+    @property
+    def same_on_resume(self) -> tuple[str, ...]:
+        """The teacher itself is known by its weights (`teacher_fingerprint`), wherever it lies."""
+        return sum((s.same_on_resume for s in self.signals), ("teacher_control",))
 
     @property
     def is_guided(self) -> bool:
@@ -73,15 +88,8 @@ class TeacherMethod(Method):
     # --- before the run -----------------------------------------------------------------------
 
     def check_tokens(self, student_ids: dict[str, int]) -> None:
-        """Compare the two tokenizers; without one on either side, ids must at least exist."""
-        teacher_ids = read_token_ids(self.config.name, self.config.revision)
-        if student_ids and teacher_ids:
-            check_token_ids(student_ids, teacher_ids, self.config.name)
-        elif self.config.vocab_size < get_tokenizer().vocab_size:
-            raise UsageError(
-                f"--teacher-model {self.config.name} knows {self.config.vocab_size} token ids, "
-                f"the student {get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
-            )
+        """The teacher must have the student's tokenizer."""
+        self.host.check_tokens(student_ids)
 
     def check_checkpoint(self, saved: Namespace) -> None:
         """Remember whose guidance the checkpoint has; `on_data` compares."""
@@ -106,20 +114,20 @@ class TeacherMethod(Method):
             dataset = signal.training_data(dataset)
         return dataset
 
-    def on_data(self, train_dataset: Any) -> None:
-        """Load the teacher on its stages and score it on the run's first micro-batch.
+    def listeners(self) -> list[Listener]:
+        """The signals may keep a state."""
+        return [self, *self.signals]
 
-        Reading a sample by its index consumes nothing of the data order.
-        """
+    def on_data(self, train_dataset: Any) -> None:
+        """Load the teacher on its stages and score it on the run's first micro-batch."""
         self._set_weights(self.args.iteration)
         if any(signal.weight > 0 for signal in self._own_signals):
             self.load()
-            self._score(train_dataset)
+            self.host.score(train_dataset)
             self.prepare_teacher()
         stage = mpu.get_pipeline_model_parallel_rank()
-        chunks = [[(stage, vp) for vp in signal.owner_chunks] for signal in self.signals]
-        self.facts = _share(self.facts, chunks)
-        if self.facts:
+        self.host.share([[(stage, vp) for vp in signal.owner_chunks] for signal in self.signals])
+        if self.host.facts:
             self._check_fingerprint()
 
     def _set_weights(self, step: int) -> None:
@@ -127,7 +135,7 @@ class TeacherMethod(Method):
             signal.weight = signal.weight_at(step, self.args.consumed_train_samples)
 
     def _check_fingerprint(self) -> None:
-        before, now = self.args.teacher_fingerprint, self.facts["fingerprint"]
+        before, now = self.args.teacher_fingerprint, self.host.facts["fingerprint"]
         if before not in (None, now):
             raise UsageError(
                 f"The teacher's weights have the fingerprint {now}, but {before} guided the run "
@@ -138,39 +146,14 @@ class TeacherMethod(Method):
 
     def load(self) -> None:
         """Load the teacher on this rank."""
-        dtype = DTYPES.get(self.args.teacher_dtype, self._transformer.params_dtype)
-        device = torch.device(torch.cuda.current_device())
-        control = self.args.teacher_control
-        load = untrained_causal_lm if control == "random" else load_causal_lm
-        model = load(self.config, dtype, device)
-        length = self.args.seq_length
-        self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
-        self.facts = {
-            "name": self.config.name,
-            "parameters": self.teacher.parameters,
-            "stages": [mpu.get_pipeline_model_parallel_rank()],
-            "fingerprint": fingerprint(model),
-            "flops_per_token": self.teacher.forward_flops(length, length) / length,
-        }
+        self.host.load(self._transformer.params_dtype)
 
     def prepare_teacher(self) -> None:
         """Let the signals take what they need of a whole teacher; drop the rest."""
-        assert self.teacher is not None
+        assert self.host.teacher is not None
         for signal in self._own_signals:
-            signal.prepare(self.teacher)
-        self.teacher.keep_states_only()
-
-    def _score(self, train_dataset: Any) -> None:
-        if train_dataset is None:  # only tensor-parallel rank 0 of a stage holds the data
-            return
-        samples = [train_dataset[i] for i in range(self.args.micro_batch_size)]
-        device = torch.device(torch.cuda.current_device())
-        tokens, labels, mask = (
-            torch.stack([torch.as_tensor(sample[key]) for sample in samples]).to(device)
-            for key in ("tokens", "labels", "loss_mask")
-        )
-        assert self.teacher is not None
-        self.facts["lm_loss"] = self.teacher.lm_loss({"tokens": tokens}, labels, mask)
+            signal.prepare(self.host.teacher)
+        self.host.teacher.keep_states_only()
 
     # --- during the run -----------------------------------------------------------------------
 
@@ -193,7 +176,7 @@ class TeacherMethod(Method):
         if not guided:
             return
         sliced = all(signal.slices_sequence() for signal in guided)
-        states = self.teacher_states(batches, sliced)
+        states = self.host.states(batches, sliced=sliced)
         for signal in guided:
             own = states
             if signal.slices_sequence() and not sliced:
@@ -201,37 +184,10 @@ class TeacherMethod(Method):
                 own = [own_slice(states_SBD, group) for states_SBD in states]
             signal.push(batches, own)
 
-    def teacher_states(self, batches: list[Batch], sliced: bool) -> list[torch.Tensor]:
-        """The teacher's states `[S, b, D]` for each of some micro-batches.
-
-        Args:
-            batches: the chunk's next micro-batches.
-            sliced: whether this rank needs its slice under sequence parallelism only.
-        """
-        assert self.teacher is not None
-        rows, group = self._rows(batches), mpu.get_tensor_and_context_parallel_group()
-        positions_RS = needed_positions(
-            self.args.seq_length,
-            mpu.get_tensor_model_parallel_world_size(),
-            mpu.get_context_parallel_world_size(),
-            sliced,
-        )
-        with self.clock.running():
-            states = states_SBD(self.teacher, rows, group, positions_RS)
-        return list(states.split(self.args.micro_batch_size, dim=1))
-
     def language_model_losses(self) -> torch.Tensor | None:
         """From the signal that has replaced the model's loss, if one has."""
         every = (signal.language_model_losses() for signal in self.signals)
         return next((losses_BS for losses_BS in every if losses_BS is not None), None)
-
-    def _rows(self, batches: list[Batch]) -> Rows:
-        """What the teacher reads: the student's documents are the teacher's documents."""
-        keys = ["tokens"]
-        keys += ["position_ids"] * self.args.reset_position_ids
-        keys += ["attention_mask"] * self.args.reset_attention_mask
-        wholes = [batch.get(WHOLE, batch) for batch in batches]
-        return {key: torch.cat([whole[key] for whole in wholes]) for key in keys}
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Sum the step's records over all ranks; release the teacher after its last use."""
@@ -245,7 +201,7 @@ class TeacherMethod(Method):
         parts = [signal.sums() for signal in guided]
         zero = torch.zeros((), device=torch.cuda.current_device())
         works = float(any(signal.owner_chunks for signal in guided))
-        sums = torch.stack([*sum(parts, []), zero + self.clock.read(), zero + works])
+        sums = torch.stack([*sum(parts, []), zero + self.host.clock.read(), zero + works])
         torch.distributed.all_reduce(sums)
         *sums_1, milliseconds, workers = sums.split(1)
         report: dict[str, torch.Tensor] = {}
@@ -269,22 +225,22 @@ class TeacherMethod(Method):
             )
 
     def _release(self) -> None:
-        if self.teacher is not None:
-            self.teacher = None
+        if self.host.teacher is not None:
             for signal in self.signals:
                 signal.release()
-            torch.cuda.empty_cache()
+            self.host.release()
 
     # --- what it costs and what it does -------------------------------------------------------
 
     def extra_flops(self, tokens: int) -> float:
         """The teacher's forward passes in a guided step, one on each chunk that needs them."""
         guided = [i for i, signal in enumerate(self.signals) if signal.weight > 0]
-        if not guided or not self.facts:
+        facts = self.host.facts
+        if not guided or not facts:
             return 0.0
-        chunks = {place for i in guided for place in self.facts["chunks"][i]}
+        chunks = {place for i in guided for place in facts["chunks"][i]}
         own = sum(self.signals[i].flops_per_token() for i in guided)
-        return tokens * (len(chunks) * self.facts["flops_per_token"] + own)
+        return tokens * (len(chunks) * facts["flops_per_token"] + own)
 
     def flops_once(self) -> float:
         """What was spent before the first step."""
@@ -292,35 +248,11 @@ class TeacherMethod(Method):
 
     def describe(self) -> dict[str, Any]:
         """The teacher, for the run's `metrics.jsonl`."""
-        return {"teacher": self.facts or None}
+        return {"teacher": self.host.facts or None}
 
     def summary(self) -> list[str]:
-        """The signals, the teacher and its own loss, with a warning if it guesses."""
-        lines = [signal.summary() for signal in self.signals]
-        facts = self.facts
-        if not facts:
-            return [*lines, "the guidance is over, no teacher is loaded"]
-        loss, stages = facts["lm_loss"], facts["stages"]
-        lines += [
-            f"the teacher runs on pipeline stage {' and '.join(map(str, stages))} of "
-            f"{self.args.pipeline_model_parallel_size} (from 0)",
-            f"teacher {facts['name']}: {facts['parameters'] / 1e6:.2f} M parameters, weights "
-            f"{facts['fingerprint']}, loss {loss:.3f} on the first micro-batch",
-        ]
-        if self.args.teacher_control != "none":
-            lines.append(CONTROLS[self.args.teacher_control])
-        if self.args.seq_length > self.config.context:
-            lines.append(
-                f"the teacher reads rows of {self.args.seq_length} tokens in windows of "
-                f"{self.config.context}, its context"
-            )
-        if near_random(loss, self.config.vocab_size) and self.args.teacher_control != "random":
-            lines.append(
-                f"WARNING: a loss of {loss:.3f} is close to ln(vocabulary) = "
-                f"{math.log(self.config.vocab_size):.3f}: the teacher {facts['name']} guesses. "
-                "Was it trained, on such text, with this tokenizer?"
-            )
-        return lines
+        """The signals and the teacher."""
+        return [*(signal.summary() for signal in self.signals), *self.host.summary()]
 
 
 def _common_layer(signals: list[Signal]) -> int | None:
@@ -342,53 +274,3 @@ def _read_config(args: Namespace) -> TeacherConfig:
         raise UsageError(
             f"{error} A run whose guidance is over goes on without a teacher: --method baseline."
         ) from error
-
-
-def _check_rows(config: TeacherConfig, args: Namespace) -> None:
-    resets = [args.reset_position_ids, args.reset_attention_mask]
-    if args.seq_length > config.context and any(resets):
-        raise UsageError(
-            f"--seq-length {args.seq_length} is longer than the context of --teacher-model "
-            f"{config.name} ({config.context} tokens), which would read it in windows, and windows "
-            "do not go with --reset-position-ids or --reset-attention-mask. Use shorter sequences "
-            "or another teacher."
-        )
-    learned = args.position_embedding_type == "learned_absolute"
-    if args.reset_position_ids and not args.reset_attention_mask and not learned:
-        raise UsageError(
-            "--reset-position-ids has no effect on a student with "
-            f"--position-embedding-type {args.position_embedding_type}, but would change what "
-            f"--teacher-model {config.name} sees. Remove it, or add --reset-attention-mask."
-        )
-    if args.reset_attention_mask and args.transformer_impl == "transformer_engine":
-        raise UsageError(
-            "--reset-attention-mask has no effect on a student with Transformer Engine's causal "
-            f"attention, but would change what --teacher-model {config.name} sees. Remove it, or "
-            "add --transformer-impl local."
-        )
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
-        raise UsageError(
-            "--reset-attention-mask has no effect with --no-create-attention-mask-in-dataloader. "
-            "Remove one of the two."
-        )
-
-
-def _share(facts: dict[str, Any], chunks: list[list[tuple[int, int | None]]]) -> dict[str, Any]:
-    """Merge the facts of all ranks: only the stages with the teacher know it.
-
-    Args:
-        facts: this rank's.
-        chunks: for each signal this rank's chunks that need the teacher, as (stage, virtual stage).
-    """
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, (facts, chunks))
-    merged: dict[str, Any] = {}
-    for part, _ in gathered:
-        stages = {*merged.get("stages", []), *part.get("stages", [])}
-        merged |= part | ({"stages": sorted(stages)} if stages else {})
-    if merged:
-        merged["chunks"] = [
-            sorted({chunk for _, every in gathered for chunk in every[i]}, key=str)
-            for i in range(len(chunks))
-        ]
-    return merged

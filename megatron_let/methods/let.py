@@ -6,8 +6,10 @@ The teacher runs on the stage that owns layer K, K's `AlignedTransformerLayer` a
 the second term to its output's, and nothing of ours travels between stages.
 """
 
+import math
 from argparse import Namespace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from megatron.core import mpu
@@ -17,13 +19,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Target
 from megatron_let.losses.resize import ResizeConfig
+from megatron_let.losses.table import LOSSES
 from megatron_let.methods import signal
-from megatron_let.methods.base import Batch
-from megatron_let.methods.schedules import guidance_factor
+from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.signal import Signal
+from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, Flags
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.split import own_slice
 from megatron_let.upstream.aligned_layer import aligned_block_spec
+from megatron_let.upstream.batch import Batch
 
 # Paths of Megatron that bypass, capture or copy the aligned layer, or that were never run with it.
 # Each is refused until it is proven.
@@ -36,42 +40,86 @@ REFUSED_FLAGS = signal.REFUSED_FLAGS | {
 }
 
 
+@dataclass(frozen=True)
+class LetFlags(Flags):
+    """Late-to-Early Training (arXiv 2602.05393); defaults are the paper's where it states one."""
+
+    title = "LET"
+
+    let_layer: int = LET_LAYER
+    """Student layer to align, counted from 1. The paper says "an early layer"."""
+
+    let_teacher_layer: int | None = None
+    """Layer of the teacher to align it with, counted from 1; the default is its last, after its
+    final norm. The layers behind another one are not run."""
+
+    let_weight: float = 0.1
+    """Weight of the alignment loss at the first step (the paper's best of 0.01 to 3.0)."""
+
+    let_stop_step: int | None = None
+    """Step from which on the weight is zero and the teacher is released. Default 1500, or none
+    with --let-decay constant."""
+
+    let_stop_samples: int | None = None
+    """The same, counted in training samples."""
+
+    let_decay: Literal["linear", "cosine", "step", "constant"] = "linear"
+    """Course of the weight: linear or cosine to zero at the stop step, step: full weight until
+    there, constant: full weight during the whole run."""
+
+    let_loss: str = field(default="cosine", metadata={"argparse_meta": {"choices": LOSSES}})
+    """How far the student's states are from the teacher's; --method-module may add a loss."""
+
+    let_resize: Literal["interpolate", "linear"] = "interpolate"
+    """How a teacher's states of another width are brought to the student's: interpolate along the
+    features (no parameters), or linear, a learned map that is trained with the student, saved and
+    resumed, never exported."""
+
+
 class Let(Signal):
     """Cosine alignment of student layer K with the teacher's last layer, early in the run."""
 
-    same_on_resume = (
-        "let_layer",
-        "let_teacher_layer",
-        "let_weight",
-        "let_stop_step",
-        "let_stop_samples",
-        "let_decay",
-        "let_resize",
-    )
-
+    flag_group = LetFlags
+    flags: LetFlags
     refused_flags = REFUSED_FLAGS
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
     recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
-        super().__init__(args, teacher)
         _resolve_teacher_layer(args, teacher.num_layers)
-        self.alignment = Alignment()
+        super().__init__(args, teacher)
+        self.alignment = Alignment(LOSSES[self.flags.let_loss])
         self.record = self.alignment.record
         self._transformer: TransformerConfig
 
+    @classmethod
+    def check_flags(cls, args: Namespace) -> None:
+        """Layer, weight and stop; a default stop is filled in."""
+        if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
+            raise UsageError(
+                f"--let-layer {args.let_layer} is outside the model: --num-layers "
+                f"{args.num_layers} allows 1 to {args.num_layers} (an early layer is meant, such "
+                "as 2 or 3)."
+            )
+        if not (args.let_weight > 0 and math.isfinite(args.let_weight)):
+            raise UsageError(
+                f"--let-weight {args.let_weight} cannot guide the student; use a positive weight "
+                "(the paper's is 0.1), or --method baseline."
+            )
+        _resolve_stop(args)
+
     def weight_at(self, step: int, samples: int) -> float:
         """lambda(s), by steps or by samples."""
-        args = self.args
-        if args.let_stop_samples is not None:
-            factor = guidance_factor(samples, args.let_stop_samples, args.let_decay)
+        flags = self.flags
+        if flags.let_stop_samples is not None:
+            factor = guidance_factor(samples, flags.let_stop_samples, flags.let_decay)
         else:
-            factor = guidance_factor(step, args.let_stop_step, args.let_decay)
-        return args.let_weight * factor
+            factor = guidance_factor(step, flags.let_stop_step, flags.let_decay)
+        return flags.let_weight * factor
 
     def teacher_layer(self) -> int | None:
         """None for the last layer, whose states are those after the final norm."""
-        layer = self.args.let_teacher_layer
+        layer = self.flags.let_teacher_layer
         return None if layer == self.teacher_config.num_layers else layer
 
     # --- before the run -----------------------------------------------------------------------
@@ -79,7 +127,7 @@ class Let(Signal):
     def check_checkpoint(self, saved: Namespace) -> None:
         """Only a run with a learned map saves one."""
         before = vars(saved)  # of any version, of Megatron-LM too
-        if self.args.let_resize == "linear" and before.get("let_resize") != "linear":
+        if self.flags.let_resize == "linear" and before.get("let_resize") != "linear":
             raise UsageError(
                 f"The checkpoint in {self.args.load} holds no learned map, which --let-resize "
                 "linear trains from the first step. Use --let-resize interpolate."
@@ -89,7 +137,7 @@ class Let(Signal):
         """Replace layer K in the spec."""
         self._transformer = model_config.transformer
         resize = ResizeConfig(
-            kind=self.args.let_resize,
+            kind=self.flags.let_resize,
             student_width=self._transformer.hidden_size,
             teacher_width=self.teacher_config.width(self.teacher_layer()),
         )
@@ -98,7 +146,7 @@ class Let(Signal):
             block, owns = aligned_block_spec(
                 config,
                 vp_stage,
-                layer_number=self.args.let_layer,
+                layer_number=self.flags.let_layer,
                 alignment=self.alignment,
                 resize=resize,
             )
@@ -155,17 +203,17 @@ class Let(Signal):
 
     def summary(self) -> str:
         """Layers, weight and its course."""
-        args = self.args
-        if args.let_decay == "constant":
+        flags = self.flags
+        if flags.let_decay == "constant":
             course = "during the whole run"
-        elif args.let_stop_samples is not None:
-            course = f"{args.let_decay} until sample {args.let_stop_samples}"
+        elif flags.let_stop_samples is not None:
+            course = f"{flags.let_decay} until sample {flags.let_stop_samples}"
         else:
-            course = f"{args.let_decay} until step {args.let_stop_step}"
+            course = f"{flags.let_decay} until step {flags.let_stop_step}"
         return (
-            f"LET: layer {args.let_layer} of {args.num_layers} with the teacher's layer "
-            f"{args.let_teacher_layer} of {self.teacher_config.num_layers}, weight "
-            f"{args.let_weight} {course}"
+            f"LET: layer {flags.let_layer} of {self.args.num_layers} with the teacher's layer "
+            f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, weight "
+            f"{flags.let_weight} {course}"
         )
 
 
@@ -178,3 +226,30 @@ def _resolve_teacher_layer(args: Namespace, num_layers: int) -> None:
             f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "
             f"{args.teacher_model}, which has layers 1 to {num_layers}. Leave it out for the last."
         )
+
+
+def _resolve_stop(args: Namespace) -> None:
+    given = [args.let_stop_step is not None, args.let_stop_samples is not None]
+    if args.let_decay == "constant":
+        if any(given):
+            raise UsageError(
+                "--let-decay constant guides the whole run, so a stop has no effect. Remove "
+                "--let-stop-step / --let-stop-samples, or use --let-decay step to stop there."
+            )
+        return
+    if all(given):
+        raise UsageError("Give --let-stop-step or --let-stop-samples, not both.")
+    if not any(given):
+        args.let_stop_step = LET_STOP_STEP
+    for name, stop, total in (
+        ("step", args.let_stop_step, run_length(args, "steps")),
+        ("samples", args.let_stop_samples, run_length(args, "samples")),
+    ):
+        if stop is not None and stop < 1:
+            raise UsageError(f"--let-stop-{name} {stop} must be at least 1.")
+        if stop is not None and total is not None and stop > total:
+            raise UsageError(
+                f"The guidance would end after the run: --let-stop-{name} "
+                f"{stop}{'' if any(given) else ' (the default)'} is beyond the run's {total}. "
+                f"Choose a stop of at most {total}, or --let-decay constant for the whole run."
+            )

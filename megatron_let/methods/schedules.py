@@ -1,6 +1,7 @@
 """How much the teacher counts at a given step: step -> factor in [0, 1], and nothing else."""
 
 import math
+from argparse import Namespace
 from collections.abc import Callable
 
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -44,3 +45,15 @@ def guidance_factor(done: int, stop: int | None, decay: str) -> float:
         return 1.0
     assert stop is not None
     return DECAYS[decay](done / stop) if done < stop else 0.0
+
+
+def run_length(args: Namespace, unit: str) -> int | None:
+    """Steps or samples of the whole run; None as long as the flags do not tell."""
+    given = {"steps": args.train_iters, "samples": args.train_samples}
+    if given[unit] is not None:
+        return given[unit]
+    if args.global_batch_size is None or args.step_batch_size_schedule is not None:
+        return None
+    if unit == "steps":
+        return args.train_samples and args.train_samples // args.global_batch_size
+    return args.train_iters and args.train_iters * args.global_batch_size

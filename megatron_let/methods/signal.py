@@ -7,9 +7,10 @@ import torch
 
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Record
-from megatron_let.methods.base import Batch, Hooks
+from megatron_let.methods.base import Hooks
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
+from megatron_let.upstream.batch import Batch
 
 REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
     "overlap_moe_expert_parallel_comm": (False,),
@@ -40,6 +41,7 @@ class Signal(Hooks):
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         self.args = args
+        self.flags: Any = self.flag_group.of(args)
         self.teacher_config = teacher
         self.weight = 0.0
         """In the current step; 0 once the signal is over."""

@@ -4,38 +4,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_let.errors import UsageError
+from megatron_let.methods.table import (
+    KD_STOP_SHARE,
+    LET_LAYER,
+    LET_STOP_STEP,
+    MAIN,
+    MethodRow,
+    method_row,
+)
 from megatron_let.planning.layout import Layout
-
-LET_LAYER = 3
-LET_STOP_STEP = 1500
-KD_STOP_SHARE = 0.173
-"""SALT distils for this share of the steps (36K of 208K, arXiv 2410.18779)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Where and how long a method's teacher works."""
-
-    aligns: bool = False
-    """Its states are wanted on the stage that owns layer K, until LET's stop step."""
-    distils: bool = False
-    """Its logits are wanted on the last stage."""
-    distils_to_the_end: bool = False
-    """Not only until SALT's stop step."""
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether there is one."""
-        return self.aligns or self.distils
-
-
-METHODS = {
-    "baseline": Guidance(),
-    "let": Guidance(aligns=True),
-    "salt": Guidance(distils=True),
-    "reverse-kd": Guidance(distils=True, distils_to_the_end=True),
-    "let+salt": Guidance(aligns=True, distils=True),
-}
 
 
 class Phase(NamedTuple):
@@ -54,7 +31,7 @@ class RunShape:
     micro_batch_size: int
     global_batch_size: int
     train_iters: int
-    method: str = "let"
+    method: str = MAIN
     let_layer: int = LET_LAYER
     let_stop_step: int = LET_STOP_STEP
     kd_stop_step: int | None = None
@@ -67,8 +44,6 @@ class RunShape:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} {getattr(self, name)} must be at least 1.")
-        if self.method not in METHODS:
-            raise UsageError(f"--method {self.method} is unknown. Choose {', '.join(METHODS)}.")
         if self.guidance.aligns:
             self._check_stop("--let-stop-step", self.let_stop_step)
         if self.guidance.distils and self.kd_stop_step is not None:
@@ -82,9 +57,9 @@ class RunShape:
             )
 
     @property
-    def guidance(self) -> Guidance:
+    def guidance(self) -> MethodRow:
         """How the method uses its teacher."""
-        return METHODS[self.method]
+        return method_row(self.method)
 
     @property
     def tokens_per_step(self) -> int:

@@ -7,6 +7,7 @@ from statistics import fmean
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_let.methods.table import BASELINE, METHODS
 from megatron_let.report.runs import Run
 from megatron_let.report.targets import Comparison, mean_speed_up
 
@@ -80,7 +81,7 @@ def plot_comparison(
 def default_title(comparisons: Sequence[Comparison]) -> str:
     """State what is compared: methods, student, steps, tokens a step, number of seeds."""
     plain = comparisons[0].plain
-    others = dict.fromkeys(c.run.label for c in comparisons if c.run.method != "baseline")
+    others = dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE)
     seeds = len({c.run.seed for c in comparisons})
     what = " and ".join(_display(label) for label in others) + " against plain training"
     return (
@@ -100,9 +101,7 @@ def _import_matplotlib() -> "tuple[ModuleType, type[Figure]]":
 
 
 def _display(label: str) -> str:
-    return {"baseline": "plain", "let": "LET", "salt": "SALT", "let+salt": "LET + SALT"}.get(
-        label, label
-    )
+    return METHODS[label].label if label in METHODS else label
 
 
 def _short(count: float) -> str:
@@ -114,14 +113,12 @@ def _short(count: float) -> str:
 
 def _looks(comparisons: Sequence[Comparison]) -> dict[str, Look]:
     """A look for every label; where the colours begin anew the lines are dashed."""
-    labels = dict.fromkeys(c.run.label for c in comparisons if c.run.method != "baseline")
+    labels = dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE)
     looks = {
         label: Look(COLOURS[i % len(COLOURS)], "--" if i >= len(COLOURS) else "-")
         for i, label in enumerate(labels)
     }
-    plain = {
-        c.run.label: Look(PLAIN_COLOUR, "-") for c in comparisons if c.run.method == "baseline"
-    }
+    plain = {c.run.label: Look(PLAIN_COLOUR, "-") for c in comparisons if c.run.method == BASELINE}
     return plain | looks
 
 
@@ -197,7 +194,7 @@ def _annotate_best(
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
     plain_end = fmean(c.plain_total.steps for c in comparisons)
     groups = {
-        label: [c for c in comparisons if c.run.label == label and c.run.method != "baseline"]
+        label: [c for c in comparisons if c.run.label == label and c.run.method != BASELINE]
         for label in looks
     }
     speed_ups = {label: mean_speed_up(group) for label, group in groups.items()}

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+from megatron_let.methods.table import BASELINE
 from megatron_let.report.runs import Evaluation, Run
 
 
@@ -139,9 +140,9 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     Plain runs come first, then the labels in the order given, seeds ascending. Raises ValueError
     if a seed has no plain run, or two runs share label and seed.
     """
-    plain_by_seed = {run.seed: run for run in _unique(runs) if run.method == "baseline"}
+    plain_by_seed = {run.seed: run for run in _unique(runs) if run.method == BASELINE}
     labels = list(dict.fromkeys(run.label for run in runs))
-    in_order = sorted(runs, key=lambda r: (r.method != "baseline", labels.index(r.label), r.seed))
+    in_order = sorted(runs, key=lambda r: (r.method != BASELINE, labels.index(r.label), r.seed))
     for run in in_order:
         if run.seed not in plain_by_seed:
             raise ValueError(
@@ -156,12 +157,12 @@ def _unique(runs: Sequence[Run]) -> Sequence[Run]:
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
         # A label cannot make a second plain run of a seed: which of them would be the target?
-        key = ("baseline" if run.method == "baseline" else run.label, run.seed)
+        key = (BASELINE if run.method == BASELINE else run.label, run.seed)
         twin = seen.setdefault(key, run)
         if twin is not run:
             raise ValueError(
                 f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}: leave one "
-                "out" + ("" if key[0] == "baseline" else ", or give them labels of their own")
+                "out" + ("" if key[0] == BASELINE else ", or give them labels of their own")
             )
     return runs
 

@@ -10,6 +10,7 @@ from megatron.training import training
 from megatron_let.methods.base import Method
 from megatron_let.training import command_line
 from megatron_let.training.run import Run
+from megatron_let.upstream.mended import mend_megatron
 
 PARALLELISM = {
     "--tensor-model-parallel-size": 1,
@@ -49,7 +50,7 @@ def parse_run(prog: str, flags: Sequence[str]) -> Namespace:
         UsageError: the flags are not those of a run.
     """
     sys.argv = [prog, *without_parallelism(flags)]
-    command_line.use_prebuilt_helpers()
+    mend_megatron()
     return command_line.parse_arguments()
 
 
@@ -57,5 +58,5 @@ def build_datasets(args: Namespace) -> tuple[Any, Any, Any]:
     """Train, validation and test datasets as the run will build them, cached as it will look."""
     model_config = command_line.model_config(args, Method(args))
     training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
-    run = Run(args, model_config, Method(args), log=None)
+    run = Run(args, model_config, Method(args))
     return run.build_datasets(training.get_train_valid_test_num_samples())

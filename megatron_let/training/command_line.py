@@ -1,21 +1,16 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
-import functools
-import importlib.util
-import inspect
 import json
 import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
-from megatron.training import arguments as megatron_arguments
-from megatron.training import get_tokenizer, global_vars, initialize, training
+from megatron.training import get_tokenizer
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
@@ -23,13 +18,13 @@ from megatron_let.checkpoint import choice
 from megatron_let.data.checked import check_ids
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import first_tokens
-from megatron_let.data.tokenizer import token_ids
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored
-from megatron_let.training.tracking import scrubbed, tracker_defaults
+from megatron_let.training.tracking import tracker_defaults
+from megatron_let.upstream.tokenizer import token_ids
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
 # the file that replaces the command line, ours included, and files that lie in no folder.
@@ -43,41 +38,6 @@ LOOKED_AT = 1 << 20
 """Token ids of each dataset that are compared with the model's rows before the first step."""
 
 
-def use_prebuilt_helpers() -> None:
-    """Keep Megatron from compiling the dataset helpers that its wheel already brings.
-
-    The wheel has no makefile, so upstream's call ends the run although nothing is missing.
-    """
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        dataset_utils.compile_helpers = lambda: None
-
-
-def keep_secrets() -> None:
-    """Have Megatron print its arguments, and give them to TensorBoard and W&B, without secrets."""
-    for module, name in (
-        (megatron_arguments, "_print_args"),
-        (global_vars, "_set_wandb_writer"),
-        (training, "write_args_to_tensorboard"),
-    ):
-        setattr(module, name, _without_secrets(inspect.unwrap(getattr(module, name))))
-
-
-def _without_secrets(function: Callable[..., None]) -> Callable[..., None]:
-    """The function, with a copy of Megatron's arguments, as its last one or as it finds them."""
-
-    @functools.wraps(function)
-    def wrapped(*given: Any) -> None:
-        argv, get_args = sys.argv, initialize.get_args
-        hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
-        sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
-        try:
-            function(*given[:-1], *([hidden] if given else []))
-        finally:
-            sys.argv, initialize.get_args = argv, get_args
-
-    return wrapped
-
-
 def parse_arguments() -> Namespace:
     """Parse and check the command line; sets Megatron's globals (`parse_and_validate_args`).
 
@@ -87,13 +47,14 @@ def parse_arguments() -> Namespace:
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    keep_secrets()
     _refuse_unsupported(sys.argv)
+    arguments.import_methods(sys.argv)
     flags = parse_args(arguments.add_arguments)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     refuse_ignored(flags, sys.argv)
     arguments.check_flags(flags, sys.argv)
+    arguments.check_keep_last(flags)
     choice.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)
@@ -224,7 +185,8 @@ def _is_number(word: str) -> bool:
 def model_config(args: Namespace, method: Method) -> Any:
     """Return Megatron's `GPTModelConfig` with what the method changes in it."""
     config = gpt_config(args)
-    method.check_tokens(_student_token_ids(args))
+    is_known = args.tokenizer_type == "HuggingFaceTokenizer"
+    method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
     method.configure(config)
     return config
 
@@ -234,12 +196,6 @@ def gpt_config(args: Namespace) -> Any:
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     return config
-
-
-def _student_token_ids(args: Namespace) -> dict[str, int]:
-    if args.tokenizer_type != "HuggingFaceTokenizer":
-        return {}
-    return get_tokenizer()._tokenizer.tokenizer.get_vocab()
 
 
 def embedding_ranks(args: Namespace) -> Any:

@@ -1,15 +1,8 @@
-"""What a run tells: the summary at start, our values in Megatron's log, and `metrics.jsonl`.
+"""What a run tells: the summary at start, our values in Megatron's log, and `metrics.jsonl`."""
 
-Megatron's loop has no hook for a step's end, so functions of it are wrapped: `training_log`, called
-on every rank after each step, and `evaluate`. A test pins their signatures.
-"""
-
-import contextlib
-import functools
-import inspect
 import resource
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +14,45 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank, print_rank_0
 
-from megatron_let.checkpoint.finite import check_gradients, ranks_with
-from megatron_let.checkpoint.retention import Retention
-from megatron_let.checkpoint.saves import watched_saves
+from megatron_let.checkpoint.finite import ranks_with
 from megatron_let.methods.base import Method
 from megatron_let.training.metrics import MetricsFile
 from megatron_let.training.speed import Speed, speed_line
 from megatron_let.training.tracking import record_start
+from megatron_let.upstream.loop_hooks import Listener, Step
 
 
-class RunLog:
-    """Records a run; everything is written by the last rank, as Megatron's own log is."""
+class RunLog(Listener):
+    """Records a run; everything is written by the last rank, as Megatron's own log is.
 
-    def __init__(self, args: Namespace, method: Method) -> None:
+    Args:
+        args: the checked command line.
+        method: tells what it adds.
+        count_bad_losses: tells how many losses of the step are not finite, on this rank; waits.
+    """
+
+    def __init__(
+        self, args: Namespace, method: Method, count_bad_losses: Callable[[], int]
+    ) -> None:
         self.args = args
         self.method = method
         self.file = MetricsFile(None, 0)
         self._num_parameters = 0
-        self._known_keys: set[str] = set()
         self._sums: dict[str, torch.Tensor] = {}
         self._num_steps = 0
         self._speed = Speed(self.file.totals, 1)
-        self._retention = Retention(args, here=False)
-        self._count_bad_losses: Callable[[], int] = int
+        self._count_bad_losses = count_bad_losses
         self._iteration = 0
         self._evaluated: set[int] = set()
 
-    @contextlib.contextmanager
-    def installed(self, model_config: Any, bad_losses: Callable[[], int]) -> Iterator[None]:
-        """Wrap Megatron's functions as long as the run lasts; have its model counted.
-
-        `bad_losses` tells how many losses of a step were not finite, on this rank.
-        """
-        self._count_bad_losses = bad_losses
-        model_config.pre_wrap_hooks.append(self._count_model)
-        originals = training.training_log, training.evaluate
-        training.training_log = self._around_training_log(training.training_log)
-        training.evaluate = self._around_evaluate(training.evaluate)
-        is_alone = self.args.fake_process_group
-        try:
-            with contextlib.nullcontext() if is_alone else watched_saves(self.args):
-                yield
-        except SystemExit:  # Megatron's end before the end: the totals of steps not logged yet
-            self.file.write("stop", self._iteration)
-            raise
-        finally:
-            training.training_log, training.evaluate = originals
-
-    def start(self, data: str | None) -> None:
-        """Print what the run will do, and write its facts; called once all is built.
-
-        `data` is the hash of the training data and their order.
-        """
+    def on_start(self, data: str | None) -> None:
+        """Print what the run will do, and write its facts."""
         args = self.args
         path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._record_start(path.parent)
         self._iteration = args.iteration
-        self._retention = Retention(args, here=torch.distributed.get_rank() == 0)
         self.file = MetricsFile(path, args.iteration)
         self._speed = Speed(self.file.totals, torch.distributed.get_world_size())
         facts = self.method.describe()
@@ -107,12 +80,13 @@ class RunLog:
         except OSError as error:  # it is no reason not to train
             print(f"> this start is not recorded: {error}", flush=True)
 
-    def finish(self) -> None:
-        """Note that the run is complete: an interrupted one has no such line at its end."""
-        self.file.write("end", self._iteration)
-        self._retention.finish()
+    def on_end(self, is_complete: bool) -> None:
+        """Note how it ended: a run that was killed has no such line at its end."""
+        # A stop before the end: the totals of steps that are not logged yet.
+        self.file.write("end" if is_complete else "stop", self._iteration)
 
-    def _count_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    def count_model(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Count the student's parameters: a hook for Megatron's `pre_wrap_hooks`."""
         self._num_parameters = count_parameters(chunks)
         return chunks
 
@@ -139,37 +113,17 @@ class RunLog:
                 )
         return "\n".join(f"> {row}" for row in [f"--method {args.method}", *rows])
 
-    # --- Megatron's functions, wrapped --------------------------------------------------------
+    # --- during the run -----------------------------------------------------------------------
 
-    def _around_training_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(training_log)
+    def after_step(self, step: Step) -> None:
+        """Count it."""
+        self._iteration = step.number
+        losses = step.losses | (step.reported if is_last_rank() else {})
+        self._count_step({} if step.is_skipped else losses)
+        if step.is_skipped:
+            self._tell_skipped(step.number)
 
-        @functools.wraps(training_log)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            iteration, is_skipped = given["iteration"], bool(given["skipped_iter"])
-            ours = self.method.end_step()
-            if not (is_skipped or self.args.fake_process_group):  # a rank alone has random ones
-                check_gradients(iteration, given["grad_norm"], ours, self._count_bad_losses)
-            if is_last_rank():
-                for key in self._known_keys - ours.keys():
-                    # else logged as 0.0 for the rest of the run
-                    given["total_loss_dict"].pop(key, None)
-                self._known_keys = set(ours)
-                given["loss_dict"].update(ours)
-            self._iteration = iteration
-            self._count_step({} if is_skipped else given["loss_dict"])
-            if is_skipped:
-                self._tell_skipped(iteration)
-            result = training_log(*args, **kwargs)
-            if iteration % self.args.log_interval == 0:
-                self._write_interval(iteration, given["learning_rate"])
-                self._retention.apply()
-            return result
-
-        return wrapped
-
-    def _count_step(self, loss_dict: dict[str, torch.Tensor]) -> None:
+    def _count_step(self, losses: dict[str, torch.Tensor]) -> None:
         samples = get_current_running_global_batch_size()
         tokens = samples * self.args.seq_length
         student = training.num_floating_point_operations(self.args, samples)
@@ -177,8 +131,8 @@ class RunLog:
         teacher = self.method.extra_flops(tokens)
         self.file.add_step(tokens, before + student + teacher)
         self._speed.add_step(student, teacher)
-        self._num_steps += bool(loss_dict)
-        for key, value in loss_dict.items():
+        self._num_steps += bool(losses)
+        for key, value in losses.items():
             self._sums[key] = self._sums.get(key, 0.0) + value.detach().float().sum()
 
     def _tell_skipped(self, iteration: int) -> None:
@@ -190,6 +144,11 @@ class RunLog:
         if is_last_rank():
             print(f"> step {iteration}: no update, {what}", flush=True)
         self.file.write("skip", iteration, ranks=ranks)
+
+    def after_log(self, step: Step) -> None:
+        """Write what an interval was like at its end."""
+        if step.number % self.args.log_interval == 0:
+            self._write_interval(step.number, step.learning_rate)
 
     def _write_interval(self, iteration: int, learning_rate: float | None) -> None:
         means = {key: value.item() / max(self._num_steps, 1) for key, value in self._sums.items()}
@@ -207,15 +166,10 @@ class RunLog:
         if wandb := get_wandb_writer():
             wandb.log(speed, iteration)
 
-    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(evaluate)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = evaluate(*args, **kwargs)
-            self._write_evaluation(result[0] or {}, _peak_memory())
-            self.file.restart_clock()
-            return result
-
-        return wrapped
+    def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
+        """Write the validation loss."""
+        self._write_evaluation(losses, _peak_memory())
+        self.file.restart_clock()
 
     def _write_evaluation(self, losses: dict[str, torch.Tensor], peak_memory: float) -> None:
         # After training Megatron evaluates the validation set once more, then the test set, at

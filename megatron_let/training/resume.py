@@ -10,63 +10,52 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from megatron.training import checkpointing
-
 from megatron_let.checkpoint.door import Door
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
-from megatron_let.training.arguments import GROUPS
+from megatron_let.methods.table import BASELINE
+from megatron_let.training.arguments import groups
 from megatron_let.training.resume_flags import check_flags
+from megatron_let.upstream.loop_hooks import LoopHooks
 
-DEFAULTS = {field.name: field.default for group in GROUPS.values() for field in fields(group)}
-
-REMOVED = {"let_loss": "cosine", "let_resize_side": "teacher", "kd_temperature_side": "teacher"}
+REMOVED = {"let_resize_side": "teacher", "kd_temperature_side": "teacher"}
 """Arguments that older checkpoints hold, and the only value that this version still means."""
 
 
-def resume_check(door: Door, args: Namespace, method: Method) -> Callable[[list[Any]], list[Any]]:
+def resume_check(
+    door: Door, hooks: LoopHooks, args: Namespace, method: Method
+) -> Callable[[list[Any]], list[Any]]:
     """Return the hook that Megatron calls before it loads: on every rank, with the groups there."""
 
     def check(chunks: list[Any]) -> list[Any]:
         door.settle(args)
-        check_resume(args, method)
+        saved = door.saved_args(args)
+        if saved is not None:
+            check_resume(args, saved, method)
+            if not args.finetune:
+                hooks.on_load(saved)
         return chunks
 
     return check
 
 
-def check_resume(args: Namespace, method: Method) -> None:
-    """Compare this run with the one that saved the checkpoint of `--load`, if there is one.
+def check_resume(args: Namespace, saved: Namespace, method: Method) -> None:
+    """Compare this run with the one that saved the checkpoint of `--load`, by its arguments.
 
     Another method may go on from a checkpoint; the same one must go on with the same flags.
 
     Raises:
         UsageError: naming both values and the way out.
     """
-    saved = _saved_args(args)
-    if saved is None:
-        return
     method.check_checkpoint(saved)
     if args.finetune:  # a run of its own, which takes the weights only
         return check_flags(args, saved)
-    saved_method = vars(saved).get("method", "baseline")  # Megatron-LM's own checkpoints have none
+    saved_method = vars(saved).get("method", BASELINE)  # Megatron-LM's own checkpoints have none
     if saved_method == args.method:
         _check_flags(args, saved, method)
     elif os.environ.get("RANK", "0") == "0":
         print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
     return check_flags(args, saved)
-
-
-def _saved_args(args: Namespace) -> Namespace | None:
-    """Return the arguments saved in the checkpoint, None without one.
-
-    Every rank reads them, as Megatron does with --use-checkpoint-args: it is the small part of a
-    checkpoint that holds no tensors.
-    """
-    if args.load is None and args.pretrained_checkpoint is None:
-        return None
-    state, _, release, _ = checkpointing._load_base_checkpoint(args.load, args, rank0=True)
-    return None if release or not state else state.get("args")
 
 
 def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:
@@ -79,10 +68,11 @@ def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:
                 "from its weights: --finetune, with another --save."
             )
     given = {word.partition("=")[0] for word in sys.argv}
+    defaults = {field.name: field.default for g in groups().values() for field in fields(g)}
     for name in method.same_on_resume:
         if name not in saved and _flag(name, None).split()[-1] not in given:
             continue  # older code's, which did what is the default now
-        value, before = vars(args)[name], vars(saved).get(name, DEFAULTS[name])
+        value, before = vars(args)[name], vars(saved).get(name, defaults[name])
         if value != before:
             raise UsageError(
                 f"This run has {_flag(name, value)}, the checkpoint in {args.load} was saved with "

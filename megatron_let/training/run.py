@@ -3,7 +3,6 @@
 import functools
 import json
 from argparse import Namespace
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,22 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import (
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_let.data.checked import (
-    GPTDataset,
-    check_ids,
-    check_loss_mask,
-    use_plain_indices,
-)
+from megatron_let.data.checked import check_loss_mask
 from megatron_let.errors import UsageError
-from megatron_let.methods.base import WHOLE, Batch, Method
+from megatron_let.methods.base import Method
+from megatron_let.training.micro_batches import MicroBatches
+from megatron_let.upstream.batch import BATCH_KEYS, Batch, drawn_batch
+from megatron_let.upstream.datasets import GPTDataset
+from megatron_let.upstream.loop_hooks import LoopHooks
 
 Report = dict[str, torch.Tensor]
 
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 SAME_IN_DATASET_CONFIG = (
     "split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files "
     "reset_position_ids reset_attention_mask eod_mask_loss object_storage_cache_path "
@@ -52,22 +44,20 @@ class Run:
         args: the checked command line.
         config: Megatron's `GPTModelConfig`.
         method: what is added to plain training.
-        log: told when a step starts, and when the data is there.
+        hooks: told when the data is there.
     """
 
-    def __init__(self, args: Namespace, config: Any, method: Method, log: Any) -> None:
+    def __init__(
+        self, args: Namespace, config: Any, method: Method, hooks: LoopHooks | None = None
+    ) -> None:
         self.args = args
         self.config = config.transformer
         self.method = method
-        self.log = log
+        self.hooks = hooks
         self._is_alone = args.fake_process_group
         """Whether no other rank of the layout exists: what it would send never comes."""
         self._method_dataset: Any = None
-        self._step = -1
-        self._left: dict[int | None, int] = {}
-        """Micro-batches that each chunk of this rank has not run yet in this step."""
-        self._ahead: dict[int | None, deque[Batch]] = defaultdict(deque)
-        """Micro-batches that a chunk has drawn and not run yet."""
+        self._training_batches = MicroBatches(args, method, self.batch, self._start_step)
         self._bad_losses: torch.Tensor | int = 0
 
     # --- data ---------------------------------------------------------------------------------
@@ -82,7 +72,6 @@ class Run:
         self, num_samples: list[int], vp_stage: int | None = None
     ) -> tuple[Any, Any, Any]:
         """Build the three datasets; None where this rank needs none."""
-        use_plain_indices()
         builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
@@ -111,7 +100,8 @@ class Run:
             self._method_dataset = datasets[0]
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
-            self.log.start(_known_to_all(data))
+            if self.hooks is not None:
+                self.hooks.on_start(_known_to_all(data))
             if self._is_alone:
                 rank = f"rank {self.args.rank} of {self.args.world_size}"
                 print(f"> {rank} alone: but for time and memory its numbers mean nothing")
@@ -181,43 +171,13 @@ class Run:
             return dict.fromkeys(BATCH_KEYS)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = self._drawn_batch(data_iterator, vp_stage)
-        timers("batch-generator").stop()
-        return batch
-
-    def _drawn_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
-        args = self.args
-        batch: Batch = {}
-        if self._holds_data():
-            drawn = next(data_iterator)
-            for key in ("tokens", "labels"):
-                check_ids(drawn[key], args.padded_vocab_size, "The data")
-            batch = {
-                key: drawn[key].cuda(non_blocking=True) if key in drawn else None
-                for key in BATCH_KEYS
-            }
-        batch = get_batch_on_this_tp_rank(
-            batch,
-            has_cu_seqlens=False,
-            is_hybrid_cp=False,
-            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-            broadcast_group=mpu.get_tensor_model_parallel_group(),
-            cp_size=args.context_parallel_size,
-            tp_rank=0 if self._holds_data() else mpu.get_tensor_model_parallel_rank(),
-            micro_batch_size=args.micro_batch_size,
-            seq_length=args.seq_length,
-            mtp_on_this_rank=self._reads_all(vp_stage),  # upstream's word for "all the keys"
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        batch = drawn_batch(
+            self.args,
+            data_iterator,
+            holds_data=self._holds_data(),
+            reads_all=self._reads_all(vp_stage),
         )
-        if args.context_parallel_size > 1:
-            whole = dict(batch)
-            batch = get_batch_on_this_cp_rank(
-                batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-            )
-            batch[WHOLE] = whole
+        timers("batch-generator").stop()
         return batch
 
     def forward_step(
@@ -225,7 +185,7 @@ class Run:
     ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Report]]]:
         """Run one micro-batch through this rank's chunk (`forward_step_func` of the schedules)."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        draw = self._training_batch if model.training else self.batch
+        draw = self._training_batches.next if model.training else self.batch
         batch = draw(data_iterator, vp_stage)
         run = model.build_schedule_plan if return_schedule_plan else model
         output = run(
@@ -237,30 +197,7 @@ class Run:
         )
         return output, functools.partial(self.loss, batch["loss_mask"])
 
-    def _training_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
-        """Return the chunk's next micro-batch; the method has seen it, perhaps with coming ones.
-
-        Coming ones of this step only: Megatron may repeat a step, and saves between steps.
-        """
-        if self.args.curr_iteration != self._step or not any(self._left.values()):
-            self._start_step()
-        ahead = self._ahead[vp_stage]
-        if not ahead:
-            guided = self.method.reads_batch(vp_stage)
-            count = self.method.micro_batches_at_once() if guided else 1
-            for _ in range(min(count, self._left[vp_stage])):
-                ahead.append(self.batch(data_iterator, vp_stage))
-            if guided:
-                self.method.before_forward(list(ahead), vp_stage)
-        self._left[vp_stage] -= 1
-        return ahead.popleft()
-
     def _start_step(self) -> None:
-        self._step = self.args.curr_iteration
-        chunks = self.args.virtual_pipeline_model_parallel_size
-        stages = [None] if chunks is None else range(chunks)
-        self._left = dict.fromkeys(stages, get_num_microbatches())
-        self._ahead.clear()
         self._bad_losses = 0
         self.method.start_step()
 

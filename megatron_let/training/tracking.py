@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_let.errors import UsageError
+from megatron_let.upstream.secrets import scrubbed
 
 ROOT = Path(__file__).resolve().parents[2]
 WANDB_ID_FILE = "wandb_run_id.txt"
@@ -42,21 +42,6 @@ SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES SLURM_JOB_PARTITION SLURM_
 SLURM_RESTART_COUNT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID WORLD_SIZE
 """.split()
 """The variables that are recorded; others may be secrets, by whatever name."""
-HIDDEN = "***"
-SECRET_NAME = re.compile(
-    r"(?i:(?:api|access|private)[-_]?key|secret|passw|passphrase|credential|jwt"
-    r"|(?:api|access|auth|bearer|hf|hub)[-_]?token)"
-)
-_VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s"'&,;]+)"""
-SECRETS = (
-    re.compile(r"(?<=://)()[^/\s@\"']+(?=@)"),  # user and password of an address
-    re.compile(rf"((?:{SECRET_NAME.pattern})[\w-]*[\"']? ?[=:] ?){_VALUE}"),
-    re.compile(rf"(?i)((?:token|pwd|signature|[?&]key|[?&]sig)=){_VALUE}"),
-    re.compile(r"()\bhf_(?=\w*[A-Z0-9])[A-Za-z0-9]{10,}"),
-    re.compile(r"()\b(?:gh[opsu]|github_pat|glpat|sk|xox[abp]|nvapi)[-_][\w-]{16,}"),
-    re.compile(r"()\b(?:AKIA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"),
-)
-"""Each keeps its first group; what else it finds is hidden."""
 LARGEST_DIFF_BYTES = 1_000_000
 
 
@@ -150,25 +135,6 @@ def record_start(save: Path, args: Namespace) -> None:
     with open(descriptor, "w") as file:
         json.dump(scrubbed(record), file, indent=1, default=lambda value: scrubbed(str(value)))
         file.write("\n")
-
-
-def scrubbed(value: Any) -> Any:
-    """Return a text, or what is made of texts, with `***` for all that looks like a secret."""
-    if isinstance(value, str):
-        for pattern in SECRETS:
-            value = pattern.sub(rf"\1{HIDDEN}", value)
-    elif isinstance(value, dict):
-        value = {
-            name: HIDDEN if isinstance(v, str) and SECRET_NAME.search(str(name)) else scrubbed(v)
-            for name, v in value.items()
-        }
-    elif isinstance(value, list | tuple):
-        before = ["", *value]  # the value of a flag is a word of its own
-        value = [
-            HIDDEN if str(flag).startswith("--") and SECRET_NAME.search(flag) else scrubbed(word)
-            for flag, word in zip(before, value, strict=False)
-        ]
-    return value
 
 
 def _versions() -> dict[str, str | None]:

@@ -13,34 +13,52 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils
 
 from megatron_let.upstream import cpu
+from megatron_let.upstream.table import Redirect, apply, instead
 
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _write = async_utils.PersistentAsyncCaller.async_loop
-_start = async_utils.PersistentAsyncCaller._get_process.__func__  # type: ignore[attr-defined]
+
+
+def redirects(args: Namespace, results: Any) -> list[Redirect]:
+    """What is replaced for saves: `results` is the queue in which writers put theirs."""
+    found = [
+        Redirect(
+            f"{_STRATEGIES}.filesystem_async",
+            "_results_queue",
+            instead(results),
+            "upstream's lives in a process that imports the whole program once more: on CPU ten "
+            "seconds at a run's first save",
+        )
+    ]
+    if args.async_save:
+        caller = f"{_STRATEGIES}.async_utils.PersistentAsyncCaller"
+        loop = instead(staticmethod(write_loop))
+        found.append(Redirect(caller, "async_loop", loop, "outlives its run, dies of its SIGTERM"))
+        if cpu.is_active():
+            fork = functools.partial(_forked, args)
+            found.append(Redirect(caller, "_get_process", fork, "spawns where a fork would do"))
+    return found
+
+
+def _forked(args: Namespace, start: Any) -> Any:
+    priorities = args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
+    # Once more for a save at the run's end, for which upstream spawns one.
+    return classmethod(lambda it, *_: start.__func__(it, args.rank, "fork", *priorities))
 
 
 def prepare_saves(args: Namespace) -> None:
-    """Set up where writers put their results, and the writer; before there are threads.
-
-    Upstream's queue of results lives in a process that imports the whole program once more: on CPU
-    ten seconds at a run's first save. A synchronous save needs none; an asynchronous one can fork
-    it, as it can the writer where there is no CUDA.
-    """
+    """Set up where writers put their results, and the writer; before there are threads."""
     if not args.async_save:
-        filesystem_async._results_queue = queue.Queue()
+        apply(redirects(args, queue.Queue()))
         return
     results = SyncManager(ctx=mp.get_context("fork"))
     results.start(_end_with_parent)
-    filesystem_async._results_queue = results.Queue()
-    caller = async_utils.PersistentAsyncCaller
-    caller.async_loop = staticmethod(write_loop)
+    apply(redirects(args, results.Queue()))
     if cpu.is_active():
-        priorities = args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
-        # Once more for a save at the run's end, for which upstream spawns one.
-        caller._get_process = classmethod(lambda it, *_: _start(it, args.rank, "fork", *priorities))
-        caller._get_process()
+        async_utils.PersistentAsyncCaller._get_process()
     Finalize(None, _kill_writer, exitpriority=1)  # multiprocessing would wait for it
 
 

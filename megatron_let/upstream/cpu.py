@@ -10,33 +10,23 @@ Call `activate()` before the first import of Megatron: `megatron.core.jit` reads
 when it is imported.
 """
 
-import copy
 import functools
-import importlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
 from megatron_let.upstream import gpus
 from megatron_let.upstream.streams import Event, Stream, in_order
+from megatron_let.upstream.table import Redirect, apply, instead
 
 CPU = torch.device("cpu")
-
-
-class Redirect(NamedTuple):
-    """One redirected name: `owner.name` becomes `make(original)`, for the stated reason."""
-
-    owner: str
-    name: str
-    make: Callable[[Any], Any]
-    reason: str
 
 
 # ----------------------------------------------------------------------------------------------
@@ -102,26 +92,6 @@ def _without_nccl(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return without_nccl
-
-
-def _torch_norm(original: Any) -> Callable[..., torch.nn.Module]:
-    """`WrappedTorchNorm.__new__` that marks its weights instead of refusing sequence parallelism.
-
-    Under sequence parallelism a norm sees a slice of the sequence, so its weights' gradients are
-    partial sums; `finalize_model_grads` adds them over the TP group if the weights say so.
-    """
-
-    def build(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        if not config.sequence_parallel:
-            return original(cls, config, hidden_size, eps, **kwargs)
-        unsharded = copy.copy(config)
-        unsharded.sequence_parallel = False
-        norm = original(cls, unsharded, hidden_size, eps, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = True
-        return norm
-
-    return build
 
 
 def _on_one_device(group_class: type) -> type:
@@ -241,9 +211,9 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect("torch.cuda", "max_memory_reserved", _ZERO, "memory report"),
     Redirect("torch.cuda", "memory_stats", _returns(dict), "memory report"),
     Redirect("torch.cuda", "reset_peak_memory_stats", _NOTHING, "memory report"),
-    Redirect("torch.cuda", "Stream", lambda original: Stream, "DDP's communication stream"),
-    Redirect("torch.cuda", "Event", lambda original: Event, "timing"),
-    Redirect("torch.cuda", "stream", lambda original: in_order, "DDP's communication stream"),
+    Redirect("torch.cuda", "Stream", instead(Stream), "DDP's communication stream"),
+    Redirect("torch.cuda", "Event", instead(Event), "timing"),
+    Redirect("torch.cuda", "stream", instead(in_order), "DDP's communication stream"),
     Redirect("torch.cuda", "set_stream", _NOTHING, "one stream"),
     Redirect("torch.cuda", "current_stream", _returns(Stream), "DDP's communication stream"),
     Redirect("torch.cuda", "default_stream", _returns(Stream), "DDP's communication stream"),
@@ -284,12 +254,6 @@ MEGATRON_REDIRECTS: list[Redirect] = [
         "the tensor-parallel RNG states are forks of the CPU generator",
     ),
     Redirect(
-        "megatron.core.transformer.torch_norm.WrappedTorchNorm",
-        "__new__",
-        _torch_norm,
-        "refuses sequence parallelism since it does not mark its weights",
-    ),
-    Redirect(
         "megatron.training.training",
         "initialize_megatron",
         lambda original: functools.partial(original, allow_no_cuda=True),
@@ -304,18 +268,6 @@ MEGATRON_REDIRECTS: list[Redirect] = [
 # ----------------------------------------------------------------------------------------------
 
 
-def resolve(dotted: str) -> Any:
-    """Return the module or class called `dotted`; raises `AttributeError` or `ImportError`."""
-    parts = dotted.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        return functools.reduce(getattr, parts[end:], found)
-    raise ImportError(dotted)
-
-
 def is_active() -> bool:
     """Whether the redirects are in place."""
     return torch.cuda.Stream is Stream
@@ -328,9 +280,9 @@ def activate() -> None:
     # `with torch.device("meta")`, in which Hugging Face models are built, knows the factories from
     # a cached set: it must hold the originals, or every model is built, and initialised, for real.
     _device_constructors()
-    _apply(TORCH_REDIRECTS)
+    apply(TORCH_REDIRECTS)
     quieten()
-    _apply(MEGATRON_REDIRECTS)
+    apply(MEGATRON_REDIRECTS)
 
 
 def activate_if_wanted(argv: list[str] | None = None, work: str = "training") -> None:
@@ -350,13 +302,6 @@ def activate_if_wanted(argv: list[str] | None = None, work: str = "training") ->
         if not {"-h", "--help"} & set(argv):
             gpus.fall_back(f"no GPU: {work} on CPU")
         activate()
-
-
-def _apply(redirects: list[Redirect]) -> None:
-    for redirect in redirects:
-        owner = resolve(redirect.owner)
-        original = getattr(owner, redirect.name)
-        setattr(owner, redirect.name, redirect.make(original))
 
 
 def quieten() -> None:

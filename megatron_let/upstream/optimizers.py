@@ -1,20 +1,18 @@
 """The optimizers and their schedule, resumable.
 
-Upstream tells groups of parameters apart by their peak learning rate, so that another --lr finds
-none of its own, and starts the schedule anew where no optimizer is loaded. Without Transformer
-Engine and Apex: their Adam keeps its step once; PyTorch's keeps one tensor per parameter, which
-three places of `DistributedOptimizer` overlook when they load a checkpoint.
+Without Transformer Engine and Apex: their Adam keeps its step once; PyTorch's keeps one tensor per
+parameter, which three places of `DistributedOptimizer` overlook when they load a checkpoint.
 """
 
 import functools
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import optimizer as megatron_optimizer
-from megatron.core.optimizer import distrib_optimizer, optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.training import get_args, training
+from megatron.core.optimizer import distrib_optimizer
+from megatron.training import get_args
+
+from megatron_let.upstream.table import Redirect
 
 
 class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
@@ -41,32 +39,64 @@ class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
 
-def _load_schedule(scheduler: Any, state_dict: Any) -> None:
-    """With --override-opt-param-scheduler the loaded groups get this run's learning rates, too."""
-    inspect.unwrap(OptimizerParamScheduler.load_state_dict)(scheduler, state_dict)
-    for group in scheduler.optimizer.param_groups if scheduler.override_opt_param_scheduler else ():
-        if not group.get("is_decoupled_lr"):
-            group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
+def _without_rates(identifiers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in identifiers if key not in ("max_lr", "min_lr"))
 
 
-def _set_up(*args: Any, **kwargs: Any) -> Any:
-    """With --no-load-optim the schedule goes on at the checkpoint's sample."""
-    made = inspect.unwrap(training.setup_model_and_optimizer)(*args, **kwargs)
-    scheduler, run = made[2], get_args()
-    if scheduler is not None and run.iteration > 0 and scheduler.num_steps == 0:
-        scheduler.step(increment=run.consumed_train_samples)
-    return made
+def _with_rates(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_state_dict)
+    def load(scheduler: Any, state_dict: Any) -> None:
+        load_state_dict(scheduler, state_dict)
+        is_overridden = scheduler.override_opt_param_scheduler
+        for group in scheduler.optimizer.param_groups if is_overridden else ():
+            if not group.get("is_decoupled_lr"):
+                group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
+
+    return load
 
 
-def install() -> None:
-    """Have Megatron build and resume optimizers in this way."""
-    keys = (key for key in optimizer.param_group_identifier_keys if key not in ("max_lr", "min_lr"))
-    optimizer.param_group_identifier_keys = tuple(keys)
-    distrib_optimizer.param_group_identifier_keys = optimizer.param_group_identifier_keys
-    for owner, name, ours in (
-        (OptimizerParamScheduler, "load_state_dict", _load_schedule),
-        (training, "setup_model_and_optimizer", _set_up),
-    ):
-        setattr(owner, name, functools.update_wrapper(ours, inspect.unwrap(getattr(owner, name))))
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        megatron_optimizer.DistributedOptimizer = TorchAdamDistributedOptimizer
+def _schedule_goes_on(set_up: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(set_up)
+    def resumed(*args: Any, **kwargs: Any) -> Any:
+        made = set_up(*args, **kwargs)
+        scheduler, run = made[2], get_args()
+        if scheduler is not None and run.iteration > 0 and scheduler.num_steps == 0:
+            scheduler.step(increment=run.consumed_train_samples)
+        return made
+
+    return resumed
+
+
+def _of_torch_adam(upstreams: type) -> type:
+    return upstreams if distrib_optimizer.HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
+
+
+REDIRECTS = [
+    *(
+        Redirect(
+            f"megatron.core.optimizer.{module}",
+            "param_group_identifier_keys",
+            _without_rates,
+            "another --lr would find no group of its own in the checkpoint",
+        )
+        for module in ("optimizer", "distrib_optimizer")
+    ),
+    Redirect(
+        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler",
+        "load_state_dict",
+        _with_rates,
+        "with --override-opt-param-scheduler the loaded groups keep the checkpoint's rates",
+    ),
+    Redirect(
+        "megatron.training.training",
+        "setup_model_and_optimizer",
+        _schedule_goes_on,
+        "with --no-load-optim the schedule starts anew",
+    ),
+    Redirect(
+        "megatron.core.optimizer",
+        "DistributedOptimizer",
+        _of_torch_adam,
+        "cannot load the state of PyTorch's Adam",
+    ),
+]

@@ -16,16 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.safe_globals import SAFE_GLOBALS, _reconstruct
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, filesystem
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_let.errors import UsageError
 from megatron_let.upstream.inert import MetadataUnpickler, why
+from megatron_let.upstream.table import Redirect, apply, instead
 
 NUMPY_1 = (_reconstruct, "numpy.core.multiarray._reconstruct")
 """Its name in random states that were saved with NumPy 1."""
@@ -33,20 +33,6 @@ NUMPY_1 = (_reconstruct, "numpy.core.multiarray._reconstruct")
 
 class DamagedCheckpoint(UsageError):
     """Says which entry of a checkpoint cannot be read, and why; raised on all ranks at once."""
-
-
-def install() -> None:
-    """Have torch and Megatron read checkpoints by this module; a second call does nothing."""
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # it would execute a common.pt
-    if DefaultLoadPlanner.load_bytes is load_bytes:
-        return
-    torch.serialization.add_safe_globals([*SAFE_GLOBALS, NUMPY_1])
-    reading = SimpleNamespace(load=lambda file: MetadataUnpickler(file).load(), dump=pickle.dump)
-    filesystem.pickle = reading  # type: ignore[assignment]
-    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
-    FileSystemReader.read_data = _naming_damage(FileSystemReader.read_data)  # type: ignore[method-assign]
-    load = TorchDistLoadShardedStrategy.load
-    TorchDistLoadShardedStrategy.load = agreed_damage()(load)  # type: ignore[method-assign]
 
 
 def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -111,3 +97,35 @@ def _damaged_entry(reader: FileSystemReader, plan: LoadPlan) -> str | None:
                 return None  # the disk's fault, or this machine's
             return f"{item.storage_index.fqn} cannot be read: {why(error)}"
     return None
+
+
+_READING = SimpleNamespace(load=lambda file: MetadataUnpickler(file).load(), dump=pickle.dump)
+_CHECKPOINT = "torch.distributed.checkpoint"
+REDIRECTS = [
+    Redirect(f"{_CHECKPOINT}.filesystem", "pickle", instead(_READING), "executes a `.metadata`"),
+    Redirect(
+        f"{_CHECKPOINT}.default_planner.DefaultLoadPlanner",
+        "load_bytes",
+        instead(load_bytes),
+        "executes what is no tensor",
+    ),
+    Redirect(
+        f"{_CHECKPOINT}.FileSystemReader",
+        "read_data",
+        _naming_damage,
+        "does not tell damage from a full disk",
+    ),
+    Redirect(
+        "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy",
+        "load",
+        agreed_damage(),
+        "one rank's damage would leave the others waiting",
+    ),
+]
+
+
+def install() -> None:
+    """Have torch and Megatron read checkpoints by this module."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # it would execute a common.pt
+    torch.serialization.add_safe_globals([*SAFE_GLOBALS, NUMPY_1])
+    apply(REDIRECTS)

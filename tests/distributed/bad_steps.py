@@ -13,9 +13,8 @@ import torch
 from megatron.training import get_args, training
 
 import pretrain_let
-from megatron_let.checkpoint import saves
-from megatron_let.methods.guided import TeacherMethod
-from megatron_let.training import log
+from megatron_let.checkpoint.finite import FiniteCheck
+from megatron_let.teacher.host import TeacherHost
 from megatron_let.training.run import Run
 from tests.support.testing import forget_last_run
 
@@ -37,11 +36,11 @@ def train(
     """
     forget_last_run()
     printed, end = io.StringIO(), None
-    off = ((log, "check_gradients"), (saves, "check_weights")) * (not checked)
+    off = ("after_step", "before_save") * (not checked)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_let.py", *argv]))
-        for module, name in off:
-            stack.enter_context(mock.patch.object(module, name, lambda *args: None))
+        for name in off:
+            stack.enter_context(mock.patch.object(FiniteCheck, name, lambda *args: None))
         stack.enter_context(POISONS[what](step, rank, value))
         stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(contextlib.redirect_stderr(printed))
@@ -71,12 +70,12 @@ def _loss(step: int, rank: int, value: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _teacher(step: int, rank: int, value: float) -> Iterator[None]:
-    def poisoned(self: TeacherMethod, *args: Any) -> list[torch.Tensor]:
+    def poisoned(self: TeacherHost, *args: Any, **named: Any) -> list[torch.Tensor]:
         bad = self.args.curr_iteration + 1 == step and _here(rank)
-        return [state * value if bad else state for state in states(self, *args)]
+        return [state * value if bad else state for state in states(self, *args, **named)]
 
-    states = TeacherMethod.teacher_states
-    with mock.patch.object(TeacherMethod, "teacher_states", poisoned):
+    states = TeacherHost.states
+    with mock.patch.object(TeacherHost, "states", poisoned):
         yield
 
 

@@ -10,7 +10,7 @@ without a line of `megatron_let.losses.attach` or `megatron_let.teacher.stage`.
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,11 @@ from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_let.losses.resize import interpolate
-from megatron_let.methods import build_method
+from megatron_let.methods.table import build_method
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
 from megatron_let.training import command_line
 from megatron_let.training.run import Run
+from megatron_let.upstream.mended import mend_megatron
 from tests.distributed.faults import DISTILLATION_FAULTS, FAULTS
 from tests.distributed.gathered_attention import context_parallel_attention
 from tests.support.testing import forget_last_run
@@ -67,7 +68,7 @@ class Student:
 def build_student(flags: list[str], global_batch: int, rounding: torch.dtype) -> Student:
     """Build a student, its weights rounded to `rounding` whatever its own precision is."""
     forget_last_run()
-    command_line.use_prebuilt_helpers()
+    mend_megatron()
     length = [] if "--train-samples" in flags else ["--train-iters", "10"]
     grows = "--step-batch-size-schedule" in flags
     batch = [] if grows else ["--global-batch-size", str(global_batch)]
@@ -75,7 +76,7 @@ def build_student(flags: list[str], global_batch: int, rounding: torch.dtype) ->
     args = command_line.parse_arguments()
     method = build_method(args)
     config = command_line.model_config(args, method)
-    run = Run(args, config, method, log=None)
+    run = Run(args, config, method)
     training.initialize_megatron(get_embedding_ranks=command_line.embedding_ranks(args))
     with context_parallel_attention(args.context_parallel_size > 1):
         chunks, optimizer, _ = training.setup_model_and_optimizer(
@@ -109,7 +110,9 @@ def layout_gradients(
         (FAULTS | DISTILLATION_FAULTS)[fault](method, student.chunks)
     gradients: Gradients = {}
     for part, values in (("lm", dict.fromkeys(weights, 0.0)), ("total", weights)):
-        vars(args).update(values)
+        for signal in method.signals:
+            own = {name: value for name, value in values.items() if hasattr(signal.flags, name)}
+            signal.flags = replace(signal.flags, **own)
         args.curr_iteration += 1
         step(student)
         waiting = [vars(signal).get("alignment", signal)._targets for signal in method.signals]

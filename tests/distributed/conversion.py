@@ -14,10 +14,10 @@ from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import save_checkpoint
 
-from megatron_let.methods import build_method
+from megatron_let.methods.table import build_method
 from megatron_let.training import command_line
-from megatron_let.upstream import optimizers
 from megatron_let.upstream.async_saves import prepare_saves
+from megatron_let.upstream.mended import mend_megatron
 from tests.support.testing import forget_last_run
 
 
@@ -27,8 +27,7 @@ def load_run_and_save(argv: list[str], ids_MBS: np.ndarray) -> np.ndarray | None
     Returns the logits `[m, b, s, V]` of the micro-batches `ids_MBS`, from the last stage.
     """
     forget_last_run()
-    command_line.use_prebuilt_helpers()
-    optimizers.install()
+    mend_megatron()
     sys.argv = ["pretrain_let.py", *argv]
     args = command_line.parse_arguments()
     prepare_saves(args)

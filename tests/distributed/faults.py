@@ -127,8 +127,10 @@ def _view_from_the_last_layer(method: Any, chunks: list[Any]) -> None:
 
 def _rows_of_another_rank(method: Any, chunks: list[Any]) -> None:
     """The rows of a split teacher put together in the wrong order."""
-    right = method.teacher_states
-    method.teacher_states = lambda *batches: [states.roll(1, dims=1) for states in right(*batches)]
+    right = method.host.states
+    method.host.states = lambda *given, **named: [
+        states.roll(1, dims=1) for states in right(*given, **named)
+    ]
 
 
 def _tokens_of_the_whole_sequence(method: Any, chunks: list[Any]) -> None:
@@ -147,22 +149,24 @@ def _tokens_of_the_whole_sequence(method: Any, chunks: list[Any]) -> None:
 def _contiguous_context_slices(method: Any, chunks: list[Any]) -> None:
     """Cut the sequence into contiguous parts, where Megatron pairs chunks of both ends."""
     rank, ranks = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
-    right = method.teacher_states
+    right = method.host.states
 
-    def cut(batches: list[Any], sliced: bool) -> list[torch.Tensor]:
-        states = torch.stack(right(batches, sliced))
+    def cut(batches: list[Any], *, sliced: bool) -> list[torch.Tensor]:
+        states = torch.stack(right(batches, sliced=sliced))
         parts = [torch.empty_like(states) for _ in range(ranks)]
         torch.distributed.all_gather(parts, states, group=mpu.get_context_parallel_group())
         ends = [part.chunk(2, dim=1) for part in parts]
         whole = [ends[i][0] for i in range(ranks)] + [ends[i][1] for i in reversed(range(ranks))]
         return list(torch.cat(whole, dim=1).chunk(ranks, dim=1)[rank].contiguous())
 
-    method.teacher_states = cut
+    method.host.states = cut
 
 
 def _documents_ignored(method: Any, chunks: list[Any]) -> None:
     """The teacher reads a row as one document where the student keeps two apart."""
-    method._rows = lambda batches: {"tokens": torch.cat([batch["tokens"] for batch in batches])}
+    method.host._rows = lambda batches: {
+        "tokens": torch.cat([batch["tokens"] for batch in batches])
+    }
 
 
 def _padding_kept(method: Any, chunks: list[Any]) -> None:

@@ -40,8 +40,8 @@ def release(flags: list[str], keep_a_reference: bool) -> dict[str, Any]:
     student.method.load()
     student.method.prepare_teacher()
     loaded = _resident_bytes()
-    held = [student.method.teacher] if keep_a_reference else []
-    teacher = student.method.teacher
+    held = [student.method.host.teacher] if keep_a_reference else []
+    teacher = student.method.host.teacher
     alive = [weakref.ref(x) for x in (teacher, teacher._base, *teacher._base.parameters())]
     del teacher
     for _ in range(2):  # one guided step, and the one that finds the guidance over

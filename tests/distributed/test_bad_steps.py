@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from megatron_let.checkpoint.finite import check_gradients
+from megatron_let.checkpoint.finite import FiniteCheck
+from megatron_let.upstream.loop_hooks import Step
 from tests.distributed.training import TP2_PP2, records, run
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, STEPS, checkpoint, hashes, tensor_names
@@ -225,4 +226,5 @@ def test_without_our_checks_all_this_is_saved(corpus, tmp_path, what):
 
 def test_a_step_with_finite_gradients_is_not_asked_for_more():
     """No loss is read, nothing gathered: no rank waits for its device or for another rank."""
-    check_gradients(1, 0.5, losses=None, count_bad_losses=None)
+    step = Step(1, losses={}, grad_norm=0.5, learning_rate=1.0, is_skipped=False, reported=None)
+    FiniteCheck(count_bad_losses=None).after_step(step)

@@ -351,6 +351,6 @@ def test_an_argument_that_this_version_does_not_have_must_have_been_the_default(
     run_distributed(change, 1, save / "iter_0000006", removed, ())
     assert not resume(corpus, save, tmp_path / "other", 6, *flags)
     assert hashes(tmp_path / "other") == hashes(whole / "dropout")
-    run_distributed(change, 1, save / "iter_0000006", {"let_loss": "logsum"}, ())
+    run_distributed(change, 1, save / "iter_0000006", {"let_resize_side": "student"}, ())
     error = resume(corpus, save, tmp_path / "another", 6, *flags)
-    assert "was saved with --let-loss logsum, which this version has no more" in error
+    assert "was saved with --let-resize-side student, which this version has no more" in error

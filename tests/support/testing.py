@@ -277,9 +277,9 @@ def our_flags() -> dict[str, Any]:
     """Our flags and their defaults, from the real parser; run in a worker."""
     from argparse import ArgumentParser
 
-    from megatron_let.training.arguments import GROUPS, add_arguments
+    from megatron_let.training.arguments import add_arguments, groups
 
     parser = add_arguments(ArgumentParser())
-    groups = [group for group in parser._action_groups if group.title in GROUPS]
-    actions = [action for group in groups for action in group._group_actions]
+    ours = [group for group in parser._action_groups if group.title in groups()]
+    actions = [action for group in ours for action in group._group_actions]
     return {action.option_strings[0]: action.default for action in actions}

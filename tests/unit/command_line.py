@@ -12,9 +12,11 @@ from megatron.training import training
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_let.errors import UsageError
-from megatron_let.methods import build_method, distill, let
+from megatron_let.methods import distill, let
+from megatron_let.methods.table import build_method
 from megatron_let.training import arguments, command_line
 from megatron_let.training.log import count_parameters
+from megatron_let.upstream.mended import mend_megatron
 from tests.support.testing import forget_last_run
 
 MODEL = (
@@ -70,7 +72,7 @@ def parser_facts() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="pretrain_let.py", allow_abbrev=False)
     arguments.add_arguments(add_megatron_arguments(parser))
     flags = {action.dest: (action.option_strings, action.default) for action in parser._actions}
-    ours = {f for group in arguments.GROUPS.values() for f in inspect.get_annotations(group)}
+    ours = {f for group in arguments.groups().values() for f in inspect.get_annotations(group)}
     return {
         "help": parser.format_help(),
         "flags": {name: flags[name] for name in flags if name in REFUSED_FLAGS},
@@ -94,7 +96,7 @@ def number_of_parameters(flags: list[str]) -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     forget_last_run()
-    command_line.use_prebuilt_helpers()
+    mend_megatron()
     steps = "--mock-data --train-iters 10 --eval-interval 5".split()
     sys.argv = ["pretrain_let.py", *MODEL, *steps, *flags]
     args = command_line.parse_arguments()

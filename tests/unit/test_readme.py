@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.conversion.families import FAMILIES, FLAG_OF
+from megatron_let.conversion.configs import FLAG_OF
+from megatron_let.conversion.families import FAMILIES
 from megatron_let.evaluation.harness import PAPER_TASKS
 from tests.support.testing import run_distributed
 

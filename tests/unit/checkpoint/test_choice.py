@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 from megatron_let.checkpoint.choice import find_damage, mend
 from megatron_let.checkpoint.door import Door
 from megatron_let.errors import UsageError
-from tests.unit.conversion.conftest import MadeCheckpoint, made  # noqa: F401
+from tests.unit.conftest import MadeCheckpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -14,7 +14,7 @@ import torch
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.errors import UsageError
-from tests.unit.conversion.conftest import MadeCheckpoint
+from tests.unit.conftest import MadeCheckpoint
 
 
 class Calls:

@@ -59,16 +59,23 @@ def test_a_half_written_one_does_not_count(tmp_path):
     assert steps(superfluous(tmp_path, 400, 2, None)) == []
 
 
+def retention(save, keep_last=1):
+    return Retention(Namespace(save=str(save), save_keep_last=keep_last, save_keep_every=None))
+
+
+def saved(it, save, step):
+    it.after_save(save / f"iter_{step:07d}")
+
+
 def test_nothing_goes_before_this_start_has_saved(tmp_path):
     """It may have gone back to the oldest: --ckpt-step."""
     make(tmp_path, 1, 2, 3, tracked=3)
-    args = Namespace(save=str(tmp_path), save_keep_last=1, save_keep_every=None)
-    retention = Retention(args, here=True)
-    retention.finish()
+    it = retention(tmp_path)
+    it.on_end(is_complete=True)
     assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]
-    (tmp_path / TRACKER).write_text("2")
-    retention.finish()
-    retention.finish()
+    saved(it, tmp_path, 2)
+    it.on_end(is_complete=True)
+    it._removing.join()
     assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
 
 
@@ -76,35 +83,30 @@ def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, capsys, monkeypat
     def fail(*paths):
         raise PermissionError(13, "Permission denied", str(paths[0]))
 
-    args = Namespace(save=str(tmp_path), save_keep_last=1, save_keep_every=None)
-    retention = Retention(args, here=True)
     make(tmp_path, 1, 2, tracked=2)
     monkeypatch.setattr(os, "replace", fail)
-    retention.finish()
+    saved(retention(tmp_path), tmp_path, 2)
     assert "> --save-keep-last: [Errno 13]" in capsys.readouterr().out
     assert names(tmp_path) == ["iter_0000001", "iter_0000002"]
 
 
 def test_it_is_removed_once_a_newer_one_is_complete(tmp_path):
-    args = Namespace(save=str(tmp_path), save_keep_last=2, save_keep_every=None)
-    retention = Retention(args, here=True)
-    retention.apply()  # nothing there yet
+    it = retention(tmp_path, keep_last=2)
     make(tmp_path, 1, 2, 3, tracked=2)
     (tmp_path / "removing_iter_0000000").mkdir()  # an earlier start was killed over it
-    retention.apply()
-    retention._removing.join()
+    saved(it, tmp_path, 2)
+    it._removing.join()
     assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]
-    (tmp_path / TRACKER).write_text("3")
-    retention.apply()
-    retention._removing.join()
+    saved(it, tmp_path, 3)
+    it._removing.join()
     assert names(tmp_path) == ["iter_0000002", "iter_0000003"]
 
 
-@pytest.mark.parametrize(("keep_last", "here"), [(None, True), (1, False)])
-def test_nothing_goes_without_the_flag_or_on_another_rank(tmp_path, keep_last, here):
+@pytest.mark.parametrize(("keep_last", "rank"), [(None, "0"), (1, "1")])
+def test_nothing_goes_without_the_flag_or_on_another_rank(tmp_path, monkeypatch, keep_last, rank):
+    monkeypatch.setenv("RANK", rank)
     make(tmp_path, 1, 2, 3, tracked=3)
-    args = Namespace(save=str(tmp_path), save_keep_last=keep_last, save_keep_every=None)
-    retention = Retention(args, here=here)
-    (tmp_path / TRACKER).write_text("2")
-    retention.finish()
+    it = retention(tmp_path, keep_last)
+    saved(it, tmp_path, 2)
+    it.on_end(is_complete=True)
     assert names(tmp_path) == ["iter_0000001", "iter_0000002", "iter_0000003"]

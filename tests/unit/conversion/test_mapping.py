@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_let.conversion import tables
-from megatron_let.conversion.families import FAMILIES, Family
+from megatron_let.conversion.families import FAMILIES, llama
+from megatron_let.conversion.family import Family
 from megatron_let.conversion.mapping import (
     GATED_MLP,
     KEEP,
@@ -25,7 +25,7 @@ from megatron_let.conversion.mapping import (
 )
 from megatron_let.errors import UsageError
 
-NAMES = [rule.megatron for rule in tables.LLAMA]
+NAMES = [rule.megatron for rule in llama.LLAMA_RULES]
 FORMS = ["keep", "vocabulary", "qkv", "gated", "transposed", "qkv_columns"]
 HEADS, HEAD_DIM, HIDDEN = 4, 3, 8
 
@@ -130,7 +130,7 @@ def test_gpt2_keeps_columns() -> None:
 
 
 def test_names_of_each_layer() -> None:
-    rule = next(rule for rule in tables.LLAMA if rule.megatron.endswith("linear_fc1.weight"))
+    rule = next(rule for rule in llama.LLAMA_RULES if rule.megatron.endswith("linear_fc1.weight"))
     stacked = torch.randn(2, 12, HIDDEN)
     assert list(rule.layers(model_shape())) == [0, 1]
     parts = dict(rule.split(stacked[1], 1, model_shape()))

@@ -13,18 +13,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_let.checkpoint.reader import Checkpoint
-from megatron_let.conversion.families import (
-    FAMILIES,
+from megatron_let.conversion.configs import (
     FLAG_OF,
     MUST_BE_OFF,
     NEEDED_BY_ALL,
     family_of_run,
     megatron_flags,
 )
+from megatron_let.conversion.families import FAMILIES
 from megatron_let.conversion.to_hf import ExportConfig, export, sample
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
-from tests.unit.conversion.conftest import VOCAB_SIZE, MadeCheckpoint
+from tests.unit.conftest import VOCAB_SIZE, MadeCheckpoint
 from tools.convert_checkpoint import main
 
 ROOT = Path(__file__).resolve().parents[3]

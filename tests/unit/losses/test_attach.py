@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_let.losses import attach
 from megatron_let.losses.attach import Alignment, Target
 from megatron_let.losses.resize import Resize, ResizeConfig, interpolate
 
@@ -27,11 +26,6 @@ def make_resize(kind="interpolate"):
 def exact_cosine(student_SBH, teacher_SBH):
     """The loss in float64; the library's own is float32."""
     return 1 - F.cosine_similarity(student_SBH, teacher_SBH, dim=-1)
-
-
-@pytest.fixture(autouse=True)
-def _in_float64(monkeypatch):
-    monkeypatch.setattr(attach, "cosine", exact_cosine)
 
 
 def make_target(seed=10, scale=3.0):
@@ -93,7 +87,7 @@ def assert_equal(actual, expected):
 
 
 def make_alignment(*targets):
-    alignment = Alignment()
+    alignment = Alignment(exact_cosine)
     for target in targets:
         alignment.push(target)
     return alignment

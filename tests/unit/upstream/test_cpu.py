@@ -18,11 +18,12 @@ STAGES = """
 import json, sys
 import torch
 from megatron_let.upstream import cpu
+from megatron_let.upstream.table import resolve
 
 def ids():
     values = {}
     for redirect in cpu.TORCH_REDIRECTS + cpu.MEGATRON_REDIRECTS:
-        owner = cpu.resolve(redirect.owner)
+        owner = resolve(redirect.owner)
         value = vars(owner).get(redirect.name, getattr(owner, redirect.name, None))
         values[f"{redirect.owner}.{redirect.name}"] = None if value is None else id(value)
     return values
@@ -34,7 +35,7 @@ def stage(name, *activate):
 
 kept, stages = [], {}
 stage("upstream")
-kept.append([getattr(cpu.resolve(r.owner), r.name) for r in cpu.TORCH_REDIRECTS])  # ids stay taken
+kept.append([getattr(resolve(r.owner), r.name) for r in cpu.TORCH_REDIRECTS])  # ids stay taken
 torch.cuda.is_available = lambda: True
 stage("gpu", ["--num-layers", "2"])
 stage("gpu and --cpu", ["--cpu"])

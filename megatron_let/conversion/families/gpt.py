@@ -1,0 +1,146 @@
+"""GPT-2 and GPT-NeoX: plain MLP with GELU, LayerNorm, biases."""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_let.conversion import rope
+from megatron_let.conversion.family import (
+    EMBEDDING,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    PROJECTION,
+    QKV_NAME,
+    Family,
+    Values,
+    with_bias,
+)
+from megatron_let.conversion.mapping import (
+    OUTPUT_LAYER,
+    QKV_COLUMNS,
+    TRANSPOSED,
+    VOCABULARY,
+    ModelShape,
+    Rule,
+)
+
+_BLOCK = "transformer.h.{layer}"
+
+GPT2_RULES = (
+    Rule(EMBEDDING, ("transformer.wte.weight",), VOCABULARY),
+    Rule("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
+    *with_bias(f"{QKV_NAME}.layer_norm_{{}}", f"{_BLOCK}.ln_1.{{}}"),
+    *with_bias(f"{QKV_NAME}.{{}}", f"{_BLOCK}.attn.c_attn.{{}}", QKV_COLUMNS),
+    *with_bias(f"{PROJECTION}.{{}}", f"{_BLOCK}.attn.c_proj.{{}}", TRANSPOSED),
+    *with_bias(f"{FC1}.layer_norm_{{}}", f"{_BLOCK}.ln_2.{{}}"),
+    *with_bias(f"{FC1}.{{}}", f"{_BLOCK}.mlp.c_fc.{{}}", TRANSPOSED),
+    *with_bias(f"{FC2}.{{}}", f"{_BLOCK}.mlp.c_proj.{{}}", TRANSPOSED),
+    *with_bias(f"{FINAL_NORM}.{{}}", "transformer.ln_f.{}"),
+    Rule(OUTPUT_LAYER, ("lm_head.weight",), VOCABULARY),
+)
+
+_NEOX = "gpt_neox.layers.{layer}"
+
+GPT_NEOX_RULES = (
+    Rule(EMBEDDING, ("gpt_neox.embed_in.weight",), VOCABULARY),
+    *with_bias(f"{QKV_NAME}.layer_norm_{{}}", f"{_NEOX}.input_layernorm.{{}}"),
+    # Each head's query, key and value stand together there too: Megatron's order without groups.
+    *with_bias(f"{QKV_NAME}.{{}}", f"{_NEOX}.attention.query_key_value.{{}}"),
+    *with_bias(f"{PROJECTION}.{{}}", f"{_NEOX}.attention.dense.{{}}"),
+    *with_bias(f"{FC1}.layer_norm_{{}}", f"{_NEOX}.post_attention_layernorm.{{}}"),
+    *with_bias(f"{FC1}.{{}}", f"{_NEOX}.mlp.dense_h_to_4h.{{}}"),
+    *with_bias(f"{FC2}.{{}}", f"{_NEOX}.mlp.dense_4h_to_h.{{}}"),
+    *with_bias(f"{FINAL_NORM}.{{}}", "gpt_neox.final_layer_norm.{}"),
+    Rule(OUTPUT_LAYER, ("embed_out.weight",), VOCABULARY),
+)
+
+# Megatron fuses a bias with the tanh form of GELU; without the fusion it computes the exact one.
+# Its --openai-gelu is parsed and then forgotten in Megatron-Core 0.19, but not in older ones.
+_EXACT_GELU, _TANH_GELU = "gelu", "gelu_new"
+_GELUS = (_EXACT_GELU, _TANH_GELU, "gelu_pytorch_tanh", "gelu_fast")
+
+
+def _gelu(args: Namespace) -> str:
+    return _TANH_GELU if args.bias_gelu_fusion else _EXACT_GELU
+
+
+def _gpt2_config(args: Namespace, shape: ModelShape) -> Values:
+    return {
+        "activation_function": _gelu(args),
+        "embd_pdrop": vars(args).get("hidden_dropout", 0.0),
+    }
+
+
+def _gpt2_values(config: Any) -> Values:
+    return {
+        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
+        "bias_gelu_fusion": config.activation_function != _EXACT_GELU,
+    }
+
+
+def _gpt_neox_config(args: Namespace, shape: ModelShape) -> Values:
+    return {
+        "hidden_act": _gelu(args),
+        "rope_parameters": rope.to_hugging_face(args)
+        | {"partial_rotary_factor": args.rotary_percent},
+        "use_parallel_residual": False,
+    }
+
+
+def _gpt_neox_values(config: Any) -> Values:
+    return {
+        "bias_gelu_fusion": config.hidden_act != _EXACT_GELU,
+        "rotary_percent": config.rope_parameters["partial_rotary_factor"],
+        **rope.to_megatron(config.rope_parameters),
+    }
+
+
+_GPT_NEEDS = {
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "qk_layernorm": False,
+    "group_query_attention": False,
+    # Transformer Engine's own GELU is the tanh form, whatever --no-bias-gelu-fusion says.
+    "use_te_activation_func": False,
+    "use_transformer_engine_op_fuser": False,
+}
+
+GPT2 = Family(
+    name="GPT-2",
+    model_type="gpt2",
+    rules=GPT2_RULES,
+    needs=_GPT_NEEDS | {"position_embedding_type": "learned_absolute"},
+    demands={
+        "activation_function": _GELUS,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    same={
+        "ffn_hidden_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "layernorm_epsilon": "layer_norm_epsilon",
+        "attention_dropout": "attn_pdrop",
+        "hidden_dropout": "resid_pdrop",
+    },
+    to_config=_gpt2_config,
+    from_config=_gpt2_values,
+)
+GPT_NEOX = Family(
+    name="GPT-NeoX",
+    model_type="gpt_neox",
+    rules=GPT_NEOX_RULES,
+    needs=_GPT_NEEDS | {"position_embedding_type": "rope"},
+    # With a parallel residual, as Pythia has it, attention and MLP read the same states.
+    demands={"hidden_act": _GELUS, "use_parallel_residual": (False,), "attention_bias": (True,)},
+    same={
+        "ffn_hidden_size": "intermediate_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "layernorm_epsilon": "layer_norm_eps",
+        "attention_dropout": "attention_dropout",
+        "hidden_dropout": "hidden_dropout",
+    },
+    to_config=_gpt_neox_config,
+    from_config=_gpt_neox_values,
+)

@@ -1,0 +1,125 @@
+"""LET and SALT inside a training script of your own, in seven lines (docs/extending.md).
+
+What `pretrain_let.py` adds besides (checks at a resume, `metrics.jsonl`, safe checkpoints, the CPU)
+stays behind: here a method alone comes into a script that is otherwise yours.
+"""
+
+import functools
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.training import get_tokenizer
+from megatron.training.utils import print_rank_0
+
+from megatron_let.errors import UsageError
+from megatron_let.methods.table import build_method
+from megatron_let.training.arguments import add_method_flags, check_flags, import_methods
+from megatron_let.training.micro_batches import MicroBatches
+from megatron_let.upstream.loop_hooks import LoopHooks
+from megatron_let.upstream.table import apply
+from megatron_let.upstream.tokenizer import token_ids
+
+Provider = Callable[[ArgumentParser], ArgumentParser]
+
+
+def flags(yours: Provider | None = None) -> Provider:
+    """Return an `extra_args_provider` with the methods' flags, after those of `yours`."""
+    import_methods(sys.argv)
+    return lambda parser: add_method_flags(yours(parser) if yours else parser)
+
+
+class Guidance:
+    """The method of `--method`, at work in a script's own functions.
+
+    Args:
+        args: Megatron's arguments, checked by Megatron.
+        model_config: `GPTModelConfig`; changed in place.
+
+    Raises:
+        UsageError: flags that do not go together, or context parallelism.
+    """
+
+    def __init__(self, args: Namespace, model_config: Any) -> None:
+        check_flags(args, sys.argv)
+        if args.context_parallel_size > 1:
+            raise UsageError(
+                f"--context-parallel-size {args.context_parallel_size}: a script's get_batch hands "
+                "on a part of each sequence, and the teacher reads the whole. Use pretrain_let.py."
+            )
+        self.args = args
+        self.method = build_method(args)
+        is_known = args.tokenizer_type == "HuggingFaceTokenizer"
+        self.method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
+        self.method.configure(model_config)
+        self._dataset: Any = None
+        hooks = LoopHooks(args)
+        hooks.listeners = self.method.listeners()
+        apply(hooks.log_redirects())
+
+    def reads_all(self, mtp_on_this_rank: Callable[..., bool]) -> Callable[..., bool]:
+        """Have a chunk with a teacher build the data and read all keys, as one with MTP does."""
+
+        @functools.wraps(mtp_on_this_rank)
+        def wrapped(*args: Any, vp_stage: int | None = None, **named: Any) -> bool:
+            ours = self.method.reads_batch(vp_stage)
+            return ours or mtp_on_this_rank(*args, vp_stage=vp_stage, **named)
+
+        return wrapped
+
+    def batches(self, get_batch: Callable[..., Any], keys: Sequence[str]) -> Callable[..., Any]:
+        """Show each training micro-batch to the method before `get_batch` hands it on.
+
+        Args:
+            get_batch: called with a data iterator and a virtual stage; returns the values of
+                `keys` in their order, `tokens`, `labels` and `loss_mask` among them.
+            keys: their names.
+        """
+
+        def draw(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
+            return dict(zip(keys, get_batch(data_iterator, vp_stage), strict=True))
+
+        ahead = MicroBatches(self.args, self.method, draw, self.method.start_step)
+
+        @functools.wraps(get_batch)
+        def wrapped(data_iterator: Any, vp_stage: int | None = None) -> Any:
+            if not torch.is_grad_enabled():  # an evaluation
+                return get_batch(data_iterator, vp_stage)
+            batch = ahead.next(data_iterator, vp_stage)
+            return [batch[key] for key in keys]
+
+        return wrapped
+
+    def losses(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
+        """Report the language-model loss where the method trains on another one (SALT)."""
+
+        @functools.wraps(loss_func)
+        def wrapped(loss_mask: torch.Tensor, output: torch.Tensor, **named: Any) -> Any:
+            loss, num_tokens, report = loss_func(loss_mask, output, **named)
+            losses_BS = self.method.language_model_losses()
+            if losses_BS is not None:
+                lm_loss = torch.sum(losses_BS.reshape(-1).float() * loss_mask.view(-1).float())
+                report["lm loss"] = torch.cat([lm_loss.view(1), num_tokens.view(1)])
+            return loss, num_tokens, report
+
+        return wrapped
+
+    def datasets(self, provider: Callable[..., Any]) -> Callable[..., Any]:
+        """Load the teacher when `train_valid_test_datasets_provider` has built the data."""
+
+        @functools.wraps(provider)
+        def wrapped(num_samples: list[int], vp_stage: int | None = None) -> Any:
+            train, valid, test = provider(num_samples, vp_stage=vp_stage)
+            if train is not None:
+                train = self.method.training_data(train)
+            if self.method.reads_batch(vp_stage):
+                self._dataset = train
+            chunks = self.args.virtual_pipeline_model_parallel_size
+            if vp_stage is None or vp_stage == chunks - 1:
+                self.method.on_data(self._dataset)
+                print_rank_0("\n".join(f"> {line}" for line in self.method.summary()))
+            return train, valid, test
+
+        return wrapped

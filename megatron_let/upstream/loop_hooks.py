@@ -1,0 +1,217 @@
+"""What may be done around the steps, evaluations and saves of Megatron's loop.
+
+The loop has no hooks of its own, so five functions are wrapped as long as a run lasts; a test pins
+their signatures. Listeners are called in the order in which they were given.
+"""
+
+import contextlib
+import functools
+import inspect
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.checkpointing import get_checkpoint_name
+from megatron.training.utils import is_last_rank
+
+from megatron_let.upstream.async_saves import snapshot
+from megatron_let.upstream.table import Redirect, applied, instead
+
+_TRAINING, _NO_HOOK = "megatron.training.training", "the loop has no hook there"
+
+LISTENERS: list[Callable[[Namespace], "Listener"]] = []
+"""Makers of further listeners, given the run's arguments; a --method-module may append one."""
+
+
+@dataclass
+class Step:
+    """A training step that has just been made."""
+
+    number: int
+    """As the log numbers it, from 1."""
+    losses: dict[str, torch.Tensor]
+    """Megatron's, scalars; on the last pipeline stage."""
+    grad_norm: float | None
+    """Over all ranks; None if no update was made."""
+    learning_rate: float | None
+    is_skipped: bool
+    """Megatron made no update: something was not finite."""
+    reported: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Scalars of listeners, equal on all ranks, that are logged beside Megatron's losses."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint that is about to be written."""
+
+    step: int
+    chunks: list[torch.nn.Module]
+    optimizer: Any
+    folder: Path | None
+    """None for one that does not last (`--non-persistent-save-interval`)."""
+
+
+class Listener:
+    """All events come on every rank; the defaults do nothing."""
+
+    def on_load(self, state: dict[str, Any]) -> None:
+        """A checkpoint's `state()` of this class, before the run goes on from it."""
+
+    def on_start(self, data: str | None) -> None:
+        """Model, checkpoint and data are there; `data` is the hash of the data and their order."""
+
+    def after_step(self, step: Step) -> None:
+        """A step was made and is not logged yet: what is to be logged goes to `step.reported`."""
+
+    def after_log(self, step: Step) -> None:
+        """Megatron has logged the step."""
+
+    def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
+        """A data set was evaluated; `losses` are means, on the last pipeline stage."""
+
+    def before_save(self, save: Save) -> None:
+        """A checkpoint is about to be written: who ends the run here (`end_run`) prevents it."""
+
+    def after_save(self, folder: Path) -> None:
+        """A lasting checkpoint has all its files (with `--async-save`: some steps later)."""
+
+    def on_end(self, is_complete: bool) -> None:
+        """The run ends, by its last step or, where Megatron stops it before, by `sys.exit`."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers, texts and lists of them, to be carried by each checkpoint."""
+        return {}
+
+
+class LoopHooks:
+    """Calls listeners from within Megatron's loop."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.listeners: list[Listener] = []
+        self._reported: set[str] = set()
+        """Names of what listeners reported of the last step."""
+        self._folder: Path | None = None
+        """Where the lasting checkpoint goes that is being written."""
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Wrap Megatron's functions as long as the run lasts."""
+        with applied(self.redirects()):
+            try:
+                yield
+            except SystemExit:
+                self._tell("on_end", False)
+                raise
+        self._tell("on_end", True)
+
+    def redirects(self) -> list[Redirect]:
+        """What is wrapped."""
+        if self.args.fake_process_group:  # alone, a rank waits in vain for what others say of it
+            return self.log_redirects()
+        return [
+            *self.log_redirects(),
+            Redirect(_TRAINING, "save_checkpoint", self._around_save, _NO_HOOK),
+            Redirect(
+                "megatron.training.checkpointing",
+                "schedule_async_save",
+                self._around_schedule,
+                "writes what the weights become meanwhile, and no hook is there",
+            ),
+            Redirect(
+                "megatron.core.dist_checkpointing.serialization",
+                "save_integrity_manifest",
+                instead(lambda folder: None),
+                "rank 0 sums all files while the others wait",
+            ),
+        ]
+
+    def log_redirects(self) -> list[Redirect]:
+        """What is wrapped of steps and evaluations alone."""
+        return [
+            Redirect(_TRAINING, "training_log", self._around_log, _NO_HOOK),
+            Redirect(_TRAINING, "evaluate", self._around_evaluate, _NO_HOOK),
+        ]
+
+    def on_start(self, data: str | None) -> None:
+        """Tell that the run begins."""
+        self._tell("on_start", data)
+
+    def on_load(self, saved: Namespace) -> None:
+        """Give each listener back what it had in the checkpoint with these arguments."""
+        states = vars(saved).get("listener_states", {})
+        for listener in self.listeners:
+            if name_of(listener) in states:
+                listener.on_load(states[name_of(listener)])
+
+    def _tell(self, event: str, *values: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(*values)
+
+    def _around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(training_log)
+
+        @functools.wraps(training_log)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            step = Step(
+                number=given["iteration"],
+                losses=given["loss_dict"],
+                grad_norm=given["grad_norm"],
+                learning_rate=given["learning_rate"],
+                is_skipped=bool(given["skipped_iter"]),
+            )
+            self._tell("after_step", step)
+            if is_last_rank():
+                for name in self._reported - step.reported.keys():
+                    # else logged as 0.0 for the rest of the run
+                    given["total_loss_dict"].pop(name, None)
+                self._reported = set(step.reported)
+                step.losses.update(step.reported)
+            result = training_log(*args, **kwargs)
+            self._tell("after_log", step)
+            return result
+
+        return wrapped
+
+    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(evaluate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            self._tell("after_evaluation", result[0] or {})
+            return result
+
+        return wrapped
+
+    def _around_save(self, save_checkpoint: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(save_checkpoint)
+        def wrapped(step: int, chunks: Any, optimizer: Any, *others: Any, **named: Any) -> None:
+            is_lasting = not named.get("non_persistent_ckpt")
+            folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
+            self._folder = folder if is_lasting else None
+            self._tell("before_save", Save(step, chunks, optimizer, self._folder))
+            states = {name_of(listener): listener.state() for listener in self.listeners}
+            self.args.listener_states = {name: state for name, state in states.items() if state}
+            save_checkpoint(step, chunks, optimizer, *others, **named)
+            if self._folder and not self.args.async_save:
+                self._tell("after_save", self._folder)
+
+        return wrapped
+
+    def _around_schedule(self, schedule: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(schedule)
+        def wrapped(request: Any) -> None:
+            if self._folder:
+                told = functools.partial(self._tell, "after_save", self._folder)
+                request.add_finalize_fn(told)
+            schedule(snapshot(request))
+
+        return wrapped
+
+
+def name_of(listener: Listener) -> str:
+    """What a checkpoint calls a listener's state."""
+    return type(listener).__name__

@@ -1,0 +1,58 @@
+"""What is replaced in Megatron and PyTorch stands in tables of this one kind, with its reason."""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+
+class Redirect(NamedTuple):
+    """One replaced name: `owner.name` becomes `make(upstream's)`, for the stated reason."""
+
+    owner: str
+    name: str
+    make: Callable[[Any], Any]
+    reason: str
+
+
+_upstream: dict[tuple[str, str], Any] = {}
+"""What stood under a name before it was replaced for the first time."""
+
+
+def resolve(dotted: str) -> Any:
+    """Return the module or class called `dotted`; raises `AttributeError` or `ImportError`."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[end:], found)
+    raise ImportError(dotted)
+
+
+def apply(redirects: Iterable[Redirect]) -> None:
+    """Replace the names. Always made of upstream's own, so a second call replaces the first."""
+    for redirect in redirects:
+        owner = resolve(redirect.owner)
+        original = _upstream.setdefault(redirect[:2], getattr(owner, redirect.name))
+        setattr(owner, redirect.name, redirect.make(original))
+
+
+@contextlib.contextmanager
+def applied(redirects: Sequence[Redirect]) -> Iterator[None]:
+    """Replace the names for a while, by what is made of what stands there now."""
+    before = [(resolve(r.owner), r.name, getattr(resolve(r.owner), r.name)) for r in redirects]
+    try:
+        for redirect, (owner, name, value) in zip(redirects, before, strict=True):
+            setattr(owner, name, redirect.make(value))
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def instead(value: Any) -> Callable[[Any], Any]:
+    """A redirect to something that needs nothing of upstream's."""
+    return lambda original: value
