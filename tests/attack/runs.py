@@ -33,6 +33,7 @@ def train_without_the_door(argv: list[str]) -> str:
 
     Door.install = lambda door: None  # type: ignore[method-assign]
     Door.settle = lambda door, args: None  # type: ignore[method-assign]
+    Door.saved_args = lambda door, args: None  # type: ignore[method-assign]
     choice.check_flags = lambda args: None
     return train(argv)
 
