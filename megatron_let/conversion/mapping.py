@@ -39,11 +39,6 @@ class Form:
 # --- the forms ---------------------------------------------------------------------------------
 
 
-def keep(weight: torch.Tensor, shape: ModelShape) -> Parts:
-    """Return the tensor as it is."""
-    return (weight,)
-
-
 def cut_vocabulary(weight_Vh: torch.Tensor, shape: ModelShape) -> Parts:
     """Return the rows `[vocab_size, h]` that have a token.
 
@@ -93,24 +88,9 @@ def join_qkv(parts: Parts, shape: ModelShape) -> torch.Tensor:
     return torch.cat(grouped, dim=1).reshape(-1, *columns)
 
 
-def split_gated_mlp(weight: torch.Tensor, shape: ModelShape) -> Parts:
-    """Take apart `linear_fc1` `[2f, h]`: the half under the activation, then the linear half."""
-    return weight.chunk(2, dim=0)
-
-
-def join_rows(parts: Parts, shape: ModelShape) -> torch.Tensor:
-    """Put the rows of the parts below each other."""
-    return torch.cat(parts, dim=0)
-
-
-def transpose(weight: torch.Tensor, shape: ModelShape) -> Parts:
-    """GPT-2's `Conv1D` keeps `[in, out]`; a bias stays what it is."""
-    return (weight.t(),)
-
-
 def split_qkv_to_columns(weight: torch.Tensor, shape: ModelShape) -> Parts:
     """GPT-2's `c_attn` `[h, 3h]`: query, key and value side by side."""
-    return transpose(torch.cat(split_qkv(weight, shape)), shape)
+    return (torch.cat(split_qkv(weight, shape)).t(),)
 
 
 def join_qkv_columns(parts: Parts, shape: ModelShape) -> torch.Tensor:
@@ -118,16 +98,13 @@ def join_qkv_columns(parts: Parts, shape: ModelShape) -> torch.Tensor:
     return join_qkv(parts[0].t().chunk(3), shape)
 
 
-def first(parts: Parts, shape: ModelShape) -> torch.Tensor:
-    """Return the only part."""
-    return parts[0]
-
-
-KEEP = Form(keep, first)
-VOCABULARY = Form(cut_vocabulary, first)  # Megatron pads a table that it loads
+KEEP = Form(lambda weight, shape: (weight,), lambda parts, shape: parts[0])
+VOCABULARY = Form(cut_vocabulary, KEEP.join)  # Megatron pads a table that it loads
 QKV = Form(split_qkv, join_qkv)
-GATED_MLP = Form(split_gated_mlp, join_rows)
-TRANSPOSED = Form(transpose, lambda parts, shape: parts[0].t())
+# `linear_fc1` `[2f, h]`: the half under the activation, then the linear half.
+GATED_MLP = Form(lambda weight, shape: weight.chunk(2), lambda parts, shape: torch.cat(parts))
+# GPT-2's `Conv1D` keeps `[in, out]`; a bias stays what it is.
+TRANSPOSED = Form(lambda weight, shape: (weight.t(),), lambda parts, shape: parts[0].t())
 QKV_COLUMNS = Form(split_qkv_to_columns, join_qkv_columns)
 
 

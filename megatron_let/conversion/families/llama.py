@@ -1,6 +1,7 @@
 """Llama, Qwen2, Qwen3: gated MLP, RMSNorm, rotary positions."""
 
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from megatron_let.conversion import rope
@@ -88,12 +89,6 @@ _LLAMA_NEEDS = {
     "rotary_percent": 1.0,
     "add_bias_linear": False,
 }
-_LLAMA_SAME = {
-    "ffn_hidden_size": "intermediate_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "layernorm_epsilon": "rms_norm_eps",
-    "attention_dropout": "attention_dropout",
-}
 _SILU = {"hidden_act": ("silu", "swish")}
 
 LLAMA = Family(
@@ -102,27 +97,28 @@ LLAMA = Family(
     rules=LLAMA_RULES,
     needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": False},
     demands=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
-    same=_LLAMA_SAME,
+    same={
+        "ffn_hidden_size": "intermediate_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "layernorm_epsilon": "rms_norm_eps",
+        "attention_dropout": "attention_dropout",
+    },
     to_config=_llama_config,
     from_config=_llama_values,
 )
-QWEN2 = Family(
+QWEN2 = replace(
+    LLAMA,
     name="Qwen2",
     model_type="qwen2",
     rules=QWEN2_RULES,
     needs=_LLAMA_NEEDS | {"add_qkv_bias": True, "qk_layernorm": False},
     demands=_SILU | {"use_sliding_window": (False,)},
-    same=_LLAMA_SAME,
-    to_config=_llama_config,
-    from_config=_llama_values,
 )
-QWEN3 = Family(
+QWEN3 = replace(
+    LLAMA,
     name="Qwen3",
     model_type="qwen3",
     rules=QWEN3_RULES,
     needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": True},
     demands=_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
-    same=_LLAMA_SAME,
-    to_config=_llama_config,
-    from_config=_llama_values,
 )

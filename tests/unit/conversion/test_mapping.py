@@ -20,7 +20,6 @@ from megatron_let.conversion.mapping import (
     cut_vocabulary,
     is_not_weight,
     rules_of,
-    split_gated_mlp,
     split_qkv,
 )
 from megatron_let.errors import UsageError
@@ -92,7 +91,7 @@ def test_split_qkv_refuses_other_numbers_of_heads() -> None:
 
 def test_split_gated_mlp_gives_gate_then_up() -> None:
     gate, up = torch.randn(6, HIDDEN), torch.randn(6, HIDDEN)
-    parts = split_gated_mlp(torch.cat([gate, up]), model_shape())
+    parts = GATED_MLP.split(torch.cat([gate, up]), model_shape())
     assert torch.equal(parts[0], gate) and torch.equal(parts[1], up)
 
 
