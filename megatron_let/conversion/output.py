@@ -1,9 +1,8 @@
 """A folder that is written beside its place and takes its name when it is complete."""
 
 import contextlib
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +31,10 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     # Of its own name, so that two exports to one place do not write into each other.
-    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex}")
+    partial.mkdir()
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
