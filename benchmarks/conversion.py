@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_let.conversion.safetensors_folder import SafetensorsFolder  # noqa: E402
+from megatron_let.conversion.safetensors_files import write_safetensors  # noqa: E402
 from megatron_let.teacher.load import DTYPES  # noqa: E402
 
 SHAPE = {
@@ -61,11 +61,11 @@ if kind == "copy":
             os.fsync(descriptor)
             os.close(descriptor)
 elif kind == "from-hf":
-    from megatron_let.conversion.from_hf import ImportConfig, import_model
-    work = lambda: import_model(ImportConfig(str(source), output))
+    from megatron_let.conversion.from_hf import import_model
+    work = lambda: import_model(str(source), output)
 else:
-    from megatron_let.conversion.to_hf import ExportConfig, export
-    work = lambda: export(ExportConfig(source, output))
+    from megatron_let.conversion.to_hf import export
+    work = lambda: export(source, output)
 from transformers import LlamaForCausalLM  # imported late by transformers
 def kib():  # getrusage's ru_maxrss would begin with the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -83,10 +83,10 @@ def write_model(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> int:
         model = AutoModelForCausalLM.from_config(config).to(dtype)
     config.dtype = dtype
     config.save_pretrained(folder)
-    with SafetensorsFolder(folder, model.state_dict(), "5GB") as output:
-        for name, tensor in model.state_dict().items():
-            output.write(name, torch.randn(tensor.shape, dtype=dtype))
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
+    tensors = model.state_dict()
+    weights = ((name, torch.randn(tensor.shape, dtype=dtype)) for name, tensor in tensors.items())
+    write_safetensors(folder, tensors, weights, "5GB")
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def timed(kind: str, source: Path, output: Path) -> tuple[float, float]:

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 def to_hf(values: dict[str, Any]) -> None:
     """Export; then what was asked for besides."""
     from megatron_let.checkpoint.folder import find_checkpoint
-    from megatron_let.conversion.to_hf import ExportConfig, export, sample
+    from megatron_let.conversion.to_hf import export, sample
     from megatron_let.conversion.verify import verify
 
     prompt, check = values.pop("sample"), values.pop("verify")
@@ -67,27 +67,27 @@ def to_hf(values: dict[str, Any]) -> None:
     step = find_checkpoint(values["load"], values["ckpt_step"])
     if step.name != "release":
         values["ckpt_step"] = int(step.name.removeprefix("iter_"))
-    config = ExportConfig(**values)
-    print(f"Wrote {export(config)}", flush=True)
+    folder = export(**values)
+    print(f"Wrote {folder}", flush=True)
     if check:
-        print(f"Verified: {verify(step, config.output)}", flush=True)
+        print(f"Verified: {verify(step, folder)}", flush=True)
     if prompt is not None:
-        print(sample(config.output, prompt))
+        print(sample(folder, prompt))
 
 
 def from_hf(values: dict[str, Any]) -> None:
     """Import; then what was asked for besides."""
     from megatron_let.checkpoint.folder import find_checkpoint
-    from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model, local_folder
+    from megatron_let.conversion.from_hf import FLAGS_FILE, import_model, local_folder
     from megatron_let.conversion.verify import verify
 
     check = values.pop("verify")
-    config = ImportConfig(**values)
-    print(f"Wrote {import_model(config)}; the flags of a run that starts from it:\n", flush=True)
-    print((config.output / FLAGS_FILE).read_text(), flush=True)
+    folder = import_model(**values)
+    print(f"Wrote {folder}; the flags of a run that starts from it:\n", flush=True)
+    print((folder / FLAGS_FILE).read_text(), flush=True)
     if check:
-        difference = verify(find_checkpoint(config.output), local_folder(config))
-        print(f"Verified: {difference}")
+        source = local_folder(values["hf_model"], values["revision"])
+        print(f"Verified: {verify(find_checkpoint(folder), source)}")
 
 
 COMMANDS = {"to-hf": to_hf, "from-hf": from_hf}

@@ -4,7 +4,8 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let.conversion.families import FAMILIES
 from megatron_let.conversion.family import Family, Values
@@ -113,6 +114,12 @@ def hugging_face_config(
         # Readers older than transformers 5 know this name only, and would fall back to 10000.
         config.rope_theta = own["rope_parameters"]["rope_theta"]
     return config
+
+
+def empty_model(config: Any) -> Any:
+    """Return transformers' model of a configuration, on `meta`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 # --- Hugging Face to Megatron ------------------------------------------------------------------

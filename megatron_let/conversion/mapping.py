@@ -5,7 +5,7 @@ d size of a head. Megatron stacks what the layers have in common to one `[L, ...
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,10 +124,6 @@ class Rule:
         """Whether Megatron stacks this tensor over the layers."""
         return "{layer}" in self.hugging_face[0]
 
-    def layers(self, shape: ModelShape) -> Iterable[int | None]:
-        """The layers that have this tensor of their own; None alone for one of the whole model."""
-        return range(shape.num_layers) if self.stacked else (None,)
-
     def names(self, layer: int | None) -> list[str]:
         """Hugging Face's names of the parts."""
         return [template.format(layer=layer) for template in self.hugging_face]
@@ -137,6 +133,12 @@ class Rule:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield Hugging Face's names and tensors (views where possible) for one of Megatron's."""
         return zip(self.names(layer), self.form.split(weight, shape), strict=True)
+
+    def join(
+        self, read: Callable[[str], torch.Tensor], layer: int | None, shape: ModelShape
+    ) -> torch.Tensor:
+        """Return Megatron's tensor, of the parts that `read` gives by Hugging Face's names."""
+        return self.form.join(tuple(map(read, self.names(layer))), shape)
 
 
 OUTPUT_LAYER = "output_layer.weight"
@@ -162,6 +164,30 @@ NOT_HUGGING_FACE_WEIGHTS = {
 def rules_of(rules: Iterable[Rule], *, tied: bool) -> tuple[Rule, ...]:
     """Return a family's rules, without the output layer if it is the embedding."""
     return tuple(rule for rule in rules if not (tied and rule.megatron == OUTPUT_LAYER))
+
+
+def pieces(rules: Iterable[Rule], shape: ModelShape) -> list[tuple[Rule, int | None]]:
+    """Return what the whole model has once, with None, then what each layer has."""
+    rules = list(rules)
+    layers = range(shape.num_layers)
+    once = [(rule, None) for rule in rules if not rule.stacked]
+    return [*once, *((rule, layer) for layer in layers for rule in rules if rule.stacked)]
+
+
+def check_shapes(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], made: str
+) -> None:
+    """Refuse tensors of other shapes than `expected`, which somebody `made` so.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise UsageError(
+                f"{name} has the shape {tuple(tensor.shape)}; {made} it "
+                f"{tuple(expected[name].shape)}."
+            )
 
 
 def check_names(

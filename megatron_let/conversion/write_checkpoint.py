@@ -23,18 +23,17 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from tqdm import tqdm
 
-from megatron_let.conversion.safetensors_folder import PIECE_BYTES
+from megatron_let.conversion.safetensors_files import PiecewiseFile
 
 METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-
-ReadChunk = Callable[[str, int | None], torch.Tensor]
 
 
 def write_checkpoint(
     folder: Path,
     tensors: Mapping[str, tuple[torch.Tensor, bool]],
-    read: ReadChunk,
+    read: Callable[[str, int | None], torch.Tensor],
     objects: Mapping[str, Any],
 ) -> None:
     """Write one checkpoint.
@@ -46,69 +45,31 @@ def write_checkpoint(
         read: returns a tensor by its name, or a layer of a stacked one.
         objects: everything else, by name.
     """
-    planner = _Planner(tensors, read, objects)
-    with warnings.catch_warnings():
+    pieces = [
+        _piece(name, tensor, index, stacked)
+        for name, (tensor, stacked) in tensors.items()
+        for index in range(len(tensor) if stacked else 1)
+    ]
+    others = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
+    bar = tqdm(total=len(pieces), desc="weights", disable=None)
+
+    def get(index: MetadataIndex) -> Any:
+        name = index.fqn
+        if name in objects:
+            return objects[name]
+        bar.update()
+        tensor, stacked = tensors[name]
+        piece = read(name, index.index if stacked else None).to(tensor.dtype)
+        return (piece.unsqueeze(0) if stacked else piece).contiguous()
+
+    with bar, warnings.catch_warnings():
         # It says that one process writes, which is what we want.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         writer = FileSystemWriter(folder)
         writer.fs = _FileSystem()
+        planner = _Planner([*others, *pieces], get)
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     (folder / "metadata.json").write_text(METADATA)
-
-
-class _Planner(DefaultSavePlanner):
-    """Tells the writer what there is, and gets each piece when it is its turn."""
-
-    def __init__(
-        self,
-        tensors: Mapping[str, tuple[torch.Tensor, bool]],
-        read: ReadChunk,
-        objects: Mapping[str, Any],
-    ) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._tensors = tensors
-        self._read = read
-        self._objects = objects
-
-    def create_local_plan(self) -> SavePlan:
-        """Return an item for each object and each piece of a tensor."""
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
-        for name, (tensor, stacked) in self._tensors.items():
-            pieces = len(tensor) if stacked else 1
-            items += [_piece(name, tensor, i, stacked) for i in range(pieces)]
-        return SavePlan(items)
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Return the bytes of an object, or a piece of a tensor."""
-        name = write_item.index.fqn
-        if write_item.type == WriteItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save(self._objects[name], buffer)
-            return buffer
-        tensor, stacked = self._tensors[name]
-        layer = write_item.index.index if stacked else None
-        piece = self._read(name, layer).to(tensor.dtype)
-        return (piece.unsqueeze(0) if stacked else piece).contiguous()
-
-
-class _FileSystem(FileSystem):
-    """Writes in pieces of `PIECE_BYTES`."""
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open a file."""
-        with _File(path, mode) if mode == "wb" else super().create_stream(path, mode) as stream:
-            yield stream
-
-
-class _File(io.FileIO):
-    def write(self, data: Any) -> int:
-        """Write all of it; returns the bytes."""
-        view = memoryview(data).cast("B")
-        size = len(view)
-        while view:
-            view = view[super().write(view[:PIECE_BYTES]) :]
-        return size
 
 
 def _piece(name: str, tensor: torch.Tensor, index: int, stacked: bool) -> WriteItem:
@@ -121,3 +82,27 @@ def _piece(name: str, tensor: torch.Tensor, index: int, stacked: bool) -> WriteI
         WriteItemType.SHARD,
         tensor_data=TensorWriteData(chunk, TensorProperties(tensor.dtype), tensor.shape),
     )
+
+
+class _Planner(DefaultSavePlanner):
+    """Tells the writer what there is, and gets each item when it is its turn."""
+
+    def __init__(self, items: list[WriteItem], get: Callable[[MetadataIndex], Any]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._items, self._get = items, get
+
+    def create_local_plan(self) -> SavePlan:
+        """Return all of it."""
+        return SavePlan(self._items)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return an object, or a piece of a tensor."""
+        return self._get(index)
+
+
+class _FileSystem(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Open a file to write."""
+        with PiecewiseFile(path, mode) as stream:
+            yield stream

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_let.conversion.to_hf import ExportConfig, export
+from megatron_let.conversion.to_hf import export
 from megatron_let.errors import UsageError
 from tests.attack.poison import (
     poison_entries,
@@ -224,7 +224,7 @@ def test_a_checkpoint_does_not_say_what_to_import(train, without, case):
 
 def test_a_conversion_executes_nothing(case, tmp_path):
     case.poison("_extra_state")
-    export(ExportConfig(case.save, tmp_path / "hf"))
+    export(case.save, tmp_path / "hf")
     np.save(tmp_path / "tokens.npy", np.zeros((1, 4), dtype=np.int64))
     words = [case.newest, tmp_path / "tokens.npy", tmp_path / "logits.npy", "float32"]
     result = run_program("megatron_let.conversion.megatron_logits", *map(str, words))
@@ -233,8 +233,8 @@ def test_a_conversion_executes_nothing(case, tmp_path):
     assert case.executed == {"_extra_state"}
     case.poison("common_state")
     with pytest.raises(UsageError, match="not data alone"):
-        export(ExportConfig(case.save, tmp_path / "again"))
+        export(case.save, tmp_path / "again")
     case.poison(metadata=True)
     with pytest.raises(UsageError, match=NO_DATA):
-        export(ExportConfig(case.save, tmp_path / "again", ckpt_step=2))
+        export(case.save, tmp_path / "again", ckpt_step=2)
     assert case.executed == {"_extra_state"}

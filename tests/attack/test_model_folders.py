@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let import hugging_face
-from megatron_let.conversion.safetensors_reader import SafetensorsReader
+from megatron_let.conversion.safetensors_files import SafetensorsReader
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config, read_token_ids
 from tests.support.testing import run_program, save_tiny_teacher

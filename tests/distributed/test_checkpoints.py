@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from megatron_let.conversion.to_hf import ExportConfig, export
+from megatron_let.conversion.to_hf import export
 from tests.distributed.training import TP2_PP2, only_weights, records, run, series
 from tests.support.tiny_run import checkpoint, hashes, tensor_names
 
@@ -77,8 +77,8 @@ def test_our_arguments_are_plain_scalars(trained):
 def test_the_learned_map_is_trained_and_not_exported(initial, trained, tmp_path):
     before, after = (hashes(folder) for folder in (initial("linear"), trained / "linear"))
     assert before[LEARNED_MAP] != after[LEARNED_MAP]
-    folder = export(ExportConfig(trained / "linear", tmp_path / "hf"))
-    expected = export(ExportConfig(trained / "baseline", tmp_path / "baseline"))
+    folder = export(trained / "linear", tmp_path / "hf")
+    expected = export(trained / "baseline", tmp_path / "baseline")
     names = [set(AutoModelForCausalLM.from_pretrained(f).state_dict()) for f in (folder, expected)]
     assert names[0] == names[1]
 

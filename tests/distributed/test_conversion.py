@@ -7,8 +7,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_let.conversion.from_hf import FLAGS_FILE, ImportConfig, import_model
-from megatron_let.conversion.to_hf import ExportConfig, export
+from megatron_let.conversion.from_hf import FLAGS_FILE, import_model
+from megatron_let.conversion.to_hf import export
 from tests.distributed.training import run, series
 from tests.support.testing import run_distributed
 from tests.unit.conversion.hf_models import MODELS, VOCAB, save_model
@@ -51,13 +51,13 @@ def error(ours, theirs):
 )
 def test_logits_in_a_layout_and_bytes_after(name, world_size, layout, tmp_path):
     original = save_model(name, tmp_path / "hf")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    load = import_model(str(original), tmp_path / "megatron")
     ids, theirs = in_layout(load, world_size, layout, tmp_path / "run")
     difference = error(logits_of(original, ids), theirs)
     print(f"{name} {layout}: {difference:.1e} of the largest logit")
     assert difference <= TOLERANCE
 
-    folder = export(ExportConfig(tmp_path / "run", tmp_path / "back"))
+    folder = export(tmp_path / "run", tmp_path / "back")
     ours, expected = (load_file(f / "model.safetensors") for f in (folder, original))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
@@ -66,7 +66,7 @@ def test_logits_in_a_layout_and_bytes_after(name, world_size, layout, tmp_path):
 
 def test_training_starts_from_an_import_and_goes_on(corpus, tmp_path):
     """At step 0 with a fresh optimizer, from these weights; then as any run."""
-    load = import_model(ImportConfig(str(save_model("llama", tmp_path / "hf")), tmp_path / "start"))
+    load = import_model(str(save_model("llama", tmp_path / "hf")), tmp_path / "start")
     flags = [*corpus.flags, *(load / FLAGS_FILE).read_text().split("--tokenizer-type")[0].split()]
     save = ["--save", str(tmp_path / "run")]
     assert not run(1, *flags, *save, "--exit-interval", "2")
@@ -105,7 +105,7 @@ FAULTS = {
 def test_what_the_comparison_catches(tmp_path):
     """Twin: one pair of tensors in each other's place shows in the logits."""
     original = save_model("llama", tmp_path / "hf")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    load = import_model(str(original), tmp_path / "megatron")
     ids, theirs = in_layout(load, 4, TP2_PP2, tmp_path / "run")
     path = original / "model.safetensors"
     tensors = load_bytes(path.read_bytes())  # not mapped: the file is overwritten

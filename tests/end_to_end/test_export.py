@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
-from megatron_let.conversion.to_hf import ExportConfig, export, sample
+from megatron_let.conversion.to_hf import export, sample
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from tests.support.testing import run_distributed
 
@@ -118,7 +118,7 @@ def test_hugging_face_computes_the_logged_loss(
     runs: dict[str, Path], layout: str, data: Path, tmp_path: Path
 ) -> None:
     run = runs[layout]
-    folder = export(ExportConfig(run, tmp_path / "hf", max_shard_size="200KB"))
+    folder = export(run, tmp_path / "hf", max_shard_size="200KB")
     assert sample(folder, "w1 w2").startswith("w1 w2 ")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
 

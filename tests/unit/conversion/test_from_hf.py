@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
-from megatron_let.conversion.from_hf import ImportConfig, import_model
-from megatron_let.conversion.to_hf import ExportConfig, export
+from megatron_let.conversion.from_hf import import_model
+from megatron_let.conversion.to_hf import export
 from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.errors import UsageError
 from tests.unit.conversion.hf_models import MODELS, VOCAB, make_model, save_model, write_tokenizer
@@ -40,8 +40,8 @@ def test_round_trip_is_bit_exact(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     original = save_model(name, tmp_path / "hf")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
-    folder = export(ExportConfig(load, tmp_path / "back", max_shard_size="60KB"))
+    load = import_model(str(original), tmp_path / "megatron")
+    folder = export(load, tmp_path / "back", max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert_same_bits(folder, original)
 
@@ -63,13 +63,13 @@ def test_round_trip_is_bit_exact(
 def test_bf16_and_a_cast(tmp_path: Path) -> None:
     model = make_model("llama").bfloat16()
     model.save_pretrained(tmp_path / "hf")
-    load = import_model(ImportConfig(str(tmp_path / "hf"), tmp_path / "megatron"))
+    load = import_model(str(tmp_path / "hf"), tmp_path / "megatron")
     checkpoint = Checkpoint(find_checkpoint(load))
     assert checkpoint.read("output_layer.weight").dtype == torch.bfloat16
-    assert_same_bits(export(ExportConfig(load, tmp_path / "back")), tmp_path / "hf")
-    wide = import_model(ImportConfig(str(tmp_path / "hf"), tmp_path / "wide", dtype="fp32"))
+    assert_same_bits(export(load, tmp_path / "back"), tmp_path / "hf")
+    wide = import_model(str(tmp_path / "hf"), tmp_path / "wide", dtype="fp32")
     assert Checkpoint(find_checkpoint(wide)).read("output_layer.weight").dtype == torch.float32
-    again = export(ExportConfig(wide, tmp_path / "again", dtype="bf16"))
+    again = export(wide, tmp_path / "again", dtype="bf16")
     assert_same_bits(again, tmp_path / "hf")
 
 
@@ -80,8 +80,8 @@ def test_names_of_older_folders(tmp_path: Path) -> None:
     older = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     older["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
     save_file(older, original / "model.safetensors")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
-    ours = weights(export(ExportConfig(load, tmp_path / "back")))
+    load = import_model(str(original), tmp_path / "megatron")
+    ours = weights(export(load, tmp_path / "back"))
     assert all(torch.equal(ours[name], tensors[name]) for name in tensors)
 
 
@@ -90,13 +90,13 @@ def test_a_tied_head_that_was_saved_twice(tmp_path: Path) -> None:
     tensors = load_bytes((original / "model.safetensors").read_bytes())  # not mapped
     twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(twice, original / "model.safetensors")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
-    assert weights(export(ExportConfig(load, tmp_path / "back"))).keys() == tensors.keys()
+    load = import_model(str(original), tmp_path / "megatron")
+    assert weights(export(load, tmp_path / "back")).keys() == tensors.keys()
     save_file(
         twice | {"lm_head.weight": twice["lm_head.weight"] + 1}, original / "model.safetensors"
     )
     with pytest.raises(UsageError, match='"tie_word_embeddings": false'):
-        import_model(ImportConfig(str(original), tmp_path / "other"))
+        import_model(str(original), tmp_path / "other")
 
 
 def test_dropout_is_carried(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_dropout_is_carried(tmp_path: Path) -> None:
         ("gpt2", "--attention-dropout 0.1 --hidden-dropout 0.1"),
     ):
         original = save_model(name, tmp_path / name)
-        load = import_model(ImportConfig(str(original), tmp_path / f"{name}-megatron"))
+        load = import_model(str(original), tmp_path / f"{name}-megatron")
         assert flags in (load / "megatron_flags.txt").read_text()
-        back = AutoConfig.from_pretrained(export(ExportConfig(load, tmp_path / f"{name}-back")))
+        back = AutoConfig.from_pretrained(export(load, tmp_path / f"{name}-back"))
         ours = AutoConfig.from_pretrained(original)
         assert back.to_dict() | {"_name_or_path": ""} == ours.to_dict() | {"_name_or_path": ""}
 
@@ -117,21 +117,21 @@ def test_a_tokenizer_that_the_architecture_would_change(tmp_path: Path) -> None:
     """transformers makes a Qwen2 tokenizer of any files that lie beside a Qwen2 model."""
     original = save_model("qwen2", tmp_path / "hf", tokenizer=False)
     other = write_tokenizer(tmp_path / "other")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
-    folder = export(ExportConfig(load, tmp_path / "back", tokenizer_model=str(other)))
+    load = import_model(str(original), tmp_path / "megatron")
+    folder = export(load, tmp_path / "back", tokenizer_model=str(other))
     assert not (folder / "tokenizer.json").exists()
     expected = AutoTokenizer.from_pretrained(other)
     for tokenizer in (AutoTokenizer.from_pretrained(folder / "tokenizer"), load_tokenizer(folder)):
         assert tokenizer.get_vocab() == expected.get_vocab()
-    again = import_model(ImportConfig(str(folder), tmp_path / "again"))
+    again = import_model(str(folder), tmp_path / "again")
     assert load_tokenizer(again).get_vocab() == expected.get_vocab()
 
 
 def test_more_rows_than_tokens_are_kept(tmp_path: Path) -> None:
     original = save_model("llama", tmp_path / "hf", tokenizer=False)
     write_tokenizer(original, VOCAB - 7)
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
-    assert_same_bits(export(ExportConfig(load, tmp_path / "back")), original)
+    load = import_model(str(original), tmp_path / "megatron")
+    assert_same_bits(export(load, tmp_path / "back"), original)
 
 
 @pytest.mark.parametrize(
@@ -166,28 +166,28 @@ def test_refused(tmp_path: Path, name: str, field: str, value: object, message: 
     config = original / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(UsageError, match=message):
-        import_model(ImportConfig(str(original), tmp_path / "megatron"))
+        import_model(str(original), tmp_path / "megatron")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "megatron"
     with pytest.raises(UsageError, match="is no folder, and the hub does not give it"):
-        import_model(ImportConfig(str(tmp_path / "nowhere"), output))
+        import_model(str(tmp_path / "nowhere"), output)
     original = tmp_path / "hf"
     make_model("llama").save_pretrained(original, max_shard_size="60KB")
     shards = sorted(original.glob("*.safetensors"))
     shards[1].write_bytes(shards[1].read_bytes()[:1000])
     with pytest.raises(UsageError, match=rf"{shards[1].name} cannot be read"):
-        import_model(ImportConfig(str(original), output))
+        import_model(str(original), output)
     shards[1].unlink()
     with pytest.raises(UsageError, match=rf"{shards[1].name} cannot be read"):
-        import_model(ImportConfig(str(original), output))
+        import_model(str(original), output)
     for path in original.glob("model*"):
         path.unlink()
     with pytest.raises(UsageError, match="save it with save_pretrained"):
-        import_model(ImportConfig(str(original), output))
+        import_model(str(original), output)
     (original / "config.json").unlink()
     with pytest.raises(UsageError, match="has no configuration to load"):
-        import_model(ImportConfig(str(original), output))
+        import_model(str(original), output)
     assert not output.exists() and not (tmp_path / "megatron.partial").exists()

@@ -19,6 +19,7 @@ from megatron_let.conversion.mapping import (
     check_names,
     cut_vocabulary,
     is_not_weight,
+    pieces,
     rules_of,
     split_qkv,
 )
@@ -131,7 +132,7 @@ def test_gpt2_keeps_columns() -> None:
 def test_names_of_each_layer() -> None:
     rule = next(rule for rule in llama.LLAMA_RULES if rule.megatron.endswith("linear_fc1.weight"))
     stacked = torch.randn(2, 12, HIDDEN)
-    assert list(rule.layers(model_shape())) == [0, 1]
+    assert pieces([rule], model_shape()) == [(rule, 0), (rule, 1)]
     parts = dict(rule.split(stacked[1], 1, model_shape()))
     assert list(parts) == [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up")]
     assert torch.equal(parts["model.layers.1.mlp.up_proj.weight"], stacked[1, 6:])

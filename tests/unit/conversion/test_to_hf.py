@@ -21,7 +21,7 @@ from megatron_let.conversion.configs import (
     megatron_flags,
 )
 from megatron_let.conversion.families import FAMILIES
-from megatron_let.conversion.to_hf import ExportConfig, export, sample
+from megatron_let.conversion.to_hf import export, sample
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from tests.unit.conftest import VOCAB_SIZE, MadeCheckpoint
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path, size: int = VOCAB_SIZE) -> Path:
 
 
 def test_gives_back_the_model(made: MadeCheckpoint, tmp_path: Path) -> None:
-    folder = export(ExportConfig(made.save, tmp_path / "hf"))
+    folder = export(made.save, tmp_path / "hf")
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     expected = made.model.state_dict()
@@ -59,15 +59,14 @@ def test_tied_embeddings(made: MadeCheckpoint, tmp_path: Path) -> None:
     del made.state["output_layer.weight"]
     (made.save / "iter_0000007" / ".metadata").unlink()
     made.write()
-    model = AutoModelForCausalLM.from_pretrained(export(ExportConfig(made.save, tmp_path / "hf")))
+    model = AutoModelForCausalLM.from_pretrained(export(made.save, tmp_path / "hf"))
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, made.model.model.embed_tokens.weight)
 
 
 def test_dtype_and_shards(made: MadeCheckpoint, tmp_path: Path) -> None:
-    config = ExportConfig(made.save, tmp_path / "hf", dtype="bf16", max_shard_size="1KB")
-    folder = export(config)
+    folder = export(made.save, tmp_path / "hf", dtype="bf16", max_shard_size="1KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
@@ -82,7 +81,7 @@ def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) ->
     made.args.tokenizer_model = str(source)
     made.args.vocab_size = None
     made.write()
-    folder = export(ExportConfig(made.save, tmp_path / "hf"))
+    folder = export(made.save, tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("w3 w10")["input_ids"] == [3, 10]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -93,16 +92,16 @@ def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) ->
 
     source.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="--tokenizer-model"):
-        export(ExportConfig(made.save, tmp_path / "hf2"))
-    moved = ExportConfig(made.save, tmp_path / "hf2", tokenizer_model=str(tmp_path / "moved"))
-    assert len(AutoTokenizer.from_pretrained(export(moved))) == VOCAB_SIZE
+        export(made.save, tmp_path / "hf2")
+    moved = export(made.save, tmp_path / "hf2", tokenizer_model=str(tmp_path / "moved"))
+    assert len(AutoTokenizer.from_pretrained(moved)) == VOCAB_SIZE
 
 
 @pytest.mark.parametrize("size", [40, 17])
 def test_another_tokenizer_is_refused(made: MadeCheckpoint, tmp_path: Path, size: int) -> None:
     other = str(write_tokenizer(tmp_path / "tokenizer", size))
     with pytest.raises(UsageError, match=f"has {size} tokens, padded to .* model has 16"):
-        export(ExportConfig(made.save, tmp_path / "hf", tokenizer_model=other))
+        export(made.save, tmp_path / "hf", tokenizer_model=other)
     assert not (tmp_path / "hf").exists()
 
 
@@ -112,11 +111,11 @@ def test_the_fingerprint_of_the_run_decides(made: MadeCheckpoint, tmp_path: Path
     vocabulary = AutoTokenizer.from_pretrained(source).get_vocab()
     made.args.tokenizer_fingerprint = tokenizer_fingerprint(vocabulary)
     made.write()
-    export(ExportConfig(made.save, tmp_path / "hf", tokenizer_model=str(source)))
+    export(made.save, tmp_path / "hf", tokenizer_model=str(source))
     made.args.tokenizer_fingerprint = tokenizer_fingerprint(vocabulary | {"w3": 4, "w4": 3})
     made.write()
     with pytest.raises(UsageError, match="is not the one the model was trained with"):
-        export(ExportConfig(made.save, tmp_path / "other", tokenizer_model=str(source)))
+        export(made.save, tmp_path / "other", tokenizer_model=str(source))
     assert not (tmp_path / "other").exists()
 
 
@@ -126,18 +125,17 @@ def test_rows_that_the_run_was_given_are_believed(made: MadeCheckpoint, tmp_path
     made.args.tokenizer_type, made.args.tokenizer_model = "HuggingFaceTokenizer", str(source)
     made.args.vocab_size, made.args.make_vocab_size_divisible_by = None, 100
     made.write()
-    assert (export(ExportConfig(made.save, tmp_path / "hf")) / "tokenizer.json").is_file()
+    assert (export(made.save, tmp_path / "hf") / "tokenizer.json").is_file()
     source.rename(tmp_path / "moved")
-    moved = ExportConfig(made.save, tmp_path / "other", tokenizer_model=str(tmp_path / "moved"))
     with pytest.raises(UsageError, match="If the run set --padded-vocab-size"):
-        export(moved)
+        export(made.save, tmp_path / "other", tokenizer_model=str(tmp_path / "moved"))
 
 
 def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
     made.args.tokenizer_type = "GPT2BPETokenizer"
     made.write()
     with pytest.raises(UsageError, match="--tokenizer-type GPT2BPETokenizer"):
-        export(ExportConfig(made.save, tmp_path / "hf"))
+        export(made.save, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +199,7 @@ def test_another_shape_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
     made.args.ffn_hidden_size = 16
     made.write()
     with pytest.raises(UsageError, match=r"gate_proj.weight has the shape \(12, 8\)"):
-        export(ExportConfig(made.save, tmp_path / "hf"))
+        export(made.save, tmp_path / "hf")
 
 
 def test_nothing_is_overwritten_and_no_piece_is_left(
@@ -211,9 +209,8 @@ def test_nothing_is_overwritten_and_no_piece_is_left(
     output.mkdir()
     (output / "note.txt").write_text("mine")
     with pytest.raises(UsageError, match="nothing is overwritten"):
-        ExportConfig(made.save, output)
+        export(made.save, output)
     (output / "note.txt").unlink()
-    config = ExportConfig(made.save, output)  # an empty folder is fine
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
@@ -221,10 +218,10 @@ def test_nothing_is_overwritten_and_no_piece_is_left(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "read", fail)
         with pytest.raises(OSError, match="disk full"):
-            export(config)
+            export(made.save, output)  # an empty folder is fine
     assert not any(output.iterdir()) and not (tmp_path / "hf.partial").exists()
     (tmp_path / "hf.partial").mkdir()
-    assert export(config) == output
+    assert export(made.save, output) == output
 
 
 @pytest.mark.slow

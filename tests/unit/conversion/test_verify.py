@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.conversion import verify as verify_module
-from megatron_let.conversion.from_hf import ImportConfig, import_model
-from megatron_let.conversion.to_hf import ExportConfig, export
+from megatron_let.conversion.from_hf import import_model
+from megatron_let.conversion.to_hf import export
 from megatron_let.conversion.verify import TOLERANCE, verify
 from megatron_let.errors import UsageError
 from tests.support.testing import run_program
@@ -35,11 +35,11 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name !=
 @pytest.mark.slow
 def test_a_cast_is_not_held_against_the_conversion(tmp_path: Path) -> None:
     original = save_model("llama", tmp_path / "hf")
-    load = find_checkpoint(import_model(ImportConfig(str(original), tmp_path / "fp32")))
-    narrow = export(ExportConfig(tmp_path / "fp32", tmp_path / "bf16", dtype="bf16"))
+    load = find_checkpoint(import_model(str(original), tmp_path / "fp32"))
+    narrow = export(tmp_path / "fp32", tmp_path / "bf16", dtype="bf16")
     assert verify(load, narrow).relative < TOLERANCE
-    config = ImportConfig(str(original), tmp_path / "megatron", dtype="bf16")
-    assert verify(find_checkpoint(import_model(config)), original).relative < TOLERANCE
+    load = find_checkpoint(import_model(str(original), tmp_path / "megatron", dtype="bf16"))
+    assert verify(load, original).relative < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["qwen3", *SLOW])
@@ -47,7 +47,7 @@ def test_megatron_computes_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = save_model(name, tmp_path / "hf")
-    load = find_checkpoint(import_model(ImportConfig(str(original), tmp_path / "megatron")))
+    load = find_checkpoint(import_model(str(original), tmp_path / "megatron"))
     ask, answers = verify_module._megatron_logits, []
 
     def remembered(*args):
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_megatron_cannot_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = save_model("llama", tmp_path / "hf")
-    load = import_model(ImportConfig(str(original), tmp_path / "megatron"))
+    load = import_model(str(original), tmp_path / "megatron")
     (data,) = (load / "release").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:50000])
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,168 @@
+"""The weights of a Hugging Face folder, read and written a tensor at a time, as safetensors only.
+
+A file is eight bytes with the length of its header, the header (JSON: each tensor's type, shape and
+place), and the tensors' bytes one after the other (github.com/huggingface/safetensors, "Format").
+The library reads single tensors, but writes whole files from memory.
+"""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+
+from megatron_let.errors import UsageError
+from megatron_let.hugging_face import check_folder, open_safetensors, weight_map
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
+INDEX = "model.safetensors.index.json"
+HEADER_ALIGNMENT = 8
+PIECE_BYTES = 256 * 1024
+"""Written at once. Larger pieces make the page cache ask for large pages, which a virtual machine
+may have given back to its host: ten times slower there (docs/benchmarks.md, "Conversion")."""
+
+
+class SafetensorsReader:
+    """The tensors of `model.safetensors`, or of the files that its index names.
+
+    Args:
+        folder: a Hugging Face model.
+        base: the prefix of the model inside the causal one, which some older folders leave out.
+
+    Raises:
+        UsageError: there are no such files, or one is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, base: str) -> None:
+        self.folder = folder
+        check_folder(folder)
+        self._files = _weight_map(folder)
+        # GPT-2's own folder has `h.0...` where transformers writes `transformer.h.0...`.
+        complete = any(name.startswith(f"{base}.") for name in self._files)
+        self._names = {
+            name if complete or name in OUTPUT_LAYERS else f"{base}.{name}": name
+            for name in self._files
+        }
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors, as transformers has them."""
+        return set(self._names)
+
+    def empty(self, name: str) -> torch.Tensor:
+        """Return a tensor without data (on `meta`) of the saved one's shape and type."""
+        entry = self._get(name, "get_slice")
+        if entry.get_dtype() not in DTYPES:
+            raise UsageError(
+                f"{name} in {self.folder} has the type {entry.get_dtype()}; only "
+                f"{', '.join(DTYPES)} can be converted."
+            )
+        return torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device="meta")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor."""
+        return self._get(name, "get_tensor")
+
+    def _get(self, name: str, method: str) -> Any:
+        saved = self._names[name]
+        # A file left open keeps all that was read of it in memory.
+        with open_safetensors(self.folder / self._files[saved]) as file:
+            try:
+                return getattr(file, method)(saved)
+            except SafetensorError as error:
+                raise UsageError(f"{name} in {self.folder} cannot be read: {error}") from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return each tensor's file."""
+    if (folder / INDEX).is_file():
+        return weight_map(folder / INDEX)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single.name)
+    raise UsageError(
+        f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "
+        "are not read: load the model with transformers and save it with save_pretrained."
+    )
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    max_shard_size: str,
+) -> None:
+    """Write `model-*.safetensors`, so that a model never has to fit in memory.
+
+    Args:
+        folder: where to write; it must exist.
+        tensors: of every tensor the name and a stand-in (on `meta`) with its shape and type.
+        weights: every tensor once, in any order; it is cast to that type.
+        max_shard_size: largest size of a file, such as "5GB"; a larger tensor has one of its own.
+    """
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(PiecewiseFile(folder / name, "xb"))
+            for name in plan.filename_to_tensors
+        ]
+        place: dict[str, tuple[PiecewiseFile, int]] = {}
+        for file, names in zip(files, plan.filename_to_tensors.values(), strict=True):
+            starts = _begin(file, {name: tensors[name] for name in names})
+            place |= {name: (file, start) for name, start in starts.items()}
+        for name, tensor in weights:
+            file, start = place.pop(name)
+            assert tensor.shape == tensors[name].shape, name
+            file.seek(start)
+            data = tensor.to(tensors[name].dtype).contiguous().view(-1).view(torch.uint8)
+            file.write(data.numpy().data)
+        assert not place, sorted(place)
+        for file in files:
+            os.fsync(file.fileno())
+
+
+def _begin(file: io.FileIO, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Write the header and reserve the rest; returns where each tensor begins."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, tensor in tensors.items():
+        starts[name], end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [starts[name], end],
+        }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % HEADER_ALIGNMENT)
+    file.write(len(header).to_bytes(8, "little") + header)
+    file.truncate(file.tell() + end)
+    return {name: file.tell() + start for name, start in starts.items()}
+
+
+class PiecewiseFile(io.FileIO):
+    """Written in pieces of `PIECE_BYTES`."""
+
+    def write(self, data: Any) -> int:
+        """Write all of it; returns the bytes."""
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while view:
+            view = view[super().write(view[:PIECE_BYTES]) :]
+        return size
