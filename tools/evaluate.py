@@ -137,7 +137,7 @@ def evaluate_text(options: argparse.Namespace) -> str:
     from transformers import AutoModelForCausalLM
 
     from megatron_let.conversion.tokenizer_files import load_tokenizer
-    from megatron_let.evaluation.perplexity import TextScore, TextScorer
+    from megatron_let.evaluation.perplexity import TextScore, score_text
     from megatron_let.evaluation.tables import text_table
 
     paths = sources.expand(options.input)
@@ -160,10 +160,15 @@ def evaluate_text(options: argparse.Namespace) -> str:
             failure = f"{folder} cannot be loaded."
             model = load(AutoModelForCausalLM, folder, failure, dtype=options.dtype)
             model = model.to(options.device).eval()
-            tokenizer = load_tokenizer(folder)
-            scorer = TextScorer(model, tokenizer, context, stride, options.batch_size)
-            found = scorer.score(read_documents(paths, options.json_key, options.by_meta))
-            del model, scorer
+            found = score_text(
+                model,
+                load_tokenizer(folder),
+                read_documents(paths, options.json_key, options.by_meta),
+                context=context,
+                stride=stride,
+                batch_size=options.batch_size,
+            )
+            del model
             results.keep("subsets", {subset: asdict(score) for subset, score in found.items()})
         scores[label] = {name: TextScore(**score) for name, score in results["subsets"].items()}
     return text_table(scores)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_let.evaluation.perplexity import Document, TextScorer
+from megatron_let.evaluation.perplexity import Document, score_text
 from megatron_let.report.runs import Run, read_run
 
 KEPT = ("kind", "iteration", "tokens", "flops", "seconds", "lm loss", "peak memory")
@@ -119,8 +119,14 @@ def score_model(folder: Path, texts: dict[str, Path], context: int) -> dict[str,
         folder, dtype=torch.float32, trust_remote_code=False
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    scorer = TextScorer(model, tokenizer, context, stride=context // 2, batch_size=64)
-    found = scorer.score(_documents(texts))
+    found = score_text(
+        model,
+        tokenizer,
+        _documents(texts),
+        context=context,
+        stride=context // 2,
+        batch_size=64,
+    )
     return {
         text: Score(s.loss / s.tokens, s.bits_per_byte, s.tokens, s.bytes)
         for text, s in found.items()

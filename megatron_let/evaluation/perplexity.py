@@ -6,8 +6,9 @@ windows that overlap, so that a token behind the first window still has a past.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from typing import Any
 
 import torch
@@ -84,67 +85,60 @@ def windows(subset: str, ids: list[int], context: int, stride: int) -> Iterator[
         end = stop
 
 
-class TextScorer:
-    """Scores documents with one model.
+def score_text(
+    model: Any,
+    tokenizer: Any,
+    documents: Iterable[Document],
+    *,
+    context: int,
+    stride: int,
+    batch_size: int,
+) -> dict[str, TextScore]:
+    """Return the loss on each subset.
 
     Args:
         model: transformers' causal language model, in evaluation mode.
         tokenizer: its tokenizer.
+        documents: what is scored.
         context: most tokens at once.
         stride: between the starts of two windows.
         batch_size: windows at once.
     """
+    scores: dict[str, TextScore] = defaultdict(TextScore)
 
-    def __init__(
-        self, model: Any, tokenizer: Any, context: int, stride: int, batch_size: int
-    ) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self.context, self.stride = context, stride
-        self._batch_size = batch_size
+    def cut() -> Iterator[Window]:
         # Megatron's documents follow each other with the end token between them.
-        start = tokenizer.eos_token_id
+        start = [tokenizer.eos_token_id, tokenizer.bos_token_id]
         # Without such a token a document's first one is not scored.
-        self._start = tokenizer.bos_token_id if start is None else start
-
-    def score(self, documents: Iterable[Document]) -> dict[str, TextScore]:
-        """Return the loss on each subset."""
-        scores: dict[str, TextScore] = defaultdict(TextScore)
-        waiting: list[Window] = []
+        first = [token for token in start if token is not None][:1]
         for document in documents:
-            ids = self._tokenizer(document.text, add_special_tokens=False, verbose=False)
-            ids = [self._start] * (self._start is not None) + ids["input_ids"]
-            cut = list(windows(document.subset, ids, self.context, self.stride))
-            tokens = sum(window.scored for window in cut)
-            size = len(document.text.encode())
-            scores[document.subset] += TextScore(1, tokens, size)
-            waiting += cut
-            if len(waiting) >= WINDOWS_AT_ONCE:
-                self._score_windows(waiting, scores)
-                waiting = []
-        self._score_windows(waiting, scores)
-        return dict(scores)
+            ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+            found = list(windows(document.subset, first + ids, context, stride))
+            tokens = sum(window.scored for window in found)
+            scores[document.subset] += TextScore(1, tokens, len(document.text.encode()))
+            yield from found
 
-    def _score_windows(self, found: list[Window], scores: dict[str, TextScore]) -> None:
-        found = sorted(found, key=lambda window: len(window.ids))
-        for first in range(0, len(found), self._batch_size):
-            batch = found[first : first + self._batch_size]
-            for window, loss in zip(batch, self._losses(batch), strict=True):
+    for waiting in batched(cut(), WINDOWS_AT_ONCE):
+        for batch in batched(sorted(waiting, key=lambda window: len(window.ids)), batch_size):
+            for window, loss in zip(batch, _losses(model, batch), strict=True):
                 scores[window.subset].loss += loss
+    return dict(scores)
 
-    @torch.no_grad()
-    def _losses(self, batch: list[Window]) -> list[float]:
-        """The summed loss of each window, in float32 by token and float64 in sum."""
-        longest = max(len(window.ids) for window in batch)
-        # Behind a window's end stands anything: no token sees what follows it.
-        rows = [window.ids + [0] * (longest - len(window.ids)) for window in batch]
-        ids_BS = torch.tensor(rows, device=self._model.device)
-        logits_BSV = self._model(ids_BS[:, :-1]).logits
-        losses = []
-        for row, window in enumerate(batch):
-            stop = len(window.ids) - 1
-            counted = slice(stop - window.scored, stop)
-            logits_SV = logits_BSV[row, counted].float()
-            targets_S = ids_BS[row, 1:][counted]
-            losses_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
-            losses.append(losses_S.double().sum().item())
-        return losses
+
+@torch.no_grad()
+def _losses(model: Any, batch: Sequence[Window]) -> list[float]:
+    """The summed loss of each window, in float32 by token and float64 in sum."""
+    longest = max(len(window.ids) for window in batch)
+    # Behind a window's end stands anything: no token sees what follows it.
+    rows = [window.ids + [0] * (longest - len(window.ids)) for window in batch]
+    ids_BS = torch.tensor(rows, device=model.device)
+    logits_BSV = model(ids_BS[:, :-1]).logits
+    losses = []
+    for row, window in enumerate(batch):
+        stop = len(window.ids) - 1
+        counted = slice(stop - window.scored, stop)
+        logits_SV = logits_BSV[row, counted].float()
+        targets_S = ids_BS[row, 1:][counted]
+        losses_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
+        losses.append(losses_S.double().sum().item())
+    return losses

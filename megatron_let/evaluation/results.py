@@ -1,14 +1,13 @@
 """What was measured of one model, kept in a file as it comes: a second call goes on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
 
 
-class Results:
+class Results(dict[str, Any]):
     """The results of one model in one file of JSON.
 
     Args:
@@ -20,31 +19,23 @@ class Results:
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self._path = path
-        self._content: dict[str, Any] = {"about": about, "results": {}}
-        if path.exists():
-            self._content = json.loads(path.read_text())
-            for key, value in about.items():
-                before = self._content["about"].get(key)
-                if before != value:
-                    raise UsageError(
-                        f"{path} holds results with {key} {before}, and this is {value}. Give "
-                        "another --output; nothing is overwritten."
-                    )
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._content["results"]
-
-    def __getitem__(self, key: str) -> Any:
-        return self._content["results"][key]
+        before = json.loads(path.read_text()) if path.exists() else {"about": about, "results": {}}
+        super().__init__(before["results"])
+        self._path, self._about = path, about
+        for key, value in about.items():
+            if before["about"].get(key) != value:
+                raise UsageError(
+                    f"{path} holds results with {key} {before['about'].get(key)}, and this is "
+                    f"{value}. Give another --output; nothing is overwritten."
+                )
 
     def keep(self, key: str, value: Any) -> None:
         """Add one result; the file is complete at any time."""
-        self._content["results"][key] = value
+        self[key] = value
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._content, indent=1) + "\n")
-        os.replace(partial, self._path)
+        partial.write_text(json.dumps({"about": self._about, "results": self}, indent=1) + "\n")
+        partial.replace(self._path)
 
 
 def identity(folder: Path) -> dict[str, list[int]]:

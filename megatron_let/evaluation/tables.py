@@ -22,24 +22,22 @@ def accuracy_table(scores: Mapping[str, Mapping[str, TaskScore]], shots: int) ->
         scores: of every model the score of every task.
         shots: solved examples before every question, for the header.
     """
-    labels = list(scores)
-    tasks = list(scores[labels[0]])
+    first, *others = scores
+    tasks = list(scores[first])
     chance = {task.name: task.chance for task in PAPER_TASKS}
+    correct = {m: [scores[m][task].correct for task in tasks] for m in scores}
+    means = {m: [mean_of(answers) for answers in correct[m]] for m in scores}
     rows = [
-        (task, f"{100 * chance[task]:.0f}", *(_percent(accuracy(scores[m][task])) for m in labels))
-        for task in tasks
+        (task, f"{100 * chance[task]:.0f}", *(_percent(means[m][row]) for m in scores))
+        for row, task in enumerate(tasks)
     ]
-    averages = [average([accuracy(scores[m][task]) for task in tasks]) for m in labels]
     mean_chance = f"{100 * fmean(chance[task] for task in tasks):.0f}"
-    rows.append(("average", mean_chance, *(_percent(value) for value in averages)))
-    if len(labels) > 1:
-        first = scores[labels[0]]
-        ahead = [
-            average([_paired(scores[m][task], first[task]) for task in tasks]) for m in labels[1:]
-        ]
-        rows.append((f"less {labels[0]}", "", "", *(_percent(value, sign="+") for value in ahead)))
-    header = (f"{shots}-shot accuracy, %", "chance", *labels)
-    cuts = {m: sum(score.cut for score in scores[m].values()) for m in labels}
+    rows.append(("average", mean_chance, *(_percent(average(means[m])) for m in scores)))
+    if others:
+        ahead = [_paired(correct[m], correct[first]) for m in others]
+        rows.append((f"less {first}", "", "", *(_percent(value, sign="+") for value in ahead)))
+    header = (f"{shots}-shot accuracy, %", "chance", *scores)
+    cuts = {m: sum(score.cut for score in scores[m].values()) for m in scores}
     notes = [
         f"{label}: {cut} prompts were longer than its context and lost their beginning."
         for label, cut in cuts.items()
@@ -48,9 +46,10 @@ def accuracy_table(scores: Mapping[str, Mapping[str, TaskScore]], shots: int) ->
     return "\n".join([*markdown_table(header, rows), *([""] + notes if notes else [])])
 
 
-def accuracy(score: TaskScore) -> Mean:
-    """Return the share of right answers and its standard error, as the harness computes it."""
-    return _mean(score.correct)
+def mean_of(values: Sequence[float]) -> Mean:
+    """Return the mean and its standard error, as the harness computes it."""
+    spread = variance(values) if len(values) > 1 else math.nan
+    return fmean(values), math.sqrt(spread / len(values))
 
 
 def average(means: Sequence[Mean]) -> Mean:
@@ -59,13 +58,9 @@ def average(means: Sequence[Mean]) -> Mean:
     return fmean(mean for mean, _ in means), error
 
 
-def _mean(values: Sequence[float]) -> Mean:
-    spread = variance(values) if len(values) > 1 else math.nan
-    return fmean(values), math.sqrt(spread / len(values))
-
-
-def _paired(score: TaskScore, other: TaskScore) -> Mean:
-    return _mean([a - b for a, b in zip(score.correct, other.correct, strict=True)])
+def _paired(answers: list[list[int]], others: list[list[int]]) -> Mean:
+    pairs = zip(answers, others, strict=True)
+    return average([mean_of([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs])
 
 
 def _percent(value: Mean, sign: str = "") -> str:

@@ -15,7 +15,7 @@ from megatron_let.evaluation.harness import (
     find_tasks,
     local_data,
 )
-from megatron_let.evaluation.tables import accuracy, accuracy_table
+from megatron_let.evaluation.tables import accuracy_table, mean_of
 from tests.unit.conversion.hf_models import make_model, save_model, write_tokenizer
 from tests.unit.evaluation.task_data import QUESTIONS, write_task_data
 from tools.evaluate import main
@@ -132,7 +132,7 @@ def test_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_averages_and_paired_errors() -> None:
     first = {"piqa": TaskScore([1, 0, 1, 1], None, 0), "sciq": TaskScore([0, 0, 1, 0], None, 2)}
     second = {"piqa": TaskScore([1, 1, 1, 1], None, 0), "sciq": TaskScore([0, 0, 1, 1], None, 0)}
-    mean, error = accuracy(first["piqa"])
+    mean, error = mean_of(first["piqa"].correct)
     assert (mean, error) == (0.75, pytest.approx(math.sqrt(0.25 / 4)))
     lines = accuracy_table({"a": first, "b": second}, shots=1).splitlines()
     assert "| 50.0 ± 17.7 |" in lines[4]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_let.evaluation.perplexity import Document, TextScore, TextScorer, windows
+from megatron_let.evaluation.perplexity import Document, TextScore, score_text, windows
 from megatron_let.evaluation.tables import text_table
 from tests.unit.conversion.hf_models import make_model, write_tokenizer
 
@@ -65,7 +65,7 @@ def reference(model, tokenizer, text: str, context: int, stride: int) -> tuple[f
 @pytest.mark.parametrize("stride", [32, 7])
 def test_agrees_with_the_textbook(tokenizer, stride: int) -> None:
     model, context = make_model("llama"), 32
-    scores = TextScorer(model, tokenizer, context, stride, batch_size=3).score(documents())
+    scores = score_text(model, tokenizer, documents(), context=context, stride=stride, batch_size=3)
     for subset in "ab":
         texts = [document.text for document in documents() if document.subset == subset]
         expected = [reference(model, tokenizer, text, context, stride) for text in texts]
@@ -86,15 +86,17 @@ def test_what_the_comparison_catches(tokenizer) -> None:
     text = documents()[5]
     loss, _ = reference(model, tokenizer, text.text, 32, 16)
     for context, stride in ((32, 32), (24, 16)):
-        score = TextScorer(model, tokenizer, context, stride, 3).score([text])[text.subset]
+        scores = score_text(model, tokenizer, [text], context=context, stride=stride, batch_size=3)
+        score = scores[text.subset]
         assert score.loss != pytest.approx(loss, rel=100 * TOLERANCE)
 
 
 def test_a_document_without_a_start(tokenizer) -> None:
     """Without a token to begin with the first one is not scored, and not counted."""
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    scorer = TextScorer(make_model("gpt2"), tokenizer, 32, 16, 3)
-    assert scorer.score([Document("a", "w5 w6 w7"), Document("a", "")])["a"].tokens == 2
+    texts = [Document("a", "w5 w6 w7"), Document("a", "")]
+    scores = score_text(make_model("gpt2"), tokenizer, texts, context=32, stride=16, batch_size=3)
+    assert scores["a"].tokens == 2
 
 
 def test_table() -> None:
