@@ -8,22 +8,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let.conversion.families import FAMILIES
-from megatron_let.conversion.family import Family, Values
-from megatron_let.conversion.mapping import ModelShape
+from megatron_let.conversion.family import Family, ModelShape, Values
 from megatron_let.errors import UsageError
 
+
+def _flags(attributes: str) -> dict[str, str]:
+    return {name: "--" + name.replace("_", "-") for name in attributes.split()}
+
+
 NEEDED_BY_ALL = {"rotary_interleaved": False, "softmax_type": "vanilla"}
-MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | {
-    attribute: "--" + attribute.replace("_", "-")
-    for attribute in (
-        "activation_func_clamp_value apply_residual_connection_post_layernorm "
-        "attention_output_gate experimental_attention_variant glu_linear_offset "
-        "heterogeneous_layers_config_encoded_json heterogeneous_layers_config_path "
-        "hybrid_layer_pattern hybrid_override_pattern is_hybrid_model linear_attention_freq "
-        "mtp_num_layers multi_latent_attention no_rope_freq num_experts openai_gelu qk_l2_norm "
-        "quick_geglu spec squared_relu use_mup window_size"
-    ).split()
-}
+MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | _flags(
+    "activation_func_clamp_value apply_residual_connection_post_layernorm attention_output_gate "
+    "experimental_attention_variant glu_linear_offset heterogeneous_layers_config_encoded_json "
+    "heterogeneous_layers_config_path hybrid_layer_pattern hybrid_override_pattern "
+    "is_hybrid_model linear_attention_freq mtp_num_layers multi_latent_attention no_rope_freq "
+    "num_experts openai_gelu qk_l2_norm quick_geglu spec squared_relu use_mup window_size"
+)
 """Arguments that change what the model computes as no family does, and their flags."""
 
 
@@ -163,17 +163,14 @@ def megatron_values(family: Family, config: Any) -> Values:
     }
 
 
-FLAG_OF = {
-    attribute: "--" + attribute.replace("_", "-")
-    for attribute in (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-        "max_position_embeddings position_embedding_type normalization init_method_std "
-        "rotary_base rotary_percent rotary_seq_len_interpolation_factor rope_scaling_factor "
-        "use_rope_scaling rotary_interleaved softmax_type group_query_attention swiglu "
-        "attention_dropout hidden_dropout use_te_activation_func use_transformer_engine_op_fuser "
-        "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights"
-    ).split()
-} | {
+FLAG_OF = _flags(
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "max_position_embeddings position_embedding_type normalization init_method_std "
+    "rotary_base rotary_percent rotary_seq_len_interpolation_factor rope_scaling_factor "
+    "use_rope_scaling rotary_interleaved softmax_type group_query_attention swiglu "
+    "attention_dropout hidden_dropout use_te_activation_func use_transformer_engine_op_fuser "
+    "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights"
+) | {
     "layernorm_epsilon": "--norm-epsilon",
     "add_bias_linear": "--disable-bias-linear",
     "bias_gelu_fusion": "--no-bias-gelu-fusion",

@@ -15,6 +15,13 @@ from transformers import AutoConfig
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import TRACKER
 from megatron_let.checkpoint.reader import COMMON_STATE
+from megatron_let.conversion.checks import (
+    NOT_HUGGING_FACE_WEIGHTS,
+    check_names,
+    check_shapes,
+    pieces,
+    rules_of,
+)
 from megatron_let.conversion.configs import (
     empty_model,
     family_of_config,
@@ -22,17 +29,7 @@ from megatron_let.conversion.configs import (
     megatron_values,
     model_shape,
 )
-from megatron_let.conversion.family import EMBEDDING, Family
-from megatron_let.conversion.mapping import (
-    NOT_HUGGING_FACE_WEIGHTS,
-    OUTPUT_LAYER,
-    ModelShape,
-    Rule,
-    check_names,
-    check_shapes,
-    pieces,
-    rules_of,
-)
+from megatron_let.conversion.family import EMBEDDING, OUTPUT_LAYER, Family, ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import SafetensorsReader
 from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer

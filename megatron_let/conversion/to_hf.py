@@ -15,21 +15,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
+from megatron_let.conversion.checks import NOT_WEIGHTS, check_names, check_shapes, pieces, rules_of
 from megatron_let.conversion.configs import (
     empty_model,
     family_of_run,
     hugging_face_config,
     model_shape,
 )
-from megatron_let.conversion.mapping import (
-    NOT_WEIGHTS,
-    ModelShape,
-    Rule,
-    check_names,
-    check_shapes,
-    pieces,
-    rules_of,
-)
+from megatron_let.conversion.family import ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import write_safetensors
 from megatron_let.conversion.tokenizer_files import (

@@ -50,37 +50,30 @@ def write_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
     Raises:
         UsageError: its own files are not enough to load it.
     """
-    names = _copy_files(source, tokenizer, folder)
-    if _loads_as(tokenizer, folder):
-        return
-    for name in names:
-        (folder / name).unlink()
-    own = folder / OWN_FOLDER
-    own.mkdir()
-    _copy_files(source, tokenizer, own)
-    if not _loads_as(tokenizer, own):
-        raise UsageError(
-            f"The tokenizer {source} has files beside {', '.join(TOKENIZER_FILES)} and cannot be "
-            "copied. Save it with transformers' save_pretrained and give that folder."
-        )
+    for place in (folder, folder / OWN_FOLDER):
+        place.mkdir(exist_ok=True)
+        copies = _copy_files(own_folder(Path(source)), tokenizer, place)
+        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        if _identity(loaded) == _identity(tokenizer):
+            return
+        for path in copies:
+            path.unlink()
+    raise UsageError(
+        f"The tokenizer {source} has files beside {', '.join(TOKENIZER_FILES)} and cannot be "
+        "copied. Save it with transformers' save_pretrained and give that folder."
+    )
 
 
-def _copy_files(source: str, tokenizer: Any, folder: Path) -> list[str]:
-    """Copy the tokenizer's files, or save it if it came from the hub; returns their names."""
+def _copy_files(origin: Path, tokenizer: Any, folder: Path) -> set[Path]:
+    """Copy the tokenizer's files, or save it if it came from the hub; returns the copies."""
     before = set(folder.iterdir())
-    origin = own_folder(Path(source))
     if origin.is_dir():
         for name in TOKENIZER_FILES:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
     else:
         tokenizer.save_pretrained(folder)
-    return [path.name for path in folder.iterdir() if path not in before]
-
-
-def _loads_as(tokenizer: Any, folder: Path) -> bool:
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return _identity(loaded) == _identity(tokenizer)
+    return set(folder.iterdir()) - before
 
 
 def _identity(tokenizer: Any) -> tuple[Any, ...]:
@@ -99,21 +92,19 @@ def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
     Raises:
         UsageError: its tokens, or its size, padded as Megatron pads it, are not the run's.
     """
-    of_run = vars(args).get("tokenizer_fingerprint")  # runs of Megatron-LM do not tell
-    if of_run is not None:
-        found = tokenizer_fingerprint(tokenizer.get_vocab())
-        if found != of_run:
-            raise UsageError(
-                f"The tokenizer {source} (fingerprint {found[:12]}) is not the one the model was "
-                f"trained with ({of_run[:12]}, then at {args.tokenizer_model}). Give that one with "
-                "--tokenizer-model."
-            )
-    elif source != args.tokenizer_model:
-        _check_size(args, tokenizer, source)
+    of_run = vars(args).get("tokenizer_fingerprint")
+    if of_run is None:  # runs of Megatron-LM do not tell
+        if source != args.tokenizer_model:
+            _check_size(args, len(tokenizer), source)
+    elif (found := tokenizer_fingerprint(tokenizer.get_vocab())) != of_run:
+        raise UsageError(
+            f"The tokenizer {source} (fingerprint {found[:12]}) is not the one the model was "
+            f"trained with ({of_run[:12]}, then at {args.tokenizer_model}). Give that one with "
+            "--tokenizer-model."
+        )
 
 
-def _check_size(args: Namespace, tokenizer: Any, source: str) -> None:
-    size = len(tokenizer)
+def _check_size(args: Namespace, size: int, source: str) -> None:
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-size // multiple) * multiple if args.pad_vocab_size else size
     if args.padded_vocab_size != padded:

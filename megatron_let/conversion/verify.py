@@ -5,6 +5,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,14 +91,13 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     return difference
 
 
-def _token_ids(folder: Path, config: object) -> torch.Tensor:
+def _token_ids(folder: Path, config: Any) -> torch.Tensor:
     """Ids `[1, s]` of real text; random ones for a model without a tokenizer."""
-    length = min(MAX_TOKENS, config.max_position_embeddings)  # type: ignore[attr-defined]
+    length = min(MAX_TOKENS, config.max_position_embeddings)
     if has_tokenizer(folder):
-        ids = load_tokenizer(str(folder))(TEXT)["input_ids"][:length]
-        return torch.tensor([ids])
+        return torch.tensor([load_tokenizer(folder)(TEXT)["input_ids"][:length]])
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (1, length), generator=generator)  # type: ignore[attr-defined]
+    return torch.randint(config.vocab_size, (1, length), generator=generator)
 
 
 def _megatron_logits(
@@ -107,14 +107,9 @@ def _megatron_logits(
         tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(tokens, ids_BS.numpy())
         program = [sys.executable, "-m", "megatron_let.conversion.megatron_logits"]
+        dtype = str(rounded_to).removeprefix("torch.")
         result = subprocess.run(
-            [
-                *program,
-                checkpoint.absolute(),
-                tokens,
-                logits,
-                str(rounded_to).removeprefix("torch."),
-            ],
+            [*program, checkpoint.absolute(), tokens, logits, dtype],
             capture_output=True,
             text=True,
             cwd=Path(__file__).resolve().parents[2],

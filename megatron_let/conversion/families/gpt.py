@@ -9,19 +9,17 @@ from megatron_let.conversion.family import (
     FC1,
     FC2,
     FINAL_NORM,
-    PROJECTION,
-    QKV_NAME,
-    Family,
-    Values,
-    with_bias,
-)
-from megatron_let.conversion.mapping import (
     OUTPUT_LAYER,
+    PROJECTION,
     QKV_COLUMNS,
+    QKV_NAME,
     TRANSPOSED,
     VOCABULARY,
+    Family,
     ModelShape,
     Rule,
+    Values,
+    with_bias,
 )
 
 _BLOCK = "transformer.h.{layer}"

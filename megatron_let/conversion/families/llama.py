@@ -10,18 +10,16 @@ from megatron_let.conversion.family import (
     FC1,
     FC2,
     FINAL_NORM,
-    PROJECTION,
-    QKV_NAME,
-    Family,
-    Values,
-)
-from megatron_let.conversion.mapping import (
     GATED_MLP,
     OUTPUT_LAYER,
+    PROJECTION,
     QKV,
+    QKV_NAME,
     VOCABULARY,
+    Family,
     ModelShape,
     Rule,
+    Values,
 )
 
 _LAYER = "model.layers.{layer}"

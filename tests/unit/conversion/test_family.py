@@ -1,26 +1,28 @@
-"""The table and its two special cases, against references written by hand."""
+"""The rules and their forms, against references written by hand; what the checks refuse."""
 
 import pytest
 import torch
 
-from megatron_let.conversion.families import FAMILIES, llama
-from megatron_let.conversion.family import Family
-from megatron_let.conversion.mapping import (
-    GATED_MLP,
-    KEEP,
+from megatron_let.conversion.checks import (
     NOT_HUGGING_FACE_WEIGHTS,
     NOT_WEIGHTS,
+    check_names,
+    is_not_weight,
+    pieces,
+    rules_of,
+)
+from megatron_let.conversion.families import FAMILIES, llama
+from megatron_let.conversion.family import (
+    GATED_MLP,
+    KEEP,
     QKV,
     QKV_COLUMNS,
     TRANSPOSED,
     VOCABULARY,
+    Family,
     Form,
     ModelShape,
-    check_names,
     cut_vocabulary,
-    is_not_weight,
-    pieces,
-    rules_of,
     split_qkv,
 )
 from megatron_let.errors import UsageError
