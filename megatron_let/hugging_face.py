@@ -30,7 +30,7 @@ class OutsideError(UsageError):
     """Files that would have code of theirs run, or that lead out of their folder."""
 
 
-def load(auto: Any, source: str | Path, failure: str, **options: Any) -> Any:
+def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> Any:
     """Return `auto.from_pretrained(source)`, of one of transformers' `Auto` classes, as `told`."""
     with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
         loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
@@ -41,8 +41,10 @@ def load(auto: Any, source: str | Path, failure: str, **options: Any) -> Any:
 
 
 @contextmanager
-def told(source: str | Path, failure: str, weights: bool = False) -> Iterator[None]:
+def told(source: str | Path, failure: str = "", weights: bool = False) -> Iterator[None]:
     """Check a folder or hub id; what fails in the context ends in `failure` and the reason.
+
+    Without `failure` it is said that the source cannot be loaded.
 
     Raises:
         UsageError: that; as `check_folder`; the files need code of their own.
@@ -54,6 +56,7 @@ def told(source: str | Path, failure: str, weights: bool = False) -> Iterator[No
         if "trust_remote_code" in str(error) or _names_code(Path(source)):
             raise remote_code(source) from error
         pickles = sorted(path.name for path in Path(source).glob("*.bin")) if weights else []
+        failure = failure or f"{source} cannot be loaded."
         raise UsageError(f"{failure} ({': '.join([*pickles, first_line(error)])})") from error
 
 

@@ -157,8 +157,7 @@ def evaluate_text(options: argparse.Namespace) -> str:
         results = Results(options.output / f"{label}-text.json", about)
         if "subsets" not in results:
             print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
-            failure = f"{folder} cannot be loaded."
-            model = load(AutoModelForCausalLM, folder, failure, dtype=options.dtype)
+            model = load(AutoModelForCausalLM, folder, dtype=options.dtype)
             model = model.to(options.device).eval()
             found = score_text(
                 model,
@@ -178,8 +177,7 @@ def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     """The context and stride in tokens."""
     from transformers import AutoConfig
 
-    config = load(AutoConfig, folder, f"{folder} cannot be loaded.")
-    longest = config.max_position_embeddings
+    longest = load(AutoConfig, folder).max_position_embeddings
     context = options.context or longest
     stride = options.stride or max(context // 2, 1)
     if not 1 <= context <= longest:

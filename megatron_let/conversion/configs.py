@@ -86,13 +86,12 @@ def hugging_face_config(
     values = {"attention_dropout": 0.0, "hidden_dropout": 0.0} | vars(args)
     own = {field: values[name] for name, field in family.same.items()}
     own |= family.to_config(args, shape)
-    own_head_size = "head_dim" in own
-    divides = args.hidden_size % shape.num_heads == 0
-    if not divides or not (own_head_size or shape.head_dim * shape.num_heads == args.hidden_size):
+    head_dim = shape.head_dim if "head_dim" not in own else args.hidden_size // shape.num_heads
+    if head_dim * shape.num_heads != args.hidden_size:
         raise UsageError(
             f"--hidden-size {args.hidden_size} with {shape.num_heads} --num-attention-heads of "
-            f"--kv-channels {shape.head_dim} cannot be exported: Hugging Face's {family.name} "
-            f"wants a multiple of the heads{'' if own_head_size else ', and that size of them'}."
+            f"--kv-channels {shape.head_dim} cannot be exported to Hugging Face's {family.name}: "
+            f"{shape.num_heads} heads of {head_dim} make {head_dim * shape.num_heads}."
         )
     # The families' own ids are the defaults; without a tokenizer none is right.
     tokens = {

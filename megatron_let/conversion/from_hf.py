@@ -15,20 +15,7 @@ from transformers import AutoConfig
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import TRACKER
 from megatron_let.checkpoint.reader import COMMON_STATE
-from megatron_let.conversion.checks import (
-    NOT_HUGGING_FACE_WEIGHTS,
-    check_names,
-    check_shapes,
-    pieces,
-    rules_of,
-)
-from megatron_let.conversion.configs import (
-    empty_model,
-    family_of_config,
-    megatron_flags,
-    megatron_values,
-    model_shape,
-)
+from megatron_let.conversion import checks, configs
 from megatron_let.conversion.family import EMBEDDING, OUTPUT_LAYER, Family, ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import SafetensorsReader
@@ -42,8 +29,6 @@ from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
 
 FLAGS_FILE = "megatron_flags.txt"
-FILES_OF_A_MODEL = ("*.json", "*.safetensors", *TOKENIZER_FILES)
-
 LAYERS_WITH_EXTRA_STATE = (
     "self_attention.linear_qkv self_attention.core_attention self_attention.q_layernorm "
     "self_attention.k_layernorm self_attention.linear_proj mlp.linear_fc1 mlp.linear_fc2"
@@ -79,10 +64,10 @@ def import_model(
     config = hugging_face.load(
         AutoConfig, source, f"--hf-model {source} has no configuration to load."
     )
-    family = family_of_config(config)
-    values = megatron_values(family, config) | {"vocab_size": config.vocab_size}
-    shape = model_shape(Namespace(**values), config.vocab_size)
-    rules = rules_of(family.rules, tied=config.tie_word_embeddings)
+    family = configs.family_of_config(config)
+    values = configs.megatron_values(family, config) | {"vocab_size": config.vocab_size}
+    shape = configs.model_shape(Namespace(**values), config.vocab_size)
+    rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
     reader = _open_weights(source, family, rules, config, shape)
     stand_ins = {}
     for rule in rules:
@@ -115,7 +100,7 @@ def local_folder(hf_model: str, revision: str | None) -> Path:
     if Path(hf_model).is_dir():
         return Path(hf_model)
     try:
-        files = list(FILES_OF_A_MODEL)
+        files = ["*.json", "*.safetensors", *TOKENIZER_FILES]
         return Path(snapshot_download(hf_model, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = hugging_face.first_line(error)
@@ -128,17 +113,17 @@ def _open_weights(
     folder: Path, family: Family, rules: tuple[Rule, ...], config: Any, shape: ModelShape
 ) -> SafetensorsReader:
     """Open the files; their tensors must be those of the family and of the configuration."""
-    model = empty_model(config)
+    model = configs.empty_model(config)
     reader = SafetensorsReader(folder, model.base_model_prefix)
     first = {rule.megatron: rule.hugging_face[0] for rule in family.rules}
     head, embedding = first[OUTPUT_LAYER], first[EMBEDDING]
     # The output layer of a tied model, which some folders hold as well.
     twice = {head} & reader.names if config.tie_word_embeddings else set()
-    expected = [name for rule, layer in pieces(rules, shape) for name in rule.names(layer)]
+    expected = [name for rule, layer in checks.pieces(rules, shape) for name in rule.names(layer)]
     what = f"{folder}, by its configuration a {family.name},"
-    check_names(expected, reader.names - twice, what, NOT_HUGGING_FACE_WEIGHTS)
+    checks.check_names(expected, reader.names - twice, what, checks.NOT_HUGGING_FACE_WEIGHTS)
     found = {name: reader.empty(name) for name in expected}
-    check_shapes(found, model.state_dict(), "config.json makes")
+    checks.check_shapes(found, model.state_dict(), "config.json makes")
     # If it is another matrix, then transformers does not tie them either.
     if twice and not torch.equal(reader.read(head), reader.read(embedding)):
         raise UsageError(
@@ -153,7 +138,7 @@ def _open_weights(
 
 def _run_flags(values: dict[str, Any], load: Path) -> list[str]:
     """The flags with which a run starts from the checkpoint."""
-    flags = [*megatron_flags(values), "--load", str(load.absolute())]
+    flags = [*configs.megatron_flags(values), "--load", str(load.absolute())]
     if values["tokenizer_model"] is not None:
         flags += ["--tokenizer-type", values["tokenizer_type"]]
         flags += ["--tokenizer-model", values["tokenizer_model"]]

@@ -15,22 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
-from megatron_let.conversion.checks import NOT_WEIGHTS, check_names, check_shapes, pieces, rules_of
-from megatron_let.conversion.configs import (
-    empty_model,
-    family_of_run,
-    hugging_face_config,
-    model_shape,
-)
+from megatron_let.conversion import checks, configs, tokenizer_files
 from megatron_let.conversion.family import ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import write_safetensors
-from megatron_let.conversion.tokenizer_files import (
-    check_tokenizer,
-    load_tokenizer,
-    tokenizer_of_run,
-    write_tokenizer,
-)
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
@@ -68,28 +56,30 @@ def export(
     bars_on_a_terminal_only()
     checkpoint = Checkpoint(find_checkpoint(load, ckpt_step))
     args = checkpoint.args()
-    family = family_of_run(args)
+    family = configs.family_of_run(args)
     # A model that came with more rows than tokens keeps them.
     rows, tokenizer = vars(args).get("vocab_size") or 0, None
-    source = tokenizer_model or tokenizer_of_run(args)
+    source = tokenizer_model or tokenizer_files.tokenizer_of_run(args)
     if source is not None:
-        tokenizer = load_tokenizer(source)
-        check_tokenizer(args, tokenizer, source)
+        tokenizer = tokenizer_files.load_tokenizer(source)
+        tokenizer_files.check_tokenizer(args, tokenizer, source)
         rows = max(rows, len(tokenizer))
-    shape = model_shape(args, rows)
-    config = hugging_face_config(family, args, shape, tokenizer)
+    shape = configs.model_shape(args, rows)
+    config = configs.hugging_face_config(family, args, shape, tokenizer)
 
-    rules = rules_of(family.rules, tied=config.tie_word_embeddings)
+    rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
     what = f"the checkpoint, by its arguments a {family.name},"
-    check_names([rule.megatron for rule in rules], checkpoint.names, what, NOT_WEIGHTS)
+    checks.check_names(
+        [rule.megatron for rule in rules], checkpoint.names, what, checks.NOT_WEIGHTS
+    )
     tensors = _stand_ins(checkpoint, rules, shape, DTYPES[dtype] if dtype else None)
-    model = empty_model(config)
-    check_shapes(tensors, model.state_dict(), "the run's arguments make")
+    model = configs.empty_model(config)
+    checks.check_shapes(tensors, model.state_dict(), "the run's arguments make")
     config.architectures = [type(model).__name__]
     config.dtype = next(iter(tensors.values())).dtype
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for rule, layer in tqdm(pieces(rules, shape), desc="weights", disable=None):
+        for rule, layer in tqdm(checks.pieces(rules, shape), desc="weights", disable=None):
             yield from rule.split(checkpoint.read(rule.megatron, layer), layer, shape)
 
     with complete_or_absent(output) as folder:
@@ -97,7 +87,7 @@ def export(
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         write_safetensors(folder, tensors, weights(), max_shard_size)
         if source is not None:
-            write_tokenizer(source, tokenizer, folder)
+            tokenizer_files.write_tokenizer(source, tokenizer, folder)
     return output
 
 
@@ -106,7 +96,7 @@ def _stand_ins(
 ) -> dict[str, torch.Tensor]:
     """Hugging Face's names, shapes and types, on `meta`."""
     tensors: dict[str, torch.Tensor] = {}
-    for rule, layer in pieces(rules, shape):
+    for rule, layer in checks.pieces(rules, shape):
         tensor = checkpoint.empty(rule.megatron)
         if rule.stacked:
             if len(tensor) != shape.num_layers:
@@ -125,10 +115,10 @@ def sample(folder: Path, prompt: str) -> str:
         UsageError: the folder has no tokenizer, or the prompt no tokens.
     """
     bars_on_a_terminal_only()
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = tokenizer_files.load_tokenizer(str(folder))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError(f"--sample {prompt!r} has no tokens.")
-    model = hugging_face.load(AutoModelForCausalLM, folder, f"{folder} cannot be loaded.")
+    model = hugging_face.load(AutoModelForCausalLM, folder)
     tokens = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
     return tokenizer.decode(tokens[0])

@@ -64,9 +64,8 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
         UsageError: they differ by more than `TOLERANCE`.
     """
     bars_on_a_terminal_only()
-    failure = f"{folder} cannot be loaded."
-    model = hugging_face.load(AutoModelForCausalLM, folder, failure, dtype=torch.float32)
-    own = hugging_face.load(AutoConfig, folder, failure).dtype or torch.float32
+    model = hugging_face.load(AutoModelForCausalLM, folder, dtype=torch.float32)
+    own = hugging_face.load(AutoConfig, folder).dtype or torch.float32
     # What a cast has lost on one side, the other loses here.
     theirs = Checkpoint(checkpoint).empty("decoder.final_layernorm.weight").dtype
     for parameter in model.parameters():

@@ -17,6 +17,9 @@ from typing import Any
 from megatron_let import hugging_face
 from megatron_let.errors import UsageError
 
+DataPlace = tuple[Path, str | None]
+"""Of a data set on this machine: its path and subset."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -72,13 +75,13 @@ def find_tasks(names: Sequence[str] | None) -> list[Task]:
     return [known[name] for name in names or known]
 
 
-def local_data(tasks: Iterable[Task], folder: Path) -> dict[str, tuple[Path, str | None]]:
+def local_data(tasks: Iterable[Task], folder: Path) -> dict[str, DataPlace]:
     """Return each task's path and subset below a folder of data sets, FOLDER/OWNER/NAME.
 
     Raises:
         UsageError: names every missing data set and the command that gets it.
     """
-    found: dict[str, tuple[Path, str | None]] = {}
+    found: dict[str, DataPlace] = {}
     missing = []
     for task in tasks:
         path = folder / task.dataset
@@ -115,8 +118,7 @@ class Harness:
     def __init__(self, folder: Path, dtype: str, device: str, batch_size: int) -> None:
         from transformers import AutoConfig
 
-        failure = f"{folder} cannot be loaded."
-        hugging_face.load(AutoConfig, folder, failure)
+        hugging_face.load(AutoConfig, folder)
         # Late: it takes seconds.
         from lm_eval.models.huggingface import HFLM
 
@@ -128,7 +130,7 @@ class Harness:
 
         _keep_no_environment()
         self._manager = _task_manager()
-        with hugging_face.told(folder, failure, weights=True):
+        with hugging_face.told(folder, weights=True):
             self._model = Model(
                 pretrained=str(folder),
                 tokenizer=str(hugging_face.own_folder(folder)),
@@ -138,18 +140,12 @@ class Harness:
                 trust_remote_code=False,
             )
 
-    def score(
-        self,
-        task: Task,
-        data: tuple[Path, str | None] | None,
-        shots: int,
-        limit: int | None,
-    ) -> TaskScore:
+    def score(self, task: Task, data: DataPlace | None, shots: int, limit: int | None) -> TaskScore:
         """Run one task.
 
         Args:
             task: which.
-            data: its path and subset on this machine; the hub's if None.
+            data: where; the hub's if None.
             shots: solved examples before every question.
             limit: only so many questions.
 
@@ -182,7 +178,7 @@ class Harness:
         )
 
     @contextmanager
-    def _specified(self, task: Task, data: tuple[Path, str | None] | None) -> Iterator[str]:
+    def _specified(self, task: Task, data: DataPlace | None) -> Iterator[str]:
         """The task as the harness takes it: its name, or a file that says where the data lies."""
         if data is None:
             yield task.name
