@@ -4,17 +4,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_let.methods.table import BASELINE, METHODS
-from megatron_let.report.runs import Run
 from megatron_let.report.targets import Comparison, mean_speed_up
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.gridspec import GridSpec
 
 PLAIN_COLOUR = "#4d4d4d"
 # Okabe and Ito's palette: told apart with every common form of colour blindness.
@@ -53,7 +49,7 @@ def plot_comparison(
     teacher_loss: float | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw validation loss over steps (and the alignment, if any was logged) as a PNG at `path`.
+    """Draw validation loss over steps as a PNG at `path`.
 
     A thin line a seed, a thick one their mean. `teacher_loss` (nats a token, same validation set)
     is drawn as a dashed line. Returns `path`; folders are made. Raises ValueError without runs
@@ -61,18 +57,17 @@ def plot_comparison(
     """
     if not comparisons:
         raise ValueError("nothing to plot: give at least one plain run and one other")
-    matplotlib, figure_class = _import_matplotlib()
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
-        guided = [c.run for c in comparisons if c.run.series("let loss")]
         looks = _looks(comparisons)
-        size = (9.2 if guided else 6.4, 5.0 if len(looks) > MANY_LINES else 4.0)
-        figure = figure_class(figsize=size, layout="constrained")
+        size = (9.2, 5.0 if len(looks) > MANY_LINES else 4.0)
+        figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title or default_title(comparisons), x=0.01, ha="left", weight="bold")
-        widths = (1.9, 1.0) if guided else (1.0,)
-        grid = figure.add_gridspec(2, len(widths), width_ratios=widths)
-        _draw_losses(figure.add_subplot(grid[:, 0]), comparisons, looks, teacher_loss)
-        if guided:
-            _draw_alignment(figure, grid, guided, looks)
+        _draw_losses(figure.add_subplot(), comparisons, looks, teacher_loss)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return path
@@ -89,15 +84,6 @@ def default_title(comparisons: Sequence[Comparison]) -> str:
         f"{plain.train_iters:,} steps of {plain.tokens_per_step:,} tokens, "
         f"{seeds} seed{'s' if seeds > 1 else ''}"
     )
-
-
-def _import_matplotlib() -> "tuple[ModuleType, type[Figure]]":
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
-    return matplotlib, Figure
 
 
 def _display(label: str) -> str:
@@ -228,23 +214,3 @@ def _write_on_line(axes: "Axes", step: float, loss: float, text: str, colour: st
         weight="bold",
         bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
     )
-
-
-def _draw_alignment(
-    figure: "Figure", grid: "GridSpec", guided: Sequence[Run], looks: dict[str, Look]
-) -> None:
-    """Right column: how alike student and teacher are, and how hard they are pulled together."""
-    cosine_axes = figure.add_subplot(grid[0, 1])
-    weight_axes = figure.add_subplot(grid[1, 1], sharex=cosine_axes)
-    for label in dict.fromkeys(run.label for run in guided):
-        runs = [run for run in guided if run.label == label]
-        cosines = [[(step, 1 - loss) for step, loss in run.series("let loss")] for run in runs]
-        _draw_curves(cosine_axes, cosines, looks[label], _display(label))
-        weights = [run.series("let weight") for run in runs]
-        if all(weights):
-            _draw_curves(weight_axes, weights, looks[label], _display(label))
-    cosine_axes.set_ylabel("cosine to teacher")
-    cosine_axes.tick_params(labelbottom=False)
-    weight_axes.set(xlabel="step", ylabel="alignment weight")
-    weight_axes.set_xlim(0, guided[0].train_iters * 1.02)
-    weight_axes.set_ylim(0, 1.08 * weight_axes.get_ylim()[1])

@@ -74,7 +74,6 @@ def run_with(write: Callable[..., Path]) -> Callable[..., Run]:
         seed: int = 1,
         label: str | None = None,
         flops_per_step: float = 100.0,
-        aligned: bool = True,
         **start: Any,
     ) -> Run:
         if method != "baseline":
@@ -82,8 +81,6 @@ def run_with(write: Callable[..., Path]) -> Callable[..., Run]:
         records = [start_line(method=method, seed=seed, **start)]
         for place, loss in enumerate(losses, start=1):
             records.append(valid_line(10 * place, loss, flops_per_step))
-            if method != "baseline" and aligned:
-                records.append(train_line(10 * place, let_loss=1 / place, let_weight=0.1))
         return read_run(write(*records, folder=f"{label or method}-{seed}"), label=label)
 
     return build

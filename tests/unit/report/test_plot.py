@@ -14,7 +14,7 @@ def png_size(path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
-def test_two_panels_at_readme_width(run_with, tmp_path):
+def test_readme_width(run_with, tmp_path):
     runs = [run_with([6.0, 5.0, 4.5, 4.0], seed=s) for s in (1, 2)]
     runs += [run_with([5.0, 3.5, 3.2, 3.0], method="let", seed=s) for s in (1, 2)]
     comparisons = compare_all(runs)
@@ -25,11 +25,11 @@ def test_two_panels_at_readme_width(run_with, tmp_path):
     )
 
 
-def test_target_not_reached_and_no_alignment_logged(run_with, tmp_path):
+def test_target_not_reached(run_with, tmp_path):
     plain = run_with([6.0, 5.0, 4.5, 4.0])
-    salt = run_with([6.0, 5.0, float("nan"), 4.8], method="salt", aligned=False)
+    salt = run_with([6.0, 5.0, float("nan"), 4.8], method="salt")
     path = plot_comparison(compare_all([plain, salt]), tmp_path / "report.png")
-    assert png_size(path)[0] == 960
+    assert png_size(path) == (1380, 600)
 
 
 def test_nothing_to_plot(tmp_path):
