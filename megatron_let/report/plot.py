@@ -154,7 +154,7 @@ def _draw_losses(
             label=f"teacher's own loss ({teacher_loss:.2f})",
         )
     _limit_losses(axes, means, total, [target, *([] if teacher_loss is None else [teacher_loss])])
-    _annotate_best(axes, comparisons, looks, target)
+    _annotate_best(axes, comparisons, target)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
     if len(looks) > MANY_LINES:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=7, ncols=3)
@@ -174,43 +174,25 @@ def _limit_losses(
     axes.set_ylim(low - 0.08 * (high - low), high + 0.02 * (high - low))
 
 
-def _annotate_best(
-    axes: "Axes", comparisons: Sequence[Comparison], looks: dict[str, Look], target: float
-) -> None:
+def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: float) -> None:
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
-    plain_end = fmean(c.plain_total.steps for c in comparisons)
-    groups = {
-        label: [c for c in comparisons if c.run.label == label and c.run.method != BASELINE]
-        for label in looks
-    }
-    speed_ups = {label: mean_speed_up(group) for label, group in groups.items()}
-    reached = {label: speed for label, speed in speed_ups.items() if speed is not None}
-    axes.plot([plain_end], [target], "o", color=PLAIN_COLOUR, markersize=5, zorder=5)
-    if not reached:
-        _write_on_line(axes, plain_end * 0.5, target, "plain run's final loss: not reached", "k")
-        return
-    best = max(reached, key=lambda label: reached[label])
-    crossing = plain_end / reached[best]
-    axes.plot([crossing], [target], "o", color=looks[best].colour, markersize=5, zorder=5)
-    axes.annotate(
-        "",
-        xy=(crossing, target),
-        xytext=(plain_end, target),
-        arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 4, "shrinkB": 4},
-    )
-    text = f"{reached[best]:.1f}x fewer steps" if reached[best] >= 1 else "more steps than plain"
-    _write_on_line(axes, (crossing + plain_end) / 2, target, text, "black")
-
-
-def _write_on_line(axes: "Axes", step: float, loss: float, text: str, colour: str) -> None:
+    plain_end, crossing = fmean(c.plain_total.steps for c in comparisons), 0.0
+    guided = [c for c in comparisons if c.run.method != BASELINE]
+    labels = {c.run.label for c in guided}
+    speed_ups = [mean_speed_up([c for c in guided if c.run.label == label]) for label in labels]
+    best = max((speed_up or 0.0 for speed_up in speed_ups), default=0.0)
+    text = "plain run's final loss: not reached"
+    if best:
+        text = f"{best:.1f}x fewer steps" if best >= 1 else "more steps than plain"
+        crossing = plain_end / best
+        arrow = {"arrowstyle": "-|>", "color": "black"}
+        axes.annotate("", xy=(crossing, target), xytext=(plain_end, target), arrowprops=arrow)
     axes.annotate(
         text,
-        xy=(step, loss),
-        xytext=(0, -4),
+        ((crossing + plain_end) / 2, target),
+        (0, -4),
         textcoords="offset points",
         ha="center",
         va="top",
-        color=colour,
         weight="bold",
-        bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
     )
