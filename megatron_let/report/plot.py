@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_let.methods.table import BASELINE, METHODS
+from megatron_let.report.runs import Run
 from megatron_let.report.targets import Comparison, mean_speed_up
 
 if TYPE_CHECKING:
@@ -108,52 +109,27 @@ def _looks(comparisons: Sequence[Comparison]) -> dict[str, Look]:
     return plain | looks
 
 
-def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """Mean over the seeds at the steps that all of them have."""
-    tables = [dict(curve) for curve in curves]
-    shared = sorted(set(tables[0]).intersection(*tables[1:]))
-    return [(step, fmean(table[step] for table in tables)) for step in shared]
-
-
-def _draw_curves(
-    axes: "Axes", curves: Sequence[Sequence[tuple[int, float]]], look: Look, label: str
-) -> list[tuple[int, float]]:
-    """Draw a thin line a seed and their mean; returns the mean."""
-    mean = _mean_curve(curves)
-    if len(curves) > 1:
-        for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=look.colour, linewidth=0.7, alpha=0.45)
-    if mean:
-        points = zip(*mean, strict=True)
-        axes.plot(*points, look.style, color=look.colour, linewidth=2.0, label=label)
-    return mean
-
-
 def _draw_losses(
     axes: "Axes",
     comparisons: Sequence[Comparison],
     looks: dict[str, Look],
     teacher_loss: float | None,
 ) -> None:
-    means = []
-    for label, look in looks.items():
-        runs = [c.run for c in comparisons if c.run.label == label]
-        curves = [[(e.iteration, e.loss) for e in run.evaluations] for run in runs]
-        means.append(_draw_curves(axes, curves, look, _display(label)))
     total = max(c.plain_total.steps for c in comparisons)
     target = fmean({c.plain.path: c.target_loss for c in comparisons}.values())
-    axes.axhline(
-        target, color=TARGET_COLOUR, linestyle=":", linewidth=1.4, label="target: plain run's end"
-    )
+    shown = [target]
+    for label, look in looks.items():
+        runs = [c.run for c in comparisons if c.run.label == label]
+        mean = _draw_runs(axes, runs, look, _display(label))
+        shown += [loss for step, loss in mean.items() if step >= SKIPPED_START * total]
+    axes.axhline(target, color=TARGET_COLOUR, linestyle=":", label="target: plain run's end")
     if teacher_loss is not None:
-        axes.axhline(
-            teacher_loss,
-            color=TEACHER_COLOUR,
-            linestyle="--",
-            linewidth=1.3,
-            label=f"teacher's own loss ({teacher_loss:.2f})",
-        )
-    _limit_losses(axes, means, total, [target, *([] if teacher_loss is None else [teacher_loss])])
+        label = f"teacher's own loss ({teacher_loss:.2f})"
+        axes.axhline(teacher_loss, color=TEACHER_COLOUR, linestyle="--", label=label)
+        shown.append(teacher_loss)
+    finite = [loss for loss in shown if math.isfinite(loss)]
+    low, high = min(finite), max(finite)
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.02 * (high - low))
     _annotate_best(axes, comparisons, target)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
     if len(looks) > MANY_LINES:
@@ -162,16 +138,17 @@ def _draw_losses(
         axes.legend(loc="upper right")
 
 
-def _limit_losses(
-    axes: "Axes",
-    means: Sequence[Sequence[tuple[int, float]]],
-    total_steps: float,
-    lines: Sequence[float],
-) -> None:
-    late = [loss for mean in means for step, loss in mean if step >= SKIPPED_START * total_steps]
-    finite = [loss for loss in (*late, *lines) if math.isfinite(loss)]
-    low, high = min(finite), max(finite)
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.02 * (high - low))
+def _draw_runs(axes: "Axes", runs: Sequence[Run], look: Look, label: str) -> dict[int, float]:
+    """Draw a thin line a run, and their mean where all were evaluated; returns it, by step."""
+    curves = [{e.iteration: e.loss for e in run.evaluations} for run in runs]
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(*zip(*curve.items(), strict=True), color=look.colour, lw=0.7, alpha=0.45)
+    shared = sorted(set(curves[0]).intersection(*curves))
+    mean = {step: fmean(curve[step] for curve in curves) for step in shared}
+    points = list(mean), list(mean.values())
+    axes.plot(*points, look.style, color=look.colour, lw=2.0, label=label)
+    return mean
 
 
 def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: float) -> None:
