@@ -6,7 +6,7 @@ resumed, `train` lines at the log interval, `valid` lines at each evaluation. Un
 nats a token.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ class Run:
     path: Path
     label: str
     """What tables and plots call this kind of run; the method's name unless the reader chose."""
-    name: str
     method: str
     seed: int
     train_iters: int
@@ -74,58 +73,49 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
 
     `label` names the kind of run in tables and plots (default: its method); give one where two
     kinds share a method, for example two alignment weights. Raises ValueError for a missing or
-    empty file, a broken line other than the last, and a file without a start line.
+    empty file, and for one without a start line or a value that a run must have.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
-    start: dict[str, Any] | None = None
-    latest: dict[tuple[str, int], dict[str, Any]] = {}
-    for line_number, record in _records(file):
-        try:
-            kind, iteration = record["kind"], int(record["iteration"])
-            if kind == "start":
-                start = record
-                latest = {key: value for key, value in latest.items() if key[1] <= iteration}
-            else:
-                latest[kind, iteration] = record
-        except KeyError as error:
-            raise ValueError(f"{file}:{line_number}: the record has no {error}") from error
-    if start is None:
-        raise ValueError(f"{file} has no start line: it was not written by pretrain_let.py")
-    try:
-        return _build_run(file, start, label, [latest[key] for key in sorted(latest)])
-    except KeyError as error:
-        raise ValueError(f"{file}: a record lacks {error}, which this version needs") from error
-
-
-def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, record)."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: give the folder of a run that has started")
     if not file.read_bytes().strip():
         raise ValueError(f"{file} is empty: the run has logged nothing yet, wait for its start")
-    yield from read_records(file)
+    start, records = _kept(file)
+    try:
+        return Run(
+            path=file,
+            label=label or start["method"],
+            method=start["method"],
+            seed=start["seed"],
+            train_iters=start["train_iters"],
+            tokens_per_step=start["tokens_per_step"],
+            student_parameters=start["student_parameters"],
+            teacher_loss=start["teacher"] and start["teacher"]["lm_loss"],
+            data=start.get("data"),
+            train=tuple(r for r in records if r["kind"] == "train"),
+            evaluations=tuple(_evaluation(r) for r in records if r["kind"] == "valid"),
+        )
+    except KeyError as error:
+        raise ValueError(f"{file}: a record lacks {error}, which this version needs") from error
 
 
-def _build_run(
-    file: Path, start: dict[str, Any], label: str | None, records: list[dict[str, Any]]
-) -> Run:
-    return Run(
-        path=file,
-        label=label or start["method"],
-        name=start["name"],
-        method=start["method"],
-        seed=start["seed"],
-        train_iters=start["train_iters"],
-        tokens_per_step=start["tokens_per_step"],
-        student_parameters=start["student_parameters"],
-        teacher_loss=start["teacher"] and start["teacher"]["lm_loss"],
-        data=start.get("data"),
-        train=tuple(r for r in records if r["kind"] == "train"),
-        evaluations=tuple(_build_evaluation(r) for r in records if r["kind"] == "valid"),
-    )
+def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The last start, and the records that no later attempt has made void."""
+    start: dict[str, Any] | None = None
+    latest: dict[tuple[str, int], dict[str, Any]] = {}
+    for _, record in read_records(file):
+        kind, iteration = record["kind"], record["iteration"]
+        if kind == "start":
+            start = record
+            latest = {key: value for key, value in latest.items() if key[1] <= iteration}
+        else:
+            latest[kind, iteration] = record
+    if start is None:
+        raise ValueError(f"{file} has no start line: it was not written by pretrain_let.py")
+    return start, [latest[key] for key in sorted(latest)]
 
 
-def _build_evaluation(record: dict[str, Any]) -> Evaluation:
+def _evaluation(record: dict[str, Any]) -> Evaluation:
     return Evaluation(
         iteration=record["iteration"],
         tokens=record["tokens"],
