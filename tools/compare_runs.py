@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.table import comparison_table, losses_table  # noqa: E402
-from megatron_let.report.targets import compare_all, regime_sentence, teacher_loss  # noqa: E402
+from megatron_let.report.targets import compare_all, regime_sentence  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,9 +60,8 @@ def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
     """
     comparisons = compare_all(runs)
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
-    loss = teacher_loss(runs, teacher)
-    if teacher is not None and loss is not None:
-        parts.append(regime_sentence(comparisons[0].plain, loss))
+    if teacher is not None:
+        parts.append(regime_sentence(comparisons[0].plain, teacher.final.loss))
     return "\n\n".join(parts)
 
 

@@ -90,24 +90,18 @@ def _teacher_cell(comparison: Comparison, teacher_run: Run | None) -> str:
 
 def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ...]]:
     losses = [c.run.final.loss for c in group]
-    mean = [label, "mean", f"{fmean(losses):.3f}"]
-    spread = [label, "range", f"{min(losses):.3f}-{max(losses):.3f}"]
-    ratios = [c.ratio for c in group]
-    for axis in range(len(Cost._fields)):
-        reached = [ratio[axis] for ratio in ratios if ratio is not None]
-        axis_mean, axis_range = _summarize(reached, len(group))
-        mean.append(axis_mean)
-        spread.append(axis_range)
-    mean_cell, range_cell = _summarize_speed_up(group)
-    return [(*mean, mean_cell, ""), (*spread, range_cell, "")]
-
-
-def _summarize_speed_up(group: Sequence[Comparison]) -> tuple[str, str]:
-    """(mean, range); the mean is plain steps over mean steps, as the steps column reads."""
-    speed_ups = [c.speed_up for c in group if c.speed_up is not None]
-    if len(speed_ups) < len(group):
-        return "-", "-"
-    return f"{mean_speed_up(group):.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
+    reached = [c.ratio for c in group if c.ratio is not None]
+    axes = [
+        _summarize([ratio[i] for ratio in reached], len(group)) for i in range(len(Cost._fields))
+    ]
+    # Plain steps over mean steps, as the steps column reads.
+    mean, speed_ups = mean_speed_up(group), [c.speed_up for c in group if c.speed_up is not None]
+    speed = "-", "-"
+    if mean is not None:
+        speed = f"{mean:.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
+    loss = f"{fmean(losses):.3f}", f"{min(losses):.3f}-{max(losses):.3f}"
+    columns = ((label, label), ("mean", "range"), loss, *axes, speed, ("", ""))
+    return list(zip(*columns, strict=True))
 
 
 def _summarize(reached: Sequence[float], seeds: int) -> tuple[str, str]:
@@ -125,13 +119,9 @@ def _legend(comparisons: Sequence[Comparison], teacher_run: Run | None) -> list[
         "over the plain run's total (FLOPs with the teacher's forward passes). teacher: FLOPs of",
         "its own pre-training, over the same total and not part of the FLOPs column.",
     ]
-    totals = [c.plain_total for c in comparisons if c.run == c.plain]
-    if totals:
-        seconds = fmean(total.seconds for total in totals)
-        lines.append(
-            f"Plain total: {totals[0].steps:.0f} steps, {totals[0].flops:.2e} FLOPs, "
-            f"{seconds:.0f} s."
-        )
+    total = comparisons[0].plain_total
+    seconds = fmean(c.plain_total.seconds for c in comparisons if c.run == c.plain)
+    lines.append(f"Plain total: {total.steps:.0f} steps, {total.flops:.2e} FLOPs, {seconds:.0f} s.")
     if teacher_run is not None:
         lines.append(f"Teacher's own pre-training: {teacher_run.final.flops:.2e} FLOPs.")
     return lines

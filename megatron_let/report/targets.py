@@ -56,10 +56,7 @@ class Comparison:
     @property
     def speed_up(self) -> float | None:
         """How many times fewer steps than the plain run; None if never."""
-        if self.to_target is None:
-            return None
-        steps = self.to_target.steps
-        return self.plain_total.steps / steps if steps else math.inf  # 0: started there
+        return mean_speed_up([self])
 
 
 def cost_to_target(run: Run, target_loss: float) -> Cost | None:
@@ -110,7 +107,6 @@ def compare(run: Run, plain: Run) -> Comparison:
 
     Raises ValueError if the plain run is unfinished or the two do not compare like with like.
     """
-    _check_plain_is_finished(plain)
     _check_like_with_like(run, plain)
     total = _cost_at(plain.final)
     target = plain.final.loss
@@ -127,11 +123,11 @@ def mean_speed_up(group: Sequence[Comparison]) -> float | None:
     This is the reciprocal of the mean ratio, not the mean of the reciprocals, so that a table's
     two columns agree.
     """
-    costs = [c.to_target for c in group]
-    if not costs or any(cost is None for cost in costs):
+    steps = [c.to_target.steps for c in group if c.to_target is not None]
+    if not group or len(steps) < len(group):
         return None
-    steps = fmean(cost.steps for cost in costs if cost is not None)
-    return fmean(c.plain_total.steps for c in group) / steps if steps else math.inf
+    plain_steps = fmean(c.plain_total.steps for c in group)
+    return plain_steps / fmean(steps) if any(steps) else math.inf  # 0: started there
 
 
 def compare_all(runs: Sequence[Run]) -> list[Comparison]:
@@ -140,7 +136,8 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     Plain runs come first, then the labels in the order given, seeds ascending. Raises ValueError
     if a seed has no plain run, or two runs share label and seed.
     """
-    plain_by_seed = {run.seed: run for run in _unique(runs) if run.method == BASELINE}
+    _refuse_twins(runs)
+    plain_by_seed = {run.seed: run for run in runs if run.method == BASELINE}
     labels = list(dict.fromkeys(run.label for run in runs))
     in_order = sorted(runs, key=lambda r: (r.method != BASELINE, labels.index(r.label), r.seed))
     for run in in_order:
@@ -152,8 +149,7 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     return [compare(run, plain_by_seed[run.seed]) for run in in_order]
 
 
-def _unique(runs: Sequence[Run]) -> Sequence[Run]:
-    """`runs`, or ValueError if two claim the same place: one label and seed, or one plain run."""
+def _refuse_twins(runs: Sequence[Run]) -> None:
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
         # A label cannot make a second plain run of a seed: which of them would be the target?
@@ -164,10 +160,9 @@ def _unique(runs: Sequence[Run]) -> Sequence[Run]:
                 f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}: leave one "
                 "out" + ("" if key[0] == BASELINE else ", or give them labels of their own")
             )
-    return runs
 
 
-def _check_plain_is_finished(plain: Run) -> None:
+def _check_like_with_like(run: Run, plain: Run) -> None:
     if not plain.finished:
         raise ValueError(
             f"the plain run {plain.path} was last evaluated at step {plain.final.iteration} of "
@@ -175,9 +170,6 @@ def _check_plain_is_finished(plain: Run) -> None:
         )
     if not math.isfinite(plain.final.loss):
         raise ValueError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
-
-
-def _check_like_with_like(run: Run, plain: Run) -> None:
     pairs = {
         "seed": (run.seed, plain.seed),
         "data order": (run.data or plain.data, plain.data or run.data),
@@ -193,30 +185,14 @@ def _check_like_with_like(run: Run, plain: Run) -> None:
             )
 
 
-def teacher_loss(runs: Sequence[Run], teacher_run: Run | None = None) -> float | None:
-    """The teacher's own loss, nats a token: the line that tells which regime a comparison is in.
-
-    The final validation loss of the teacher's own run where there is one, otherwise what the first
-    run with a teacher measured at its start; None where neither exists.
-    """
-    if teacher_run is not None:
-        return teacher_run.final.loss
-    return next((run.teacher_loss for run in runs if run.teacher_loss is not None), None)
-
-
 def regime_sentence(plain: Run, teacher_loss: float) -> str:
     """Say whether the plain student stays worse than its teacher or passes it, and where.
 
     `teacher_loss` must come from the validation set that the plain run was evaluated on.
     """
-    final = plain.final.loss
     passed = cost_to_target(plain, teacher_loss)
-    if passed is None:
-        return (
-            f"Regime: the plain student stays worse than its teacher "
-            f"(final loss {final:.3f}, teacher {teacher_loss:.3f})."
-        )
-    return (
-        f"Regime: the plain student passes its teacher at step {passed.steps:.0f} of "
-        f"{plain.train_iters} (final loss {final:.3f}, teacher {teacher_loss:.3f})."
-    )
+    what = "stays worse than its teacher"
+    if passed is not None:
+        what = f"passes its teacher at step {passed.steps:.0f} of {plain.train_iters}"
+    losses = f"final loss {plain.final.loss:.3f}, teacher {teacher_loss:.3f}"
+    return f"Regime: the plain student {what} ({losses})."
