@@ -31,8 +31,6 @@ class Plan:
     """The layout as given."""
     suggested: SplitTime
     """The split with the shortest run that fits; the given one if nothing is gained."""
-    best_guided: SplitTime
-    """The one with the shortest guided step that fits."""
     suggested_fits: bool
 
     @property
@@ -116,7 +114,6 @@ def plan(
         memory=memory[layout],
         given=given,
         suggested=suggested,
-        best_guided=min(times, key=lambda time: (time.guided_seconds, time.run_seconds)),
         suggested_fits=_fits(memory[suggested.layout], gpu),
     )
 

@@ -155,15 +155,10 @@ def _time(plan: Plan) -> list[str]:
 def _time_rows(plan: Plan) -> list[tuple[str, ...]]:
     guided = plan.teacher is not None
     header = ("layers per stage", "plain step", *("guided step", "overhead") * guided, "whole run")
-    named = {"as given": plan.given, "suggested": plan.suggested}
-    if guided:
-        named["best guided"] = plan.best_guided
     rows = [header + ("overhead",) * guided]
-    shown: list[tuple[int, ...]] = []
-    for name, time in named.items():
-        if time.layers not in shown:
-            rows.append(_time_row(f"{_layers(time)} {name}", time, guided))
-            shown.append(time.layers)
+    rows.append(_time_row(f"{_layers(plan.given)} as given", plan.given, guided))
+    if plan.suggested.layers != plan.given.layers:
+        rows.append(_time_row(f"{_layers(plan.suggested)} suggested", plan.suggested, guided))
     return rows
 
 
