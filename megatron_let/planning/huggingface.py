@@ -1,12 +1,11 @@
 """A model's shape from its Hugging Face `config.json`, and the teachers known by name."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.shapes import MEGATRON_DEFAULT_STYLE, ModelShape
+from megatron_let.planning.shapes import LLAMA_STYLE, ModelShape
 
 # The released config.json of each, as far as it matters here.
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -85,7 +84,7 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelShape:
             f"The teacher {name} is a {model_type}; known on paper are {', '.join(ARCHITECTURES)}."
         )
     try:
-        return ModelShape(name=name, **ARCHITECTURES[model_type](config))
+        return ModelShape(name=name, **_fields(config, model_type))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UsageError(
             f"The teacher {name} lacks a size in its config.json, or has an impossible one "
@@ -93,96 +92,70 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelShape:
         ) from error
 
 
-def _llama(config: dict[str, Any]) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
-    attention_bias = config.get("attention_bias", False)
-    return {
+ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "llama": (LLAMA_STYLE, ("attention_bias", "mlp_bias")),
+    "qwen2": (LLAMA_STYLE | {"qkv_bias": True}, ()),
+    "qwen3": (LLAMA_STYLE | {"qk_norm": True, "kv_channels": 128}, ("attention_bias",)),
+    "opt": ({}, ("enable_bias",)),
+    "gpt_neox": ({"tied": False}, ("attention_bias",)),
+    "gpt2": ({}, ()),
+}
+"""For each `model_type` what it is made of, as fields of `ModelShape`, and the switches it has."""
+SWITCHES = {
+    "attention_bias": ("qkv_bias", "output_bias"),
+    "mlp_bias": ("mlp_bias",),
+    "enable_bias": ("qkv_bias", "output_bias", "mlp_bias"),
+    "tie_word_embeddings": ("tied",),
+}
+"""Options of a config -> the fields that they set."""
+USUAL_NAMES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "ffn_dim": "intermediate_size",
+}
+POSITION_OFFSETS = {"opt": 2, "gpt2": 0}
+"""Rows of a learned position embedding beyond the context."""
+
+
+def _fields(config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    config = config | {usual: config[own] for own, usual in USUAL_NAMES.items() if own in config}
+    heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
+    context = config["max_position_embeddings"]
+    if model_type == "gpt2":
+        config["intermediate_size"] = config.get("intermediate_size") or 4 * hidden_size
+    if model_type == "opt":
+        _refuse_unusual_opt(config)
+    style, switches = ARCHITECTURES[model_type]
+    sizes = {
         "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
+        "hidden_size": hidden_size,
         "ffn_hidden_size": config["intermediate_size"],
         "num_attention_heads": heads,
         "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "vocab_size": config["vocab_size"],
-        "gated": True,
-        "tied": config.get("tie_word_embeddings", False),
-        "rms_norm": True,
-        "qkv_bias": attention_bias,
-        "output_bias": attention_bias,
-        "mlp_bias": config.get("mlp_bias", False),
-        "context": config["max_position_embeddings"],
+        "context": context,
     }
-
-
-def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
-    return _llama(config) | {"qkv_bias": True, "output_bias": False}
-
-
-def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
-    return _llama(config) | {"kv_channels": config.get("head_dim", 128), "qk_norm": True}
-
-
-def _gpt_style(config: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
-    return MEGATRON_DEFAULT_STYLE | {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": hidden_size,
-        "num_attention_heads": heads,
-        "num_query_groups": heads,
-        "kv_channels": hidden_size // heads,
-        "vocab_size": config["vocab_size"],
-        "tied": config.get("tie_word_embeddings", tied),
-        "context": config["max_position_embeddings"],
+    if model_type in POSITION_OFFSETS:
+        sizes["position_rows"] = context + POSITION_OFFSETS[model_type]
+    width = config.get("head_dim") or style.get("kv_channels") or hidden_size // heads
+    given = {
+        field: config[switch]
+        for switch in (*switches, "tie_word_embeddings")
+        for field in SWITCHES[switch]
+        if switch in config
     }
+    return style | given | sizes | {"kv_channels": width}
 
 
-def _opt(config: dict[str, Any]) -> dict[str, Any]:
-    bias = config.get("enable_bias", True)
-    # The exceptions of the family: opt-350m normalizes after each block and projects its states.
-    unusual = {"word_embed_proj_dim": config["hidden_size"], "do_layer_norm_before": True}
-    for key, usual in unusual.items():
-        if config.get(key, usual) != usual:
+def _refuse_unusual_opt(config: dict[str, Any]) -> None:
+    # opt-350m normalizes after each block and projects its states.
+    usual = {"word_embed_proj_dim": config["hidden_size"], "do_layer_norm_before": True}
+    for key, value in usual.items():
+        if config.get(key, value) != value:
             raise UsageError(
                 f"An OPT with {key} {config[key]} is not known on paper (opt-350m has that). "
                 "Choose another size, such as opt-125m."
             )
-    return _gpt_style(config, tied=True) | {
-        "ffn_hidden_size": config["ffn_dim"],
-        "qkv_bias": bias,
-        "output_bias": bias,
-        "mlp_bias": bias,
-        "position_rows": config["max_position_embeddings"] + 2,  # OPT's offset
-    }
-
-
-def _gpt_neox(config: dict[str, Any]) -> dict[str, Any]:
-    attention_bias = config.get("attention_bias", True)
-    return _gpt_style(config, tied=False) | {
-        "ffn_hidden_size": config["intermediate_size"],
-        "qkv_bias": attention_bias,
-        "output_bias": attention_bias,
-    }
-
-
-def _gpt2(config: dict[str, Any]) -> dict[str, Any]:
-    usual_names = {
-        "hidden_size": config["n_embd"],
-        "num_attention_heads": config["n_head"],
-        "num_hidden_layers": config["n_layer"],
-        "max_position_embeddings": config["n_positions"],
-    }
-    return _gpt_style(config | usual_names, tied=True) | {
-        "ffn_hidden_size": config.get("n_inner") or 4 * config["n_embd"],
-        "position_rows": config["n_positions"],
-    }
-
-
-ARCHITECTURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "llama": _llama,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "opt": _opt,
-    "gpt_neox": _gpt_neox,
-    "gpt2": _gpt2,
-}
-"""For each `model_type` the function that reads its sizes."""

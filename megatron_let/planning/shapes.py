@@ -10,7 +10,7 @@ from megatron_let.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A dense decoder-only model; the parameter counts are exact."""
+    """A dense decoder-only model, by default in Megatron's style; parameter counts are exact."""
 
     name: str
     num_layers: int
@@ -23,16 +23,16 @@ class ModelShape:
     """Width of one head."""
     vocab_size: int
     """Rows of the embedding, padding included."""
-    gated: bool
+    gated: bool = False
     """SwiGLU: a third matrix in the MLP."""
-    tied: bool
+    tied: bool = True
     """The LM head is the embedding."""
-    rms_norm: bool
+    rms_norm: bool = False
     """RMSNorm has a weight only, LayerNorm a bias too."""
-    qkv_bias: bool
-    output_bias: bool
+    qkv_bias: bool = True
+    output_bias: bool = True
     """Bias of the attention's output projection."""
-    mlp_bias: bool
+    mlp_bias: bool = True
     qk_norm: bool = False
     position_rows: int = 0
     """Rows of a learned position embedding; 0 for rotary positions."""
@@ -147,14 +147,6 @@ LLAMA_STYLE = {
     "output_bias": False,
     "mlp_bias": False,
 }
-MEGATRON_DEFAULT_STYLE = {
-    "gated": False,
-    "tied": True,
-    "rms_norm": False,
-    "qkv_bias": True,
-    "output_bias": True,
-    "mlp_bias": True,
-}
 
 
 def student_shape(
@@ -171,7 +163,7 @@ def student_shape(
         UsageError: an unknown preset, or a shape that is not complete.
     """
     if preset is None:
-        values: dict[str, Any] = {"name": "custom", **MEGATRON_DEFAULT_STYLE}
+        values: dict[str, Any] = {"name": "custom"}
     elif preset.lower() in STUDENTS:
         values = {"name": preset.lower(), **LLAMA_STYLE, **STUDENTS[preset.lower()]}
     else:
@@ -204,7 +196,7 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "kv_channels": hidden // heads if heads else 0,
         "num_query_groups": heads,
-        "ffn_hidden_size": gated_ffn if values["gated"] else 4 * hidden,
+        "ffn_hidden_size": gated_ffn if values.get("gated") else 4 * hidden,
     } | values
 
 
