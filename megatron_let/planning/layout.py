@@ -1,7 +1,9 @@
 """How a run lies on its GPUs: ranks, and the layers of each pipeline stage."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from megatron_let.errors import UsageError
@@ -47,18 +49,13 @@ class Layout:
                 f"--gpus {self.gpus} is not a multiple of --tp {self.tp} x --pp {self.pp} = "
                 f"{self.tp * self.pp}. Change one of them."
             )
-        if self.pp == 1:
-            self._refuse_pipeline_flags()
-        if self.sequence_parallel and self.tp == 1:
-            raise UsageError("--sequence-parallel has no effect with --tp 1. Remove it.")
-
-    def _refuse_pipeline_flags(self) -> None:
-        uneven = self.first_stage_layers is not None or self.last_stage_layers is not None
-        if self.vpp > 1 or uneven:
+        if self.pp == 1 and (self.vpp > 1 or self.split_flags):
             raise UsageError(
                 "--vpp and --decoder-first/last-pipeline-num-layers have no effect with --pp 1. "
                 "Remove them, or set --pp."
             )
+        if self.sequence_parallel and self.tp == 1:
+            raise UsageError("--sequence-parallel has no effect with --tp 1. Remove it.")
 
     @property
     def dp(self) -> int:
@@ -88,33 +85,25 @@ class Layout:
         """
         layers = self._split_or_none(num_layers)
         if layers is None:
+            chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""
+            ends = f" with {self.split_flags}" if self.split_flags else ""
             raise UsageError(
-                f"{num_layers} layers do not divide over {self._stages}"
-                + (f" with {self.split_flags}" if self.split_flags else "")
-                + f". {self._way_out(num_layers)}"
+                f"{num_layers} layers do not divide over {self.pp} pipeline stages{chunks}{ends}. "
+                f"{self._way_out(num_layers)}"
             )
         return layers
 
-    @property
-    def _stages(self) -> str:
-        chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""
-        return f"{self.pp} pipeline stages{chunks}"
-
     def _split_or_none(self, num_layers: int) -> tuple[int, ...] | None:
-        ends = (self.first_stage_layers, self.last_stage_layers)
-        given = [end for end in ends if end is not None]
-        middle_layers, middle_stages = num_layers - sum(given), self.pp - len(given)
-        if any(end < 1 for end in given) or bool(middle_layers > 0) != bool(middle_stages > 0):
-            return None
-        if middle_layers < 0 or (middle_stages and middle_layers % middle_stages):
-            return None
-        middle = middle_layers // middle_stages if middle_stages else 0
-        stages = [middle] * middle_stages
-        if ends[0] is not None:
-            stages.insert(0, ends[0])
-        if ends[1] is not None:
-            stages.append(ends[1])
-        return None if any(layers % self.vpp for layers in stages) else tuple(stages)
+        first, last = (
+            [] if layers is None else [layers]
+            for layers in (self.first_stage_layers, self.last_stage_layers)
+        )
+        middle_stages = self.pp - len(first) - len(last)
+        middle_layers = num_layers - sum(first + last)
+        middle = [middle_layers // max(1, middle_stages)] * middle_stages
+        stages = (*first, *middle, *last)
+        fits = sum(stages) == num_layers and min(stages) > 0
+        return stages if fits and not any(layers % self.vpp for layers in stages) else None
 
     def _way_out(self, num_layers: int) -> str:
         possible = [(max(layout.split(num_layers)), layout) for layout in self.splits(num_layers)]
@@ -140,9 +129,6 @@ class Layout:
         assert 1 <= layer <= num_layers
         chunk_layers = [layers // self.vpp for layers in self.split(num_layers)]
         # The chunks of a round lie stage after stage, round after round.
-        chunk, index = divmod(layer - 1, sum(chunk_layers))
-        for stage, layers in enumerate(chunk_layers):
-            if index < layers:
-                return Place(stage, chunk)
-            index -= layers
-        raise AssertionError("a layer beyond its round")
+        ends = list(accumulate(chunk_layers))
+        chunk, index = divmod(layer - 1, ends[-1])
+        return Place(bisect_right(ends, index), chunk)

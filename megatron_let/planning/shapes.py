@@ -162,20 +162,17 @@ def student_shape(
     Raises:
         UsageError: an unknown preset, or a shape that is not complete.
     """
-    if preset is None:
-        values: dict[str, Any] = {"name": "custom"}
-    elif preset.lower() in STUDENTS:
-        values = {"name": preset.lower(), **LLAMA_STYLE, **STUDENTS[preset.lower()]}
-    else:
-        raise UsageError(
-            f"--student {preset} is unknown. Choose {', '.join(STUDENTS)}, or leave it out and "
-            "give --num-layers --hidden-size --num-attention-heads."
-        )
     given = {key: value for key, value in (changes or {}).items() if value is not None}
-    if preset is not None and given:
-        values["name"] += " changed"
-    values |= given
-    return ModelShape(vocab_size=vocab_size, **_completed(values))
+    values: dict[str, Any] = {"name": "custom"}
+    if preset is not None:
+        name = preset.lower()
+        if name not in STUDENTS:
+            raise UsageError(
+                f"--student {preset} is unknown. Choose {', '.join(STUDENTS)}, or leave it out and "
+                "give --num-layers --hidden-size --num-attention-heads."
+            )
+        values = {"name": name + " changed" * bool(given), **LLAMA_STYLE, **STUDENTS[name]}
+    return ModelShape(vocab_size=vocab_size, **_completed(values | given))
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
