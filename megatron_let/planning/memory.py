@@ -59,9 +59,7 @@ def _stage_memory(
 ) -> StageMemory:
     parameters = parameters_per_rank(student, layout, stage)
     optimizer_shards = layout.dp if layout.distributed_optimizer else 1
-    teacher_bytes, states_bytes = 0.0, 0.0
-    if teacher is not None:
-        teacher_bytes, states_bytes = _teacher_bytes(stage, student, teacher, layout, run)
+    teacher_bytes, states_bytes = _teacher_bytes(stage, student, teacher, layout, run)
     return StageMemory(
         weights=BF16_BYTES * parameters,
         gradients=MAIN_GRADIENT_BYTES * parameters,
@@ -151,52 +149,32 @@ def _in_flight(stage: int, layout: Layout, run: RunShape, chunk: int | None = No
 
 
 def _teacher_bytes(
-    stage: int, student: ModelShape, teacher: ModelShape, layout: Layout, run: RunShape
+    stage: int, student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
 ) -> tuple[float, float]:
-    """(weights, what it computes) of the teacher on one rank of a stage."""
-    owner = layout.place(student.num_layers, run.let_layer) if run.guidance.aligns else None
-    aligns = owner is not None and owner.stage == stage
-    distils = run.guidance.distils and stage == layout.pp - 1
-    if not (aligns or distils):
+    """(weights, what it computes and what waits) of the teacher on one rank of a stage."""
+    if teacher is None:
         return 0.0, 0.0
-    states = _teacher_working_bytes(teacher, layout, run)
-    if owner is not None and aligns:
-        in_flight = _in_flight(stage, layout, run, owner.chunk)
-        states += _alignment_bytes(student, teacher, layout, run, in_flight)
-    if distils:
-        states += _distillation_bytes(teacher, layout, run)
-    weights = teacher.parameters if distils else teacher.parameters_without_head
-    return BF16_BYTES * weights, states
-
-
-def _teacher_working_bytes(teacher: ModelShape, layout: Layout, run: RunShape) -> float:
-    """The widest layer of the forward pass over the rows of one rank; nothing is kept."""
+    owner = layout.place(student.num_layers, run.let_layer) if run.guidance.aligns else None
+    aligned_chunk = owner.chunk if owner is not None and owner.stage == stage else None
+    distils = run.guidance.distils and stage == layout.pp - 1
+    if aligned_chunk is None and not distils:
+        return 0.0, 0.0
+    # The widest layer of the forward pass over the rows of one rank; nothing is kept.
     at_once = micro_batches_at_once(run.micro_batch_size, layout.tp)
-    tokens = at_once * run.tokens_per_micro_batch / layout.tp
     attention = 2 * teacher.query_size + teacher.key_value_size
-    mlp = teacher.mlp_matrices * teacher.ffn_hidden_size
-    return tokens * BF16_BYTES * (2 * teacher.hidden_size + max(attention, mlp))
-
-
-def _alignment_bytes(
-    student: ModelShape, teacher: ModelShape, layout: Layout, run: RunShape, in_flight: int
-) -> float:
-    """Teacher states that wait for layer K, and alignment gradients that wait for backward.
-
-    The alignment gradient is computed in the forward pass, so only it waits; with full
-    recomputation it is the states that wait, for the forward pass inside backward.
-    """
-    queued = micro_batches_at_once(run.micro_batch_size, layout.tp)
-    if layout.recompute == "full":
-        states, gradients = in_flight + queued - 1, 1
-    else:
-        states, gradients = queued, in_flight
-    local_tokens = run.tokens_per_micro_batch / layout.sequence_shards
-    width = states * teacher.hidden_size + gradients * student.hidden_size
-    return BF16_BYTES * local_tokens * width
-
-
-def _distillation_bytes(teacher: ModelShape, layout: Layout, run: RunShape) -> float:
-    """States of one micro-batch, and this rank's part of the vocabulary's logits."""
-    logits = LOGIT_BYTES * teacher.vocab_size / layout.tp
-    return run.tokens_per_micro_batch * (BF16_BYTES * teacher.hidden_size + logits)
+    widest = max(attention, teacher.mlp_matrices * teacher.ffn_hidden_size)
+    per_token = at_once / layout.tp * BF16_BYTES * (2 * teacher.hidden_size + widest)
+    if aligned_chunk is not None:
+        # The alignment gradient is computed in the forward pass, so only it waits for backward;
+        # with full recomputation it is the states that wait, for the forward pass inside backward.
+        in_flight = _in_flight(stage, layout, run, aligned_chunk)
+        states, gradients = at_once, in_flight
+        if layout.recompute == "full":
+            states, gradients = in_flight + at_once - 1, 1
+        width = states * teacher.hidden_size + gradients * student.hidden_size
+        per_token += BF16_BYTES * width / layout.sequence_shards
+    if distils:
+        # States of one micro-batch, and this rank's part of the vocabulary's logits.
+        per_token += BF16_BYTES * teacher.hidden_size + LOGIT_BYTES * teacher.vocab_size / layout.tp
+    weights = teacher.parameters if distils else teacher.parameters_without_head
+    return BF16_BYTES * weights, run.tokens_per_micro_batch * per_token

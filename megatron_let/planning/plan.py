@@ -8,7 +8,7 @@ from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import StageMemory, stages_memory
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.time import SplitTime, bubble_share, split_time, work_per_second
+from megatron_let.planning.time import SplitTime, split_time, work_per_second
 
 GIB = 1024**3
 WORTH_A_FLAG = 0.005
@@ -47,11 +47,6 @@ class Plan:
     def fits(self) -> bool:
         """Whether the layout as given fits the GPUs' memory."""
         return _fits(self.memory, self.gpu)
-
-    @property
-    def bubble_share(self) -> float:
-        """See `time.bubble_share`."""
-        return bubble_share(self.layout, self.run)
 
     @property
     def student_flops_per_token(self) -> float:
@@ -102,8 +97,8 @@ def plan(
     given = time_of(layout)
     splits = [layout, *layout.splits(student.num_layers)]
     memory = {split: stages_memory(student, teacher, split, run) for split in splits}
-    fitting = [split for split in splits if _fits(memory[split], gpu)] or splits
-    times = [time_of(split) for split in fitting]
+    fitting = [split for split in splits if _fits(memory[split], gpu)]
+    times = [time_of(split) for split in fitting or splits]
     suggested = min(times, key=lambda t: t.run_seconds * (1 + WORTH_A_FLAG * _changes(t, given)))
     return Plan(
         student=student,
@@ -114,7 +109,7 @@ def plan(
         memory=memory[layout],
         given=given,
         suggested=suggested,
-        suggested_fits=_fits(memory[suggested.layout], gpu),
+        suggested_fits=bool(fitting),
     )
 
 

@@ -6,7 +6,7 @@ from itertools import groupby
 from megatron_let.planning.memory import RUNTIME_BYTES
 from megatron_let.planning.plan import GIB, WORTH_A_FLAG, Plan
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.time import SplitTime
+from megatron_let.planning.time import SplitTime, bubble_share
 
 MEMORY_COLUMNS = {
     "weights": "weights",
@@ -21,12 +21,13 @@ MEMORY_COLUMNS = {
 MOST_STAGES = 8
 """With more of them, the middle ones are left out."""
 LABEL = 9
+SECONDS_PER_DAY = 86400
 
 
 def page(plan: Plan) -> str:
     """Return the whole plan as text."""
     sections = [
-        [*_student(plan), *_teacher(plan), *_layout(plan), *_run(plan)],
+        [*_models(plan), *_layout(plan), *_run(plan)],
         _stages(plan),
         _time(plan),
     ]
@@ -37,16 +38,13 @@ def _section(label: str, *lines: str) -> list[str]:
     return [label.ljust(LABEL) + lines[0], *(" " * LABEL + line for line in lines[1:])]
 
 
-def _student(plan: Plan) -> list[str]:
+def _models(plan: Plan) -> list[str]:
     flops = f"{plan.student_flops_per_token / 1e9:.3g} GFLOP/token (fwd+bwd)"
-    return _section("student", *_shape(plan.student, flops))
-
-
-def _teacher(plan: Plan) -> list[str]:
+    student = _section("student", *_shape(plan.student, flops))
     if plan.teacher is None:
-        return _section("teacher", "none")
+        return [*student, *_section("teacher", "none")]
     flops = f"{plan.teacher_flops_per_token / 1e9:.3g} GFLOP/token (fwd)"
-    return _section("teacher", *_shape(plan.teacher, flops))
+    return [*student, *_section("teacher", *_shape(plan.teacher, flops))]
 
 
 def _shape(shape: ModelShape, flops: str) -> tuple[str, str]:
@@ -142,7 +140,7 @@ def _time(plan: Plan) -> list[str]:
         f"Time at an MFU of {gpu.mfu:g} of {gpu.peak_tflops:g} TFLOP/s in plain steps as given",
         *_aligned(_time_rows(plan)),
         f"Pipeline bubble (PP - 1) / (micro-batches x chunks + PP - 1): "
-        f"{100 * plan.bubble_share:.1f} % of a step",
+        f"{100 * bubble_share(plan.layout, plan.run):.1f} % of a step",
     ]
     if plan.teacher is not None:
         floor = f"Floor, were the teacher spread over all GPUs: +{100 * plan.overhead_floor:.1f} %"
@@ -163,13 +161,11 @@ def _time_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _time_row(label: str, time: SplitTime, guided: bool) -> tuple[str, ...]:
-    cells = [label, f"{time.plain_seconds:.3f} s"]
-    if guided:
-        cells += [f"{time.guided_seconds:.3f} s", f"+{100 * time.guided_overhead:.1f} %"]
-    cells += [f"{time.run_days:.3f} days"]
-    if guided:
-        cells += [f"+{100 * time.run_overhead:.1f} %"]
-    return tuple(cells)
+    plain, days = f"{time.plain_seconds:.3f} s", f"{time.run_seconds / SECONDS_PER_DAY:.3f} days"
+    if not guided:
+        return label, plain, days
+    step = f"{time.guided_seconds:.3f} s", f"+{100 * time.guided_overhead:.1f} %"
+    return label, plain, *step, days, f"+{100 * time.run_overhead:.1f} %"
 
 
 def _layers(time: SplitTime) -> str:

@@ -14,8 +14,6 @@ from megatron_let.planning.schedule import Durations, step_duration
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.teacher.work import share_per_rank
 
-SECONDS_PER_DAY = 86400
-
 
 @dataclass(frozen=True)
 class SplitTime:
@@ -45,11 +43,6 @@ class SplitTime:
     def run_seconds(self) -> float:
         """Of the whole run."""
         return sum(n * s for n, s in zip(self.phase_steps, self.phase_seconds, strict=True))
-
-    @property
-    def run_days(self) -> float:
-        """Of the whole run."""
-        return self.run_seconds / SECONDS_PER_DAY
 
     @property
     def guided_overhead(self) -> float:
@@ -88,26 +81,6 @@ def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Duration
     return Durations(passes(layer, head), passes((backward + again) * layer, backward * head))
 
 
-def with_teacher(
-    work: Durations,
-    student: ModelShape,
-    teacher: ModelShape,
-    layout: Layout,
-    run: RunShape,
-    phase: Phase,
-) -> Durations:
-    """Add the teacher's forward passes of a phase to the student's."""
-    tokens = run.tokens_per_micro_batch
-    share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
-    states = tokens * flops.teacher_flops_per_token(teacher, run.seq_length) * share * layout.tp
-    forward = [list(chunks) for chunks in work.forward]
-    for stage, chunk in teacher_places(student, layout, run, phase):
-        forward[stage][chunk] += states
-    if phase.distils:
-        forward[-1][-1] += tokens * flops.head_forward_flops_per_token(teacher)
-    return Durations(forward, work.backward)
-
-
 def teacher_places(
     student: ModelShape, layout: Layout, run: RunShape, phase: Phase
 ) -> tuple[Place, ...]:
@@ -139,9 +112,17 @@ def split_time(
     plain = student_work(student, layout, run)
 
     def work(phase: Phase) -> Durations:
-        if teacher is None or not (phase.aligns or phase.distils):
+        if teacher is None:
             return plain
-        return with_teacher(plain, student, teacher, layout, run, phase)
+        tokens = run.tokens_per_micro_batch
+        share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
+        states = tokens * flops.teacher_flops_per_token(teacher, run.seq_length) * share * layout.tp
+        forward = [list(chunks) for chunks in plain.forward]
+        for stage, chunk in teacher_places(student, layout, run, phase):
+            forward[stage][chunk] += states
+        if phase.distils:
+            forward[-1][-1] += tokens * flops.head_forward_flops_per_token(teacher)
+        return Durations(forward, plain.backward)
 
     def seconds(durations: Durations) -> float:
         return step_duration(durations, run.micro_batches(layout)) / rate
