@@ -7,27 +7,19 @@ is made from them at the end. `tests/unit/data/test_indexed.py` compares the two
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
 HEADER = b"MMIDIDX\x00\x00"
-"""What an index begins with."""
-DTYPES = (
-    np.uint8,
-    np.int8,
-    np.int16,
-    np.int32,
-    np.int64,
-    np.float64,
-    np.float32,
-    np.uint16,
-)
+HEAD = struct.Struct("<9sQBQQ")
+"""How an index begins: `HEADER`, 1, the type of tokens, numbers of sequences and boundaries."""
+DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16)
 """Types of tokens; an index has their place in this list, from 1."""
-_LENGTH = np.dtype("<i4")
-MAX_LENGTH = np.iinfo(_LENGTH).max
+LENGTH = np.dtype("<i4")
+MAX_LENGTH = np.iinfo(LENGTH).max
 _CHUNK = 1 << 20
 """Documents in memory at once while the index is made."""
 
@@ -41,21 +33,19 @@ class PairWriter:
             anew.
     """
 
-    def __init__(self, prefix: Path, committed: dict[str, int] | None = None) -> None:
-        self._files = [_open_at(path, committed) for path in pair_files(prefix)]
+    def __init__(self, prefix: Path, committed: Mapping[str, int] | None = None) -> None:
+        sizes = committed or {}
+        self._files = [open_at(path, sizes.get(path.suffix, 0)) for path in pair_files(prefix)]
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents of at most `MAX_LENGTH` tokens; an empty one holds no sequence."""
         tokens, sizes = self._files
         tokens.write(np.ascontiguousarray(ids))
-        sizes.write(lengths.astype(_LENGTH))
+        sizes.write(lengths.astype(LENGTH))
 
     def commit(self) -> dict[str, int]:
         """Bring everything to the disk; return what makes a later writer go on from here."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-        return {Path(file.name).suffix: file.tell() for file in self._files}
+        return {Path(file.name).suffix: commit(file) for file in self._files}
 
     def close(self) -> None:
         """Close the files."""
@@ -69,16 +59,21 @@ def pair_files(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.lengths")
 
 
-def _open_at(path: Path, committed: dict[str, int] | None) -> Any:
-    if committed is None:
-        return open(path, "wb")
-    size = committed[path.suffix]
-    if path.stat().st_size < size:
+def open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file to write behind its first `size` bytes; what follows them is cut off."""
+    file = open(path, "ab")
+    if file.tell() < size:
         raise ValueError(f"{path} is shorter than the {size} bytes that were written to it")
-    file = open(path, "r+b")
     file.truncate(size)
     file.seek(size)
     return file
+
+
+def commit(file: BinaryIO) -> int:
+    """Bring what was written to the disk; return the file's size."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
@@ -89,35 +84,26 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 def write_index(prefix: Path, dtype: type[np.number]) -> None:
     """Write `prefix`.idx from `prefix`.lengths, in the layout of Megatron's `_IndexWriter`."""
     _, path = pair_files(prefix)
-    documents = path.stat().st_size // _LENGTH.itemsize
-    sequences = sum(np.count_nonzero(lengths) for lengths in read_lengths(path))
+    documents = path.stat().st_size // LENGTH.itemsize
+    sequences = sum(np.count_nonzero(lengths) for lengths in _chunks(path))
     with prefix.with_name(f"{prefix.name}.idx").open("wb") as index:
-        index.write(HEADER + struct.pack("<QB", 1, DTYPES.index(dtype) + 1))
-        index.write(struct.pack("<QQ", sequences, documents + 1))
-        for lengths in read_lengths(path):
-            index.write(lengths[lengths > 0].tobytes())
-        item = np.dtype(dtype).itemsize
-        _write_sums(index, path, lambda lengths: lengths[lengths > 0].astype(np.int64) * item)
-        _write_sums(index, path, lambda lengths: (lengths > 0).astype(np.int64), with_total=True)
-        index.flush()
-        os.fsync(index.fileno())
+        index.write(HEAD.pack(HEADER, 1, DTYPES.index(dtype) + 1, sequences, documents + 1))
+        for lengths in _chunks(path):
+            index.write(lengths[lengths > 0])
+        before = 0  # bytes
+        for lengths in _chunks(path):
+            sizes = lengths[lengths > 0].astype(np.int64) * np.dtype(dtype).itemsize
+            index.write(before + np.cumsum(sizes) - sizes)
+            before += sizes.sum()
+        index.write(bytes(8))  # the first document begins with the first sequence
+        before = 0  # sequences
+        for lengths in _chunks(path):
+            index.write(before + np.cumsum(lengths > 0, dtype=np.int64))
+            before += np.count_nonzero(lengths)
+        commit(index)
 
 
-def read_lengths(path: Path) -> Iterator[np.ndarray]:
-    """The lengths of the documents, some at a time."""
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK * _LENGTH.itemsize):
-            yield np.frombuffer(chunk, _LENGTH)
-
-
-def _write_sums(
-    file: Any, path: Path, steps: Callable[[np.ndarray], np.ndarray], with_total: bool = False
-) -> None:
-    """The sum before each of the steps that documents make, int64, and behind them the total."""
-    before = 0
-    for lengths in read_lengths(path):
-        sums = before + np.cumsum(steps(lengths))
-        file.write(np.concatenate([[before], sums[:-1]]).astype(np.int64)[: len(sums)].tobytes())
-        before = int(sums[-1]) if len(sums) else before
-    if with_total:
-        file.write(np.int64(before).tobytes())
+def _chunks(path: Path) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while len(lengths := np.fromfile(file, LENGTH, _CHUNK)):
+            yield lengths

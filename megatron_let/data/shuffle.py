@@ -4,12 +4,11 @@ Every document falls into a bucket at random, and each bucket, small enough for 
 together a uniformly random order of all documents.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megatron_let.data.indexed import PairWriter, pair_files, read_lengths
+from megatron_let.data.indexed import LENGTH, PairWriter, pair_files
 
 BUCKET_BYTES = 256 * 1024**2
 MAX_BUCKETS = 400
@@ -27,36 +26,33 @@ def shuffle_documents(prefix: Path, dtype: type[np.number], seed: int) -> Path:
     buckets = min(MAX_BUCKETS, 1 + tokens.stat().st_size // BUCKET_BYTES)
     parts = [prefix.with_name(f"{prefix.name}.bucket{index}") for index in range(buckets)]
     dice = np.random.default_rng(seed)
-    writers = [PairWriter(part) for part in parts]
-    for ids, lengths in _chunks(prefix, dtype):
-        _scatter(ids, lengths, dice.integers(buckets, size=len(lengths)), writers)
+    _distribute(prefix, dtype, parts, dice)
     shuffled = prefix.with_name(f"{prefix.name}.shuffled")
     result = PairWriter(shuffled)
-    for part, writer in zip(parts, writers, strict=True):
-        writer.close()
-        ids, lengths = _whole(part, dtype)
+    for part in parts:
+        files = pair_files(part)
+        ids, lengths = np.fromfile(files[0], dtype), np.fromfile(files[1], LENGTH)
         result.add(*_picked(ids, lengths, dice.permutation(len(lengths))))
-        for file in pair_files(part):
+        for file in files:
             file.unlink()
     result.commit()
     result.close()
     return shuffled
 
 
-def _chunks(prefix: Path, dtype: type[np.number]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    tokens, sizes = pair_files(prefix)
-    with tokens.open("rb") as file:
-        for many in read_lengths(sizes):
-            for first in range(0, len(many), _DOCUMENTS):
-                lengths = many[first : first + _DOCUMENTS]
-                yield np.fromfile(file, dtype, int(lengths.sum(dtype=np.int64))), lengths
-
-
-def _scatter(
-    ids: np.ndarray, lengths: np.ndarray, bucket: np.ndarray, writers: list[PairWriter]
+def _distribute(
+    prefix: Path, dtype: type[np.number], parts: list[Path], dice: np.random.Generator
 ) -> None:
-    for index in np.unique(bucket):
-        writers[index].add(*_picked(ids, lengths, np.flatnonzero(bucket == index)))
+    writers = [PairWriter(part) for part in parts]
+    tokens, sizes = pair_files(prefix)
+    with tokens.open("rb") as tokens_file, sizes.open("rb") as sizes_file:
+        while len(lengths := np.fromfile(sizes_file, LENGTH, _DOCUMENTS)):
+            ids = np.fromfile(tokens_file, dtype, int(lengths.sum(dtype=np.int64)))
+            buckets = dice.integers(len(parts), size=len(lengths))
+            for index in np.unique(buckets):
+                writers[index].add(*_picked(ids, lengths, np.flatnonzero(buckets == index)))
+    for writer in writers:
+        writer.close()
 
 
 def _picked(
@@ -65,9 +61,4 @@ def _picked(
     """The documents of the indices `order`, in that order."""
     ends = np.cumsum(lengths, dtype=np.int64)
     pieces = [ids[ends[index] - lengths[index] : ends[index]] for index in order]
-    return np.concatenate(pieces) if pieces else ids[:0], lengths[order]
-
-
-def _whole(prefix: Path, dtype: type[np.number]) -> tuple[np.ndarray, np.ndarray]:
-    tokens, sizes = pair_files(prefix)
-    return np.fromfile(tokens, dtype), np.concatenate([np.empty(0, "<i4"), *read_lengths(sizes)])
+    return np.concatenate([ids[:0], *pieces]), lengths[order]
