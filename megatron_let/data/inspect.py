@@ -1,8 +1,7 @@
-"""Look into a .bin/.idx pair: is it whole, how long are its documents, what do they say."""
+"""Look into .bin/.idx pairs: are they whole, how long are the documents, what do they say."""
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_let.data.indexed import DTYPES, HEADER
+from megatron_let.data.indexed import DTYPES, HEAD, HEADER
 
-_HEAD = struct.Struct("<9sQBQQ")
 _SCANNED_BYTES = 32 * 1024**2
 
 
@@ -33,14 +31,13 @@ class Pair:
     """What `tools/preprocess_data.py` wrote beside it; empty without."""
 
     @property
-    def tokens(self) -> int:
-        """All tokens."""
-        return int(self.lengths.sum(dtype=np.int64))
-
-    @property
-    def empty_documents(self) -> int:
-        """Documents without a sequence."""
-        return int((np.diff(self.documents) == 0).sum())
+    def counts(self) -> dict[str, int]:
+        """What the sidecar has under the same names."""
+        return {
+            "documents": len(self.documents) - 1,
+            "empty_documents": int((np.diff(self.documents) == 0).sum()),
+            "tokens": int(self.lengths.sum(dtype=np.int64)),
+        }
 
     def document(self, index: int) -> np.ndarray:
         """Token ids of one document."""
@@ -56,15 +53,20 @@ def open_pair(prefix: str) -> Pair:
     Raises:
         ValueError: the pair is damaged; the message says how.
     """
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index, tokens):
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; give a prefix without .bin or .idx")
-    dtype, (lengths, pointers, documents) = _arrays(index)
     sidecar = Path(f"{prefix}.json")
     about = json.loads(sidecar.read_text()) if sidecar.exists() else {}
-    pair = Pair(prefix, dtype, lengths, pointers, documents, about)
-    _check(pair, index, tokens)
+    pair = Pair(prefix, *_read_index(prefix), about)
+    lengths, documents = pair.lengths, pair.documents
+    if (lengths < 0).any():
+        raise ValueError(f"{prefix}.idx has a sequence of negative length")
+    sizes = lengths.astype(np.int64) * pair.dtype.itemsize
+    if not np.array_equal(pair.pointers, np.cumsum(sizes) - sizes):
+        raise ValueError(f"{prefix}.idx has sequences that do not follow each other in the .bin")
+    ordered = len(documents) and documents[0] == 0 and (np.diff(documents) >= 0).all()
+    if not ordered or documents[-1] != len(lengths):
+        raise ValueError(
+            f"{prefix}.idx has documents that do not cover its {len(lengths)} sequences"
+        )
     return pair
 
 
@@ -74,54 +76,38 @@ def first_tokens(prefix: str, number: int) -> np.ndarray:
     Raises:
         ValueError: they do not.
     """
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    dtype, (lengths, pointers, _) = _arrays(index)
-    wanted = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
-    if wanted != tokens.stat().st_size:
-        raise ValueError(
-            f"{tokens} has {tokens.stat().st_size} bytes and {index.name} speaks of {wanted}"
-        )
-    return np.fromfile(tokens, dtype, number)
+    dtype, *_ = _read_index(prefix)
+    return np.fromfile(f"{prefix}.bin", dtype, number)
 
 
-def _arrays(index: Path) -> tuple[np.dtype, list[np.ndarray]]:
+def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """The type of the tokens; lengths, pointers and documents as views of the file."""
-    dtype, sequences, boundaries = _read_head(index)
-    size = index.stat().st_size - _HEAD.size
-    ends = [4 * sequences, 12 * sequences, 12 * sequences + 8 * boundaries]
-    if size != ends[-1]:
-        raise ValueError(
-            f"{index} has {_HEAD.size + size} bytes and should have {_HEAD.size + ends[-1]} "
-            f"for {sequences} sequences: it was cut off or is not complete"
-        )
-    arrays = np.memmap(index, np.uint8, "r", offset=_HEAD.size)
-    kinds = zip(np.split(arrays, ends[:-1]), ("<i4", "<i8", "<i8"), strict=True)
-    return dtype, [part.view(kind) for part, kind in kinds]
-
-
-def _read_head(index: Path) -> tuple[np.dtype, int, int]:
-    head = index.open("rb").read(_HEAD.size)
-    if len(head) < _HEAD.size or not head.startswith(HEADER):
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, tokens):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; give a prefix without .bin or .idx")
+    with index.open("rb") as file:
+        head = file.read(HEAD.size)
+    if len(head) < HEAD.size or not head.startswith(HEADER):
         raise ValueError(f"{index} is no index of Megatron's: it does not begin with MMIDIDX")
-    _, version, code, sequences, boundaries = _HEAD.unpack(head)
+    _, version, code, sequences, boundaries = HEAD.unpack(head)
     if version != 1 or not 1 <= code <= len(DTYPES):
         raise ValueError(f"{index} has version {version} and token type {code}, which are unknown")
-    return np.dtype(DTYPES[code - 1]), sequences, boundaries
-
-
-def _check(pair: Pair, index: Path, tokens: Path) -> None:
-    lengths, documents = pair.lengths, pair.documents
-    if (lengths < 0).any():
-        raise ValueError(f"{index} has a sequence of negative length")
-    ends = np.cumsum(lengths, dtype=np.int64) * pair.dtype.itemsize
-    if not np.array_equal(pair.pointers, np.concatenate([[0], ends[:-1]])[: len(ends)]):
-        raise ValueError(f"{index} has sequences that do not follow each other in {tokens.name}")
-    ordered = len(documents) and documents[0] == 0 and (np.diff(documents) >= 0).all()
-    if not ordered or documents[-1] != len(lengths):
-        raise ValueError(f"{index} has documents that do not cover its {len(lengths)} sequences")
-    wanted, there = int(ends[-1]) if len(ends) else 0, tokens.stat().st_size
-    if wanted != there:
-        raise ValueError(f"{tokens} has {there} bytes and {index.name} speaks of {wanted}")
+    ends = [4 * sequences, 12 * sequences, 12 * sequences + 8 * boundaries]
+    size, wanted = index.stat().st_size, HEAD.size + ends[-1]
+    if size != wanted:
+        raise ValueError(
+            f"{index} has {size} bytes and should have {wanted} for {sequences} sequences: it was "
+            "cut off or is not complete"
+        )
+    arrays = np.split(np.memmap(index, np.uint8, "r", offset=HEAD.size), ends[:-1])
+    lengths, pointers, documents = map(np.ndarray.view, arrays, ("<i4", "<i8", "<i8"))
+    dtype = np.dtype(DTYPES[code - 1])
+    size = tokens.stat().st_size
+    wanted = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
+    if size != wanted:
+        raise ValueError(f"{tokens} has {size} bytes and {index.name} speaks of {wanted}")
+    return dtype, lengths, pointers, documents
 
 
 def check_tokens(pair: Pair, vocab_size: int) -> None:
@@ -130,16 +116,11 @@ def check_tokens(pair: Pair, vocab_size: int) -> None:
     Raises:
         ValueError: an id lies outside, or a count differs.
     """
-    counted = {
-        "documents": len(pair.documents) - 1,
-        "empty_documents": pair.empty_documents,
-        "tokens": pair.tokens,
-    }
-    for name, count in counted.items():
-        if pair.sidecar.get(name, count) != count:
+    for name, count in pair.counts.items():
+        if (told := pair.sidecar.get(name, count)) != count:
             raise ValueError(
-                f"{pair.prefix} has {count:,} {name} and {pair.prefix}.json says "
-                f"{pair.sidecar[name]:,}: one of them was replaced"
+                f"{pair.prefix} has {count:,} {name} and {pair.prefix}.json says {told:,}: one of "
+                "them was replaced"
             )
     for first, ids in _scan(pair):
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
@@ -151,12 +132,12 @@ def check_tokens(pair: Pair, vocab_size: int) -> None:
 
 
 def _scan(pair: Pair) -> Iterator[tuple[int, np.ndarray]]:
-    first = 0
     path = Path(f"{pair.prefix}.bin")
     with (
         path.open("rb") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,
     ):
+        first = 0
         while len(ids := np.fromfile(file, pair.dtype, _SCANNED_BYTES // pair.dtype.itemsize)):
             yield first, ids
             first += len(ids)
@@ -175,11 +156,11 @@ def checksum(pair: Pair) -> dict[str, str]:
 def summary(pair: Pair) -> str:
     """Counts, and a histogram of the documents' lengths by powers of two; fits a screen."""
     sums = np.concatenate([[0], np.cumsum(pair.lengths, dtype=np.int64)])
-    sizes = np.diff(sums[pair.documents])
+    sizes, counts = np.diff(sums[pair.documents]), pair.counts
     lines = [
         pair.prefix,
-        f"{len(sizes):,} documents ({pair.empty_documents:,} empty), "
-        f"{pair.tokens:,} tokens of {pair.dtype.name}",
+        f"{counts['documents']:,} documents ({counts['empty_documents']:,} empty), "
+        f"{counts['tokens']:,} tokens of {pair.dtype.name}",
     ]
     if len(sizes):
         low, mid, high = np.percentile(sizes, [10, 50, 90]).astype(int)
@@ -196,12 +177,9 @@ def summary(pair: Pair) -> str:
     return "\n".join([*lines, "", *_histogram(sizes)])
 
 
-def _histogram(sizes: np.ndarray) -> list[str]:
+def _histogram(sizes: np.ndarray) -> Iterator[str]:
     powers = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)
-    counts = np.bincount(powers) if len(sizes) else np.zeros(0, int)
-    first = int(np.flatnonzero(counts)[0]) if len(counts) else 0
-    return [
-        f"  up to {2**power:>11,} {count:>13,} {'#' * round(40 * count / counts.max())}"
-        for power, count in enumerate(counts)
-        if power >= first
-    ]
+    counts = np.bincount(powers)
+    for power in range(powers.min(initial=64), len(counts)):
+        bar = "#" * round(40 * counts[power] / counts.max())
+        yield f"  up to {2**power:>11,} {counts[power]:>13,} {bar}"

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from megatron_let import __version__
 from megatron_let.data.inspect import Pair, open_pair
@@ -28,18 +29,15 @@ def merge(prefixes: list[str], output: str) -> None:
             raise ValueError(f"output {path} exists already and is not overwritten")
     pairs = [open_pair(prefix) for prefix in prefixes]
     _check_together(pairs)
-    partial = {suffix: path.with_name(path.name + ".tmp") for suffix, path in paths.items()}
-    try:
-        builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=pairs[0].dtype.type)
+    with TemporaryDirectory(dir=paths[".bin"].parent) as folder:
+        partial = {suffix: os.path.join(folder, f"all{suffix}") for suffix in paths}
+        builder = IndexedDatasetBuilder(partial[".bin"], dtype=pairs[0].dtype.type)
         for prefix in prefixes:
             builder.add_index(prefix)
-        builder.finalize(str(partial[".idx"]))
-        partial[".json"].write_text(json.dumps(_sidecar(pairs), indent=2))
+        builder.finalize(partial[".idx"])
+        Path(partial[".json"]).write_text(json.dumps(_sidecar(pairs), indent=2))
         for suffix, path in paths.items():  # the index last: a reader opens it first
             os.rename(partial[suffix], path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
 
 
 def _check_together(pairs: list[Pair]) -> None:
