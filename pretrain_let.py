@@ -57,6 +57,10 @@ def train() -> None:
     own = [make(args) for make in LISTENERS]
     hooks.listeners = [*method.listeners(), *checks, log, Retention(args), Sums(), *own]
     model_config.pre_wrap_hooks.insert(0, resume_check(door, hooks, args, method))
+    if args.init_from is not None:
+        from megatron_let.training.init_from import growing
+
+        model_config.pre_wrap_hooks.append(growing(args, door))
     model_config.pre_wrap_hooks.append(log.count_model)
 
     with hooks.installed():

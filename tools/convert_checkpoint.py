@@ -1,4 +1,4 @@
-"""Convert checkpoints between Megatron and Hugging Face, on CPU, a layer at a time."""
+"""Convert checkpoints between Megatron and Hugging Face, or grow one; on CPU, a layer at a time."""
 
 import argparse
 import sys
@@ -30,21 +30,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer-model", metavar="FOLDER", help="folder or hub id (default: the run's own)"
     )
     to_hf.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
-    )
-    to_hf.add_argument(
         "--sample", metavar="PROMPT", help="load the result and print how it goes on after this"
     )
     from_hf = commands.add_parser(
         "from-hf", help="a Hugging Face model to Megatron's torch_dist", allow_abbrev=False
     )
-    from_hf.add_argument("--hf-model", required=True, metavar="FOLDER", help="folder or hub id")
-    from_hf.add_argument("--revision", help="branch, tag or commit on the hub")
-    for command in (to_hf, from_hf):
+    grow = commands.add_parser(
+        "grow",
+        help="a small Hugging Face model into a larger shape, to start a run from",
+        allow_abbrev=False,
+    )
+    add_growth_flags(grow)
+    for command in (from_hf, grow):
+        command.add_argument("--hf-model", required=True, metavar="FOLDER", help="folder or hub id")
+        command.add_argument("--revision", help="branch, tag or commit on the hub")
+    for command in (to_hf, grow):
+        command.add_argument(
+            "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
+        )
+    for command in (to_hf, from_hf, grow):
         command.add_argument(
             "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
         )
-        command.add_argument("--dtype", choices=DTYPES, help="default: as saved")
+        default = "fp32" if command is grow else "as saved"
+        command.add_argument("--dtype", choices=DTYPES, help=f"default: {default}")
+    for command in (to_hf, from_hf):
         command.add_argument(
             "--family-module",
             metavar="FILE",
@@ -54,6 +64,35 @@ def build_parser() -> argparse.ArgumentParser:
             "--verify", action="store_true", help="compare both models' logits on a text"
         )
     return parser
+
+
+# Attributes, what the sizes are called in `Sizes`, and what they are if not given.
+SIZES = (
+    ("hidden_size", "hidden", None),
+    ("num_layers", "layers", None),
+    ("ffn_hidden_size", "ffn", "grows as the width does"),
+    ("num_attention_heads", "heads", "grow as the width does"),
+    ("num_query_groups", "groups", "grow as the width does"),
+    ("kv_channels", "head_dim", "the small model's"),
+)
+HOW = {
+    "width": ("pad", "clone"),
+    "depth": ("identity", "stack", "interleave"),
+    "symmetry": ("none", "noise", "next-layer"),
+}
+
+
+def add_growth_flags(parser: argparse.ArgumentParser) -> None:
+    """The large model's sizes, by Megatron's names, and how the small one fills them."""
+    for name, _, default in SIZES:
+        flag = f"--{name.replace('_', '-')}"
+        shown = default and f"default: {default}"
+        parser.add_argument(flag, type=int, metavar="N", required=default is None, help=shown)
+    parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    for name, choices in HOW.items():
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
+    parser.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="tell the losses on it")
 
 
 def to_hf(values: dict[str, Any]) -> None:
@@ -90,7 +129,20 @@ def from_hf(values: dict[str, Any]) -> None:
         print(f"Verified: {verify(find_checkpoint(folder), source)}")
 
 
-COMMANDS = {"to-hf": to_hf, "from-hf": from_hf}
+def grow(values: dict[str, Any]) -> None:
+    """Grow, and say what came out."""
+    from megatron_let.conversion.grow import grow_model
+    from megatron_let.conversion.growth import Growth
+
+    sizes = {field: values.pop(flag) for flag, field, *_ in SIZES}
+    sizes["tied"] = not values.pop("untie_embeddings_and_output_weights")
+    how = {name: values.pop(name) for name in (*HOW, "seed")}
+    output = values["output"]
+    verdict = grow_model(**values, sizes=sizes, growth=Growth(**how))
+    print(f"Wrote {output}\nVerified: {verdict}")
+
+
+COMMANDS = {"to-hf": to_hf, "from-hf": from_hf, "grow": grow}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = vars(parser.parse_args(arguments))
     command = COMMANDS[values.pop("command")]
     try:
-        if (path := values.pop("family_module")) is not None:
+        if (path := values.pop("family_module", None)) is not None:
             import_file("--family-module", path)
         command(values)
     except (UsageError, OSError) as error:

@@ -121,6 +121,11 @@ class Door:
         _check_spec(args, found[0])
         return found
 
+    @property
+    def chosen(self) -> Path | None:
+        """The checkpoint that the run goes on from; None if it starts from scratch."""
+        return self._chosen
+
     def saved_args(self, args: Namespace) -> Namespace | None:
         """Return the arguments saved in the checkpoint that a run goes on from, None without one.
 

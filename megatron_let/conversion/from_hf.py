@@ -68,7 +68,7 @@ def import_model(
     values = configs.megatron_values(family, config) | {"vocab_size": config.vocab_size}
     shape = configs.model_shape(Namespace(**values), config.vocab_size)
     rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
-    reader = _open_weights(source, family, rules, config, shape)
+    reader = open_weights(source, family, rules, config, shape)
     stand_ins = {}
     for rule in rules:
         piece = rule.join(reader.empty, 0, shape)
@@ -109,7 +109,7 @@ def local_folder(hf_model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _open_weights(
+def open_weights(
     folder: Path, family: Family, rules: tuple[Rule, ...], config: Any, shape: ModelShape
 ) -> SafetensorsReader:
     """Open the files; their tensors must be those of the family and of the configuration."""

@@ -23,9 +23,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_let.checkpoint.reader import Checkpoint  # noqa: E402
-from megatron_let.training import command_line  # noqa: E402
 from megatron_let.upstream import safe_loading  # noqa: E402
 from megatron_let.upstream.accelerators import platform_defaults  # noqa: E402
+from megatron_let.upstream.model_config import gpt_config  # noqa: E402
 
 ONE_PROCESS = {
     "tensor_model_parallel_size": 1,
@@ -63,7 +63,7 @@ def build_model(args: Namespace) -> Any:
     torch.distributed.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    config = command_line.gpt_config(args)
+    config = gpt_config(args)
     builder = config.get_builder_cls()(config)
     return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
 

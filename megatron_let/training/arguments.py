@@ -7,7 +7,7 @@ ours are left, since checkpoints save them and load them again with `weights_onl
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
@@ -47,12 +47,31 @@ class CheckpointArguments(Flags):
     --save-retain-interval. The default keeps what Megatron keeps."""
 
 
-CHECKPOINTS = "megatron_let: checkpoints"
+@dataclass(frozen=True)
+class InitFlags(Flags):
+    """A student that starts from a small model, where --load holds no checkpoint yet."""
+
+    init_from: str | None = None
+    """Folder or hub id of a small Llama or Qwen2 with the student's tokenizer."""
+
+    init_width: Literal["pad", "clone"] = "pad"
+    """pad: new features are zero; clone: features are repeated."""
+
+    init_depth: Literal["identity", "stack", "interleave"] = "identity"
+    """What new layers are: identity: they add nothing; stack: all layers, repeated; interleave:
+    each layer, repeated. Only with identity does the student begin with the small model's loss."""
+
+    init_symmetry: Literal["none", "noise", "next-layer"] = "none"
+    """What sets the copies of --init-width clone apart: noise that cancels, or neurons of the next
+    layer."""
+
+
+GROWTH, CHECKPOINTS = "megatron_let: growth", "megatron_let: checkpoints"
 
 
 def groups() -> dict[str, type[Flags]]:
     """The groups of our flags by title; a method of the user's may have brought one."""
-    return method_groups() | {CHECKPOINTS: CheckpointArguments}
+    return method_groups() | {GROWTH: InitFlags, CHECKPOINTS: CheckpointArguments}
 
 
 def method_groups() -> dict[str, type[Flags]]:
@@ -80,6 +99,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
     upstream = list(parser._action_groups)
     add_method_flags(parser)
+    ArgumentGroupFactory(InitFlags).build_group(parser, title=GROWTH)
     ArgumentGroupFactory(CheckpointArguments).build_group(parser, title=CHECKPOINTS)
     ours = [group for group in parser._action_groups if group not in upstream]
     parser._action_groups[:] = ours + upstream
@@ -144,3 +164,24 @@ def check_keep_last(args: Namespace) -> None:
         )
     if args.save is None:
         raise UsageError(f"--save-keep-last {args.save_keep_last} has no effect without --save.")
+
+
+def check_init(args: Namespace) -> None:
+    """Refuse what has no effect, and what growth was never tried with.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if args.init_from is None:
+        for field in fields(InitFlags):
+            if getattr(args, field.name) != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise UsageError(f"{flag} has no effect without --init-from.")
+        return
+    for name in ("init_model_with_meta_device", "use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} is not supported with --init-from, which fills weights before they are "
+                "wrapped. Use tools/convert_checkpoint.py grow and from-hf, and --load."
+            )

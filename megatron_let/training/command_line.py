@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_tokenizer
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_let.checkpoint import choice
@@ -24,6 +24,7 @@ from megatron_let.methods.base import Method
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored
 from megatron_let.training.tracking import tracker_defaults
+from megatron_let.upstream.model_config import gpt_config
 from megatron_let.upstream.tokenizer import token_ids
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
@@ -55,6 +56,7 @@ def parse_arguments() -> Namespace:
     refuse_ignored(flags, sys.argv)
     arguments.check_flags(flags, sys.argv)
     arguments.check_keep_last(flags)
+    arguments.check_init(flags)
     choice.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)
@@ -188,13 +190,6 @@ def model_config(args: Namespace, method: Method) -> Any:
     is_known = args.tokenizer_type == "HuggingFaceTokenizer"
     method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
     method.configure(config)
-    return config
-
-
-def gpt_config(args: Namespace) -> Any:
-    """Return Megatron's `GPTModelConfig`, with a flag that upstream loses on the way."""
-    config = gpt_config_from_args(args)
-    config.rope_scaling_factor = args.rope_scaling_factor
     return config
 
 

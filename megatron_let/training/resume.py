@@ -14,7 +14,7 @@ from megatron_let.checkpoint.door import Door
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 from megatron_let.methods.table import BASELINE
-from megatron_let.training.arguments import groups
+from megatron_let.training.arguments import InitFlags, groups
 from megatron_let.training.resume_flags import check_flags
 from megatron_let.upstream.loop_hooks import LoopHooks
 
@@ -51,11 +51,25 @@ def check_resume(args: Namespace, saved: Namespace, method: Method) -> None:
     if args.finetune:  # a run of its own, which takes the weights only
         return check_flags(args, saved)
     saved_method = vars(saved).get("method", BASELINE)  # Megatron-LM's own checkpoints have none
+    _check_init(args, saved)
     if saved_method == args.method:
         _check_flags(args, saved, method)
     elif os.environ.get("RANK", "0") == "0":
         print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
     return check_flags(args, saved)
+
+
+def _check_init(args: Namespace, saved: Namespace) -> None:
+    """The flags of growth stay on a requeued command line; then they must be those of its start."""
+    names = [field.name for field in fields(InitFlags)] if args.init_from else []
+    for name in names:
+        value, before = vars(args)[name], vars(saved).get(name)
+        if value != before:
+            raise UsageError(
+                f"This run has {_flag(name, value)}, but the checkpoint in {args.load} began with "
+                f"{_flag(name, before)}, and goes on from its own weights. Leave it out, or start "
+                "a new run with another --save and without --load."
+            )
 
 
 def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:

@@ -1,0 +1,218 @@
+"""Grows a small Hugging Face model into a larger shape: folder to folder, a layer at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoConfig, GenerationConfig
+
+from megatron_let import hugging_face
+from megatron_let.conversion import checks, configs, tokenizer_files
+from megatron_let.conversion.family import Family, ModelShape
+from megatron_let.conversion.from_hf import local_folder, open_weights
+from megatron_let.conversion.growth import Grown, Growth, Sizes, grown_config
+from megatron_let.conversion.output import check_free, complete_or_absent
+from megatron_let.conversion.safetensors_files import SafetensorsReader, write_safetensors
+from megatron_let.conversion.verify import TEXT
+from megatron_let.errors import UsageError
+from megatron_let.teacher.load import DTYPES
+from megatron_let.terminal import bars_on_a_terminal_only
+
+MODEL_TYPES = ("llama", "qwen2")
+TOLERANCE = 2e-5
+"""Of exact growth: the largest difference of a logit, in units of the largest; float32."""
+MAX_TOKENS = 1024
+
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """The model that is grown."""
+
+    folder: Path
+    config: Any
+    family: Family
+    reader: SafetensorsReader
+
+    @classmethod
+    def open(cls, hf_model: str, revision: str | None = None) -> "SmallModel":
+        """Open a folder or hub id.
+
+        Raises:
+            UsageError: it cannot be read, or is of a family that is not grown.
+        """
+        folder = local_folder(hf_model, revision)
+        failure = f"{folder} has no configuration to load."
+        config = hugging_face.load(AutoConfig, folder, failure)
+        if config.model_type not in MODEL_TYPES:
+            raise UsageError(
+                f"{hf_model} is a {config.model_type}: only {' and '.join(MODEL_TYPES)} can be "
+                "grown. (LayerNorm subtracts a mean and norms in attention divide by one head's: "
+                "neither goes on computing the same when features are added.)"
+            )
+        family = configs.family_of_config(config)
+        rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
+        return cls(
+            folder, config, family, open_weights(folder, family, rules, config, _shape(config))
+        )
+
+    def grown(self, new: Sizes, growth: Growth) -> Grown:
+        """Its tensors in a larger shape."""
+        return Grown(self.reader, Sizes.of(self.config), new, self.config.vocab_size, growth)
+
+    def grown_config(self, new: Sizes, growth: Growth) -> Any:
+        """The large model's configuration."""
+        return type(self.config)(**grown_config(self.config, new, growth))
+
+
+def _shape(config: Any) -> ModelShape:
+    sizes = Sizes.of(config)
+    return ModelShape(sizes.layers, sizes.heads, sizes.groups, sizes.head_dim, config.vocab_size)
+
+
+def wanted_sizes(old: Sizes, given: Mapping[str, Any]) -> Sizes:
+    """Return the large model's sizes; heads and FFN that are not given grow as the width does.
+
+    Raises:
+        UsageError: one is not given, and would be no whole number.
+    """
+    found = dict(given)
+    for flag, name in (
+        ("ffn-hidden-size", "ffn"),
+        ("num-attention-heads", "heads"),
+        ("num-query-groups", "groups"),
+    ):
+        if found[name] is None:
+            size, rest = divmod(getattr(old, name) * found["hidden"], old.hidden)
+            if rest:
+                raise UsageError(
+                    f"--hidden-size {found['hidden']} is {found['hidden'] / old.hidden:.3g} times "
+                    f"the small model's: its {getattr(old, name)} makes no whole --{flag}. Give "
+                    "one."
+                )
+            found[name] = size
+    found["head_dim"] = found["head_dim"] or old.head_dim
+    return Sizes(**found)
+
+
+def grow_model(
+    hf_model: str,
+    output: Path,
+    sizes: Mapping[str, Any],
+    growth: Growth,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    text: Path | None = None,
+) -> str:
+    """Write the large model; returns a sentence on what it computes.
+
+    Args:
+        hf_model: folder or hub id of the small model.
+        output: the folder to write; it appears complete and proven, or not at all.
+        sizes: fields of `Sizes`; None where a size follows from the others.
+        growth: how.
+        revision: branch, tag or commit on the hub.
+        dtype: a key of `DTYPES`; float32 if None, since the norms' weights are rounded otherwise.
+        max_shard_size: largest file of weights.
+        text: a text on which the loss of both models is told.
+
+    Raises:
+        UsageError: a value that cannot be right, the shape does not hold the small model, or the
+            large one, grown exactly, computes something else.
+    """
+    check_free(output)
+    bars_on_a_terminal_only()
+    small = SmallModel.open(hf_model, revision)
+    old = Sizes.of(small.config)
+    new = wanted_sizes(old, sizes)
+    grown, config = small.grown(new, growth), small.grown_config(new, growth)
+    model = configs.empty_model(config)
+    config.architectures, config.dtype = [type(model).__name__], DTYPES[dtype or "fp32"]
+    rules = checks.rules_of(small.family.rules, tied=new.tied)
+    names = [n for rule, layer in checks.pieces(rules, _shape(config)) for n in rule.names(layer)]
+    state = model.state_dict()
+    verdict = _compare(small, config, grown.read, text, exact=growth.is_exact(old, new))
+    with complete_or_absent(output) as folder:
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        weights = ((name, grown.read(name)) for name in tqdm(names, desc="weights", disable=None))
+        stand_ins = {name: state[name].to(config.dtype) for name in names}
+        write_safetensors(folder, stand_ins, weights, max_shard_size)
+        if hugging_face.has_tokenizer(small.folder):
+            tokenizer = tokenizer_files.load_tokenizer(small.folder)
+            tokenizer_files.write_tokenizer(str(small.folder), tokenizer, folder)
+    return verdict
+
+
+# --- the proof ---------------------------------------------------------------------------------
+
+
+def _compare(small: SmallModel, config: Any, read: Read, text: Path | None, *, exact: bool) -> str:
+    """Compare both models' logits on random tokens, and their losses on a text.
+
+    Raises:
+        UsageError: exact growth was not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(64, config.max_position_embeddings)
+    ids_BS = torch.randint(config.vocab_size, (2, length), generator=generator)
+    ours_BSV = streamed_logits(config, read, ids_BS)
+    theirs_BSV = streamed_logits(small.config, small.reader.read, ids_BS)
+    difference = ((ours_BSV - theirs_BSV).abs().max() / theirs_BSV.abs().max()).item()
+    verdict = (
+        f"logits on {ids_BS.numel()} tokens: largest difference {difference:.1e} of the largest"
+    )
+    if exact and not difference <= TOLERANCE:  # a NaN is refused, too
+        raise UsageError(
+            f"{small.folder}, grown, computes something else: {verdict}, not "
+            f"{TOLERANCE:.0e}. Please report the command."
+        )
+    if text is None and (exact or not hugging_face.has_tokenizer(small.folder)):
+        return verdict
+    ids = tokenizer_files.load_tokenizer(small.folder)(text.read_text() if text else TEXT)
+    ids_BS = torch.tensor([ids["input_ids"][: min(MAX_TOKENS, config.max_position_embeddings)]])
+    before, after = (
+        F.cross_entropy(streamed_logits(c, r, ids_BS)[0, :-1], ids_BS[0, 1:]).item()
+        for c, r in ((small.config, small.reader.read), (config, read))
+    )
+    return f"{verdict}; loss on {ids_BS.numel()} tokens of text {before:.4f}, grown {after:.4f}"
+
+
+@torch.no_grad()
+def streamed_logits(config: Any, read: Read, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Return a model's logits `[B, S, V]` in float32 on CPU, with one layer in memory at a time.
+
+    Args:
+        config: the model's.
+        read: returns a tensor by its name.
+        ids_BS: token ids.
+    """
+    model = configs.empty_model(config).eval()
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(config)
+    prefix = model.base_model_prefix
+    parts = {f"{prefix}.layers.{i}": layer for i, layer in enumerate(base.layers)}
+    parts |= {f"{prefix}.embed_tokens": base.embed_tokens, f"{prefix}.norm": base.norm}
+    head = f"{prefix}.embed_tokens" if config.tie_word_embeddings else "lm_head"
+
+    def stream(part: torch.nn.Module, name: str) -> None:
+        empty = part.state_dict()
+
+        def fill(*_: Any) -> None:
+            weights = {key: read(f"{name}.{key}").float() for key in empty}
+            part.load_state_dict(weights, assign=True)
+
+        part.register_forward_pre_hook(fill)
+        part.register_forward_hook(lambda *_: part.load_state_dict(empty, assign=True) and None)
+
+    for name, part in parts.items():
+        stream(part, name)
+    states_BSD = base(input_ids=ids_BS, use_cache=False).last_hidden_state
+    return F.linear(states_BSD, read(f"{head}.weight").float())

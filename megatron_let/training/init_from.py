@@ -1,0 +1,111 @@
+"""`--init-from`: the student starts from a small model, grown into its shape (docs/growth.md).
+
+Each rank makes a layer's tensors of the small model's and keeps its own slices, in any layout.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.training import get_tokenizer
+
+from megatron_let.checkpoint.door import Door
+from megatron_let.conversion import configs
+from megatron_let.conversion.grow import SmallModel
+from megatron_let.conversion.growth import Growth, Sizes
+from megatron_let.errors import UsageError
+from megatron_let.teacher.load import check_token_ids, read_token_ids
+from megatron_let.training.arguments import InitFlags
+from megatron_let.upstream.tokenizer import token_ids
+
+Read = Callable[[str, int | None], torch.Tensor]
+"""Of a tensor of Megatron's by its name and, if it is stacked, the layer: the whole tensor."""
+
+
+def growing(args: Namespace, door: Door) -> Callable[[list[Any]], list[Any]]:
+    """Return the hook for `pre_wrap_hooks`; it must come after the one that settles `door`."""
+
+    def grow(chunks: list[Any]) -> list[Any]:
+        if args.init_from is not None and door.chosen is None:
+            grow_into(args, chunks)
+        return chunks
+
+    return grow
+
+
+def grow_into(args: Namespace, chunks: list[Any]) -> None:
+    """Fill this rank's model chunks.
+
+    Raises:
+        UsageError: the small model does not fit into the student, or has another tokenizer.
+    """
+    small, flags = SmallModel.open(args.init_from), InitFlags.of(args)
+    growth = Growth(width=flags.init_width, depth=flags.init_depth, symmetry=flags.init_symmetry)
+    new = _student_sizes(args)
+    grown = small.grown(new, growth)
+    config = small.grown_config(new, growth)
+    _check_student(args, small, configs.megatron_values(small.family, config))
+    shape = configs.model_shape(args, small.config.vocab_size)
+    rules = {rule.megatron: rule for rule in small.family.rules}
+    for chunk in chunks:
+        for tensor in _sharded(chunk.sharded_state_dict()):
+            if tensor.key in rules:
+                _fill(tensor, lambda name, layer: rules[name].join(grown.read, layer, shape))
+
+
+def _student_sizes(args: Namespace) -> Sizes:
+    shape = configs.model_shape(args, 0)
+    return Sizes(
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        layers=args.num_layers,
+        heads=shape.num_heads,
+        groups=shape.num_query_groups,
+        head_dim=shape.head_dim,
+        tied=not args.untie_embeddings_and_output_weights,
+    )
+
+
+def _check_student(args: Namespace, small: SmallModel, needed: dict[str, Any]) -> None:
+    free = ("init_method_std", "attention_dropout", "hidden_dropout", "max_position_embeddings")
+    for name, need in needed.items():
+        given = vars(args)[name]
+        same = math.isclose(given, need, rel_tol=1e-6) if isinstance(need, float) else given == need
+        if name not in free and not same:
+            raise UsageError(
+                f"--init-from {args.init_from}, grown, has {name}={need!r} "
+                f"({configs.FLAG_OF[name]}), the student {name}={given!r}. Give it the same."
+            )
+    if args.padded_vocab_size < small.config.vocab_size:
+        raise UsageError(
+            f"--init-from {args.init_from} has {small.config.vocab_size} rows of tokens, the "
+            f"student {args.padded_vocab_size}: it has another tokenizer."
+        )
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        ids = read_token_ids(str(small.folder), None)
+        if ids:
+            check_token_ids(token_ids(get_tokenizer()), ids, args.init_from)
+
+
+def _sharded(state: Any) -> Iterator[ShardedTensor]:
+    """The tensors of a state dict, parts of composed ones as views."""
+    if isinstance(state, ShardedTensorFactory):
+        state = state.build()
+    if isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _sharded(value)
+
+
+def _fill(tensor: ShardedTensor, read: Read) -> None:
+    """Copy this rank's slice; rows that only pad the vocabulary stay as they are."""
+    stacked = tensor.prepend_axis_num
+    whole = read(tensor.key, tensor.global_offset[0] if stacked else None)
+    bounds = zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
+    part = whole[tuple(slice(start, start + size) for start, size in bounds)]
+    with torch.no_grad():
+        tensor.data[tuple(slice(0, size) for size in part.shape)].copy_(part)

@@ -1,0 +1,110 @@
+"""`--init-from` fills every layout with what `grow` and `from-hf` write, bit for bit."""
+
+import json
+
+import pytest
+
+from megatron_let.conversion.from_hf import import_model
+from megatron_let.conversion.grow import grow_model
+from megatron_let.conversion.growth import Growth
+from tests.distributed.training import TP2_PP2, run, series
+from tests.support.testing import save_tiny_teacher
+from tests.support.tiny_run import VOCAB, hashes
+
+STUDENT = "--norm-epsilon 5e-7".split()
+"""Half of the small model's, at twice its width; a repeated one keeps it."""
+STILL = "--lr 0 --min-lr 0 --weight-decay 0 --exit-interval 1".split()
+LAYOUTS = {
+    "single": (1, []),
+    "tp2_pp2_sp": (4, [*TP2_PP2, "--sequence-parallel"]),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2".split()),
+    "zero1": (2, ["--use-distributed-optimizer"]),
+}
+SIZES = {"hidden": 32, "layers": 4, "ffn": 64, "heads": 4, "groups": 2, "head_dim": 8}
+GROWTHS = {
+    "pad": (Growth(), []),
+    "clone": (
+        Growth(width="clone", depth="stack", symmetry="noise"),
+        "--init-width clone --init-depth stack --init-symmetry noise --norm-epsilon 1e-6".split(),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small(corpus, tmp_path_factory):
+    """Half as wide and deep as the student, heads of half the size."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    return save_tiny_teacher(folder, vocab_size=VOCAB, width=16, seed=3)
+
+
+def weights(save):
+    return {n: sha for n, sha in hashes(save).items() if not n.startswith("optimizer.")}
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, small, tmp_path_factory):
+    """The weights of runs that load what the tools wrote, by the kind of growth."""
+    found = {}
+    for name, (growth, flags) in GROWTHS.items():
+        folder = tmp_path_factory.mktemp(name)
+        grow_model(str(small), folder / "large", SIZES | {"tied": False}, growth)
+        import_model(str(folder / "large"), folder / "megatron")
+        load = ["--load", str(folder / "megatron"), "--save", str(folder / "run")]
+        epsilon = [*STUDENT, *flags[6:]]
+        assert not run(1, *corpus.flags, *epsilon, *STILL, *load)
+        found[name] = weights(folder / "run")
+    assert found["pad"] != found["clone"]
+    return found
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_starts_from_the_same(corpus, small, expected, tmp_path, layout, growth):
+    ranks, flags = LAYOUTS[layout]
+    init = ["--init-from", str(small), *GROWTHS[growth][1]]
+    save = ["--save", str(tmp_path)]
+    assert not run(ranks, *corpus.flags, *STUDENT, *STILL, *flags, *init, *save)
+    assert weights(tmp_path) == expected[growth]
+
+
+def test_it_starts_at_the_small_models_loss_and_goes_on_from_its_own(corpus, small, tmp_path):
+    """Tolerance 1e-4. The teacher is the same model, whose loss on the first batch is noted."""
+    init = ["--init-from", str(small)]
+    one = "--micro-batch-size 8 --let-weight 1e-6".split()
+    let = [*corpus.let(*one)[:-4], "--teacher-model", str(small), *one]
+    save = ["--load", str(tmp_path), "--save", str(tmp_path)]
+    flags = [*corpus.flags, *STUDENT, *let, *init, *save]
+    assert not run(1, *flags, "--exit-interval", "4")
+    start = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    loss = series(tmp_path, "lm loss")
+    assert loss[1] == pytest.approx(start["teacher"]["lm_loss"], abs=1e-4)
+    assert loss[4] != pytest.approx(loss[1], abs=1e-4)
+    # A requeue repeats the flag: what is grown once is not grown again.
+    assert not run(1, *flags)
+    assert series(tmp_path, "lm loss")[5] == pytest.approx(loss[4], abs=0.5)
+    assert series(tmp_path, "lm loss")[5] != pytest.approx(loss[1], abs=1e-4)
+    error = run(1, *flags, "--init-depth", "stack")
+    assert "--init-depth stack, but the checkpoint" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--init-depth stack", "--init-depth has no effect without --init-from"),
+        (
+            "--init-from {small}",
+            "layernorm_epsilon=5e-07 (--norm-epsilon), the student layernorm_epsilon=1e-05",
+        ),
+        ("--init-from {small} --norm-epsilon 5e-7 --rotary-base 500", "has rotary_base=10000"),
+        ("--init-from {wide} --norm-epsilon 5e-7", "--hidden-size 32 is smaller"),
+        ("--init-from {other} --norm-epsilon 5e-7", "only llama and qwen2 can be grown"),
+        ("--init-from /no/such", "is no folder, and the hub does not give it"),
+        ("--init-from {small} --init-symmetry noise --norm-epsilon 5e-7", "has no effect with"),
+    ],
+)
+def test_what_cannot_be(corpus, small, tmp_path, flags, words):
+    wide = save_tiny_teacher(tmp_path / "wide", vocab_size=VOCAB, width=48)
+    other = save_tiny_teacher(tmp_path / "other", "gpt2", vocab_size=VOCAB, width=16)
+    given = flags.format(small=small, wide=wide, other=other).split()
+    error = run(1, *corpus.flags, *STILL, *given)
+    assert error is not None and words in error
