@@ -25,14 +25,27 @@ hub() {
 }
 teacher=$(hub "$TEACHER")
 tokenizer=$(hub "$TOKENIZER")
-run=$SAVE/pile_$size-$METHOD-$(basename "$TEACHER")-$SEED
+run=$SAVE/pile_$size-$METHOD-$(basename "$TEACHER")-$SEED${INIT:+-$INIT}
 
-architecture=( # Paper: LLaMA style, RMSNorm, SwiGLU, bf16. Untied: the sizes come out right so.
-    --swiglu --normalization RMSNorm --norm-epsilon 1e-5 --disable-bias-linear
-    --position-embedding-type rope --untie-embeddings-and-output-weights
+architecture=( # Paper: LLaMA style, RMSNorm, SwiGLU, bf16.
+    --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
     --bf16
 )
+case ${INIT:-random} in
+random) # Untied: the sizes come out right so.
+    architecture+=(--norm-epsilon 1e-5 --untie-embeddings-and-output-weights)
+    ;;
+grow) # The epsilon is SmolLM's 1e-5 x 576 / 2048, its rotary base 10000 (the default).
+    if [ -z "${grown:-}" ] || [ "$TOKENIZER" != smollm-135m ]; then
+        echo "INIT=grow: only the 1.4b recipe with SmolLM's tokenizer has a shape for it" >&2
+        exit 1
+    fi
+    model=("${grown[@]}")
+    architecture+=(--norm-epsilon 2.8125e-6 --init-from "${SMALL:-HuggingFaceTB/SmolLM-135M}")
+    ;;
+*) echo "INIT ${INIT} is unknown: random, grow" >&2 && exit 1 ;;
+esac
 sequence=( # The paper is silent; 2048 is the context of its teachers for 1.4 B.
     --seq-length 2048 --max-position-embeddings 2048
 )

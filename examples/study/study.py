@@ -11,10 +11,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from examples.quickstart.corpus import Deduplicator, default_roots, find_sources, write_split
 from examples.quickstart.run import ROOT, Model, Quickstart, is_finished
 from examples.quickstart.wheels import fetch_wheels
-from examples.study.grow import grow_model
 from examples.study.record import Summary, read_summary, score_model, write_summary
 from examples.study.table import PLAIN, Planned, Regime, Setting, Table
 from megatron_let.report.runs import Evaluation, Run, read_run
@@ -211,7 +213,14 @@ class Study:
         if not folder.exists():
             student = self.table.recipe.student
             teacher, model = self.teacher_folder(regime), folder.with_name(f"{name}-hf")
-            grow_model(teacher, model, student, depth, trained=trained)
+            if not trained:
+                teacher = untrained(teacher, folder.with_name(f"{name}-small"))
+            convert_checkpoint.main(
+                f"grow --hf-model {teacher} --output {model} --hidden-size {student.hidden} "
+                f"--num-layers {student.layers} --ffn-hidden-size {student.ffn} "
+                f"--num-attention-heads {student.heads} --num-query-groups {student.heads} "
+                f"--depth {depth}".split()
+            )
             convert_checkpoint.main(
                 f"from-hf --hf-model {model} --output {folder} --verify".split()
             )
@@ -289,3 +298,14 @@ def _nearest(teacher: Run, plain: Run, share: float | None) -> Evaluation:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def untrained(teacher: Path, folder: Path) -> Path:
+    """Write an untrained model of a teacher's shape; returns its folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -57,8 +57,9 @@ def expected(corpus, small, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("growth", GROWTHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "growth"), [*((layout, "pad") for layout in LAYOUTS), ("tp2_pp2_sp", "clone")]
+)
 def test_every_layout_starts_from_the_same(corpus, small, expected, tmp_path, layout, growth):
     ranks, flags = LAYOUTS[layout]
     init = ["--init-from", str(small), *GROWTHS[growth][1]]

@@ -97,8 +97,15 @@ def difference(one, other):
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("small", [(True, "llama"), (False, "llama"), (True, "qwen2")], ids=str)
+OTHERS = ("wider", "heads of twice the size", "new layers", "cloned, with noise")
+
+
+@pytest.mark.parametrize(
+    ("small", "name"),
+    [((True, "llama"), name) for name in EXACT]
+    + [(small, name) for small in ((False, "llama"), (True, "qwen2")) for name in OTHERS],
+    ids=str,
+)
 def test_it_computes_the_same(models, small, name):
     model = models[small]
     sizes, growth = EXACT[name]

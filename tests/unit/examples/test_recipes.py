@@ -56,6 +56,20 @@ def test_megatron_takes_the_flags(tmp_path: Path) -> None:
     assert {name.split()[0]: n for name, n in layers.items()} == {"1.4b": 24, "3b": 32, "7b": 32}
 
 
+def test_a_student_that_grows_from_smollm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 layers, 32/8 heads of 64: what its 30, 9/3 of 64 fit into."""
+    monkeypatch.setenv("INIT", "grow")
+    flags = recipe_flags("1.4b", "baseline", "smollm-135m", tmp_path)
+    found = planned(flags, GPUS, "smollm-135m")
+    assert found.fits
+    assert found.student.parameters == pytest.approx(1.43e9, rel=0.01)
+    assert flags[flags.index("--init-from") + 1] == "HuggingFaceTB/SmolLM-135M"
+    [layers] = run_distributed("tests.unit.examples.recipes:layers_of", 1, {"grown": flags}, GPUS)
+    assert layers == {"grown": 30}
+    with pytest.raises(AssertionError, match="INIT=grow: only the 1.4b recipe"):
+        recipe_flags("3b", "baseline", "smollm-135m", tmp_path)
+
+
 def test_two_paths_are_all_that_a_cluster_changes(tmp_path: Path) -> None:
     flags = recipe_flags("1.4b", "let", "smollm-135m", tmp_path)
     elsewhere = recipe_flags("1.4b", "let", "smollm-135m", tmp_path / "other")
