@@ -16,7 +16,7 @@ from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import TRACKER
 from megatron_let.checkpoint.reader import COMMON_STATE
 from megatron_let.conversion import checks, configs
-from megatron_let.conversion.family import EMBEDDING, OUTPUT_LAYER, Family, ModelShape, Rule
+from megatron_let.conversion.family import EMBEDDING, Family, ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import SafetensorsReader
 from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer
@@ -115,21 +115,21 @@ def open_weights(
     """Open the files; their tensors must be those of the family and of the configuration."""
     model = configs.empty_model(config)
     reader = SafetensorsReader(folder, model.base_model_prefix)
-    first = {rule.megatron: rule.hugging_face[0] for rule in family.rules}
-    head, embedding = first[OUTPUT_LAYER], first[EMBEDDING]
     # The output layer of a tied model, which some folders hold as well.
-    twice = {head} & reader.names if config.tie_word_embeddings else set()
+    twice = {rule.hugging_face[0] for rule in family.rules if rule not in rules} & reader.names
     expected = [name for rule, layer in checks.pieces(rules, shape) for name in rule.names(layer)]
     what = f"{folder}, by its configuration a {family.name},"
     checks.check_names(expected, reader.names - twice, what, checks.NOT_HUGGING_FACE_WEIGHTS)
     found = {name: reader.empty(name) for name in expected}
     checks.check_shapes(found, model.state_dict(), "config.json makes")
-    # If it is another matrix, then transformers does not tie them either.
-    if twice and not torch.equal(reader.read(head), reader.read(embedding)):
-        raise UsageError(
-            f"{head} in {folder} is not {embedding}, though config.json says that they are tied. "
-            'Set "tie_word_embeddings": false there.'
-        )
+    embedding = next(rule.hugging_face[0] for rule in rules if rule.megatron == EMBEDDING)
+    for head in twice:
+        # If it is another matrix, then transformers does not tie them either.
+        if not torch.equal(reader.read(head), reader.read(embedding)):
+            raise UsageError(
+                f"{head} in {folder} is not {embedding}, though config.json says that they are "
+                'tied. Set "tie_word_embeddings": false there.'
+            )
     return reader
 
 

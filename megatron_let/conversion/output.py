@@ -1,12 +1,18 @@
-"""A folder that is written beside its place and takes its name when it is complete."""
+"""What is written: a folder that takes its name when it is complete, and files piece by piece."""
 
 import contextlib
+import io
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_let.errors import UsageError
+
+PIECE_BYTES = 256 * 1024
+"""Written at once. Larger pieces make the page cache ask for large pages, which a virtual machine
+may have given back to its host: ten times slower there (docs/benchmarks.md, "Conversion")."""
 
 
 def check_free(output: Path) -> None:
@@ -38,3 +44,15 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+class PiecewiseFile(io.FileIO):
+    """Written in pieces of `PIECE_BYTES`."""
+
+    def write(self, data: Any) -> int:
+        """Write all of it; returns the bytes."""
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while view:
+            view = view[super().write(view[:PIECE_BYTES]) :]
+        return size

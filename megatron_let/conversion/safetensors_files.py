@@ -6,7 +6,6 @@ The library reads single tensors, but writes whole files from memory.
 """
 
 import contextlib
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 
+from megatron_let.conversion.output import PiecewiseFile
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import check_folder, open_safetensors, weight_map
 
@@ -25,9 +25,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 INDEX = "model.safetensors.index.json"
 HEADER_ALIGNMENT = 8
-PIECE_BYTES = 256 * 1024
-"""Written at once. Larger pieces make the page cache ask for large pages, which a virtual machine
-may have given back to its host: ten times slower there (docs/benchmarks.md, "Conversion")."""
 
 
 class SafetensorsReader:
@@ -138,7 +135,7 @@ def write_safetensors(
             os.fsync(file.fileno())
 
 
-def _begin(file: io.FileIO, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _begin(file: PiecewiseFile, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Write the header and reserve the rest; returns where each tensor begins."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
@@ -154,15 +151,3 @@ def _begin(file: io.FileIO, tensors: Mapping[str, torch.Tensor]) -> dict[str, in
     file.write(len(header).to_bytes(8, "little") + header)
     file.truncate(file.tell() + end)
     return {name: file.tell() + start for name, start in starts.items()}
-
-
-class PiecewiseFile(io.FileIO):
-    """Written in pieces of `PIECE_BYTES`."""
-
-    def write(self, data: Any) -> int:
-        """Write all of it; returns the bytes."""
-        view = memoryview(data).cast("B")
-        size = len(view)
-        while view:
-            view = view[super().write(view[:PIECE_BYTES]) :]
-        return size

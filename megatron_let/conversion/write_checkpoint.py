@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from tqdm import tqdm
 
-from megatron_let.conversion.safetensors_files import PiecewiseFile
+from megatron_let.conversion.output import PiecewiseFile
 
 METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
