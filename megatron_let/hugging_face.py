@@ -32,6 +32,9 @@ class OutsideError(UsageError):
 
 def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> Any:
     """Return `auto.from_pretrained(source)`, of one of transformers' `Auto` classes, as `told`."""
+    from megatron_let.terminal import bars_on_a_terminal_only
+
+    bars_on_a_terminal_only()
     with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
         loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
     # A kernel of the hub, as "owner/name", is code too.

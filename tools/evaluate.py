@@ -224,10 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from safetensors import SafetensorError
 
-    from megatron_let.terminal import bars_on_a_terminal_only
-
     options.device = options.device or default_device()
-    bars_on_a_terminal_only()
     try:
         print(COMMANDS[options.command](options))
     except (ValueError, OSError, RuntimeError, AssertionError, SafetensorError) as error:

@@ -21,7 +21,6 @@ from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import write_safetensors
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
-from megatron_let.terminal import bars_on_a_terminal_only
 
 SAMPLE_TOKENS = 32
 
@@ -53,7 +52,6 @@ def export(
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size} is not a size such as 5GB or 500MB.")
     check_free(output)
-    bars_on_a_terminal_only()
     checkpoint = Checkpoint(find_checkpoint(load, ckpt_step))
     args = checkpoint.args()
     family = configs.family_of_run(args)
@@ -114,7 +112,6 @@ def sample(folder: Path, prompt: str) -> str:
     Raises:
         UsageError: the folder has no tokenizer, or the prompt no tokens.
     """
-    bars_on_a_terminal_only()
     tokenizer = tokenizer_files.load_tokenizer(str(folder))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:

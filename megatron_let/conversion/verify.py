@@ -16,7 +16,6 @@ from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import has_tokenizer
-from megatron_let.terminal import bars_on_a_terminal_only
 
 TEXT = """The first ships to cross the ocean under steam carried sails as well, for no engineer of
 the day would promise that the coal would last. By 1840 the question was settled: a paddle steamer
@@ -63,7 +62,6 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     Raises:
         UsageError: they differ by more than `TOLERANCE`.
     """
-    bars_on_a_terminal_only()
     model = hugging_face.load(AutoModelForCausalLM, folder, dtype=torch.float32)
     own = hugging_face.load(AutoConfig, folder).dtype or torch.float32
     # What a cast has lost on one side, the other loses here.
