@@ -129,5 +129,4 @@ def difficulty_B(
 
 def highest(scores: np.ndarray, number: int) -> np.ndarray:
     """Indices of the `number` highest scores, ascending; of equal ones the earlier."""
-    order = np.lexsort((np.arange(len(scores)), -scores))
-    return np.sort(order[:number])
+    return np.sort(np.argsort(-scores, kind="stable")[:number])

@@ -1,5 +1,6 @@
 """The datasets of a run, built by a tool that is given the run's own flags."""
 
+import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,35 +13,24 @@ from megatron_let.training import command_line
 from megatron_let.training.run import Run
 from megatron_let.upstream.mended import mend_megatron
 
-PARALLELISM = {
-    "--tensor-model-parallel-size": 1,
-    "--pipeline-model-parallel-size": 1,
-    "--context-parallel-size": 1,
-    "--num-layers-per-virtual-pipeline-stage": 1,
-    "--num-virtual-stages-per-pipeline-rank": 1,
-    "--decoder-first-pipeline-num-layers": 1,
-    "--decoder-last-pipeline-num-layers": 1,
-    "--expert-model-parallel-size": 1,
-    "--expert-tensor-parallel-size": 1,
-    "--sequence-parallel": 0,
-    "--use-distributed-optimizer": 0,
-}
-"""Flags of a run, with the number of their values, that its data do not depend on."""
+LAYOUT = (
+    "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size "
+    "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank "
+    "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+    "--expert-model-parallel-size --expert-tensor-parallel-size"
+).split()
+LAYOUT_SWITCHES = ("--sequence-parallel", "--use-distributed-optimizer")
+"""Flags of a run that its data do not depend on."""
 
 
-def without_parallelism(words: Sequence[str]) -> list[str]:
+def without_layout(flags: Sequence[str]) -> list[str]:
     """The run's flags without those of its layout: every process here reads all of the data."""
-    kept, skip = [], 0
-    for word in words:
-        if skip:
-            skip -= 1
-            continue
-        flag, equals, _ = word.partition("=")
-        if flag in PARALLELISM:
-            skip = 0 if equals else PARALLELISM[flag]
-            continue
-        kept.append(word)
-    return kept
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in LAYOUT:
+        parser.add_argument(flag)
+    for flag in LAYOUT_SWITCHES:
+        parser.add_argument(flag, action="store_true")
+    return parser.parse_known_args(flags)[1]
 
 
 def parse_run(prog: str, flags: Sequence[str]) -> Namespace:
@@ -49,7 +39,7 @@ def parse_run(prog: str, flags: Sequence[str]) -> Namespace:
     Raises:
         UsageError: the flags are not those of a run.
     """
-    sys.argv = [prog, *without_parallelism(flags)]
+    sys.argv = [prog, *without_layout(flags)]
     mend_megatron()
     return command_line.parse_arguments()
 

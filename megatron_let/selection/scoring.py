@@ -1,6 +1,7 @@
 """Score the first samples of a run's training stream and keep the best: `tools/select_data.py`."""
 
 import hashlib
+import itertools
 import math
 from argparse import Namespace
 from dataclasses import dataclass
@@ -134,16 +135,20 @@ def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarra
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder = scorer.parts(dataset.unique_description_hash, candidates)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{first:012d}.npy" for first in range(0, candidates, CHUNK)]
-    mine = [i for i in range(rank, len(files), ranks) if not files[i].exists()]
-    for index in tqdm(mine, unit=f"x{CHUNK} samples", disable=None if rank == 0 else True):
-        first = index * CHUNK
+    files = {first: folder / f"{first:012d}.npy" for first in range(0, candidates, CHUNK)}
+    mine = [first for first in list(files)[rank::ranks] if not files[first].exists()]
+    for first in tqdm(mine, unit=f"x{CHUNK} samples", disable=None if rank == 0 else True):
         numbers = range(first, min(first + CHUNK, candidates))
-        _write(files[index], _score_chunk(scorer, dataset, numbers))
+        batches = itertools.batched(numbers, scorer.config.batch)
+        scores = [scorer.score([dataset[number] for number in batch]) for batch in batches]
+        partial = files[first].with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, np.concatenate(scores))
+        partial.replace(files[first])
     torch.distributed.barrier()
     if rank != 0:
         return np.empty(0), 0.0
-    return _joined(files), scorer.flops_per_sample * candidates
+    return _joined(list(files.values())), scorer.flops_per_sample * candidates
 
 
 def _joined(parts: list[Path]) -> np.ndarray:
@@ -153,20 +158,3 @@ def _joined(parts: list[Path]) -> np.ndarray:
         part.unlink()
     parts[0].parent.rmdir()
     return scores
-
-
-def _score_chunk(scorer: Scorer, dataset: Any, numbers: range) -> np.ndarray:
-    size = scorer.config.batch
-    return np.concatenate(
-        [
-            scorer.score([dataset[i] for i in numbers[at : at + size]])
-            for at in range(0, len(numbers), size)
-        ]
-    )
-
-
-def _write(file: Path, scores: np.ndarray) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        np.save(stream, scores)
-    partial.replace(file)
