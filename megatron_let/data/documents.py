@@ -1,13 +1,13 @@
 """Parse a block of input into texts, and say of every record that is none what is wrong with it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from megatron_let.data.sources import Block
+from megatron_let.data.sources import Block, Kind
 
 GROUP_PARENT = "meta"
 """The object of a record that --split-by-meta looks into, as the Pile has it."""
@@ -50,10 +50,9 @@ def parse(block: Block, keys: Sequence[str], group_key: str | None) -> Documents
         group_key: the key in a record's "meta" whose value groups the documents; None groups none.
     """
     found = Documents(texts={key: [] for key in keys}, text_bytes={key: [] for key in keys})
-    for number, record in enumerate(_records(block, keys), start=block.first):
+    for number, content in enumerate(_contents(block), start=block.first):
         try:
-            if isinstance(record, Exception):
-                raise record
+            record = _record(content, block.kind, keys)
             texts = [_text(record, key) for key in keys]
             group = "" if group_key is None else _group(record, group_key)
         except ValueError as error:
@@ -67,20 +66,11 @@ def parse(block: Block, keys: Sequence[str], group_key: str | None) -> Documents
     return found
 
 
-def _records(block: Block, keys: Sequence[str]) -> Iterator[Any]:
+def _contents(block: Block) -> Iterable[Any]:
     if block.kind == "rows":
-        yield from block.content.to_pylist()
-    elif block.kind == "text":
-        yield _decoded(block.content.tobytes(), keys)
-    else:
-        yield from map(_loaded, _lines(block.content.tobytes()))
-
-
-def _decoded(text: bytes, keys: Sequence[str]) -> dict[str, str] | ValueError:
-    try:
-        return dict.fromkeys(keys, text.decode())
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8: {error}")
+        return block.content.to_pylist()
+    content = block.content.tobytes()
+    return _lines(content) if block.kind == "lines" else [content]
 
 
 def _lines(content: bytes) -> Iterator[memoryview]:
@@ -93,16 +83,22 @@ def _lines(content: bytes) -> Iterator[memoryview]:
         yield view[start:]
 
 
-def _loaded(line: memoryview) -> Any:
+def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
+    if kind == "rows":
+        return content
     try:
-        return orjson.loads(line)
+        if kind == "text":
+            return dict.fromkeys(keys, content.decode())
+        return orjson.loads(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
     except orjson.JSONDecodeError:
         pass
     try:
         # What Megatron's tool reads with: it knows NaN and Infinity, which a meta may hold.
-        return json.loads(line.tobytes().decode())
+        return json.loads(content.tobytes().decode())
     except (ValueError, RecursionError) as error:
-        return ValueError(f"not a JSON object in UTF-8: {error}")
+        raise ValueError(f"not a JSON object in UTF-8: {error}") from error
 
 
 def _text(record: Any, key: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_let.data.documents import Documents, Skipped, parse
-from megatron_let.data.engines import Engine, Library, Rows, Tokens, with_end
+from megatron_let.data.engines import Engine, Gigatoken, Rows
 from megatron_let.data.indexed import MAX_LENGTH
 from megatron_let.data.sources import Block, Position
 
@@ -30,7 +30,10 @@ class Part:
     """Their value of --split-by-meta, else empty."""
     key: str
     """The JSON key they come from."""
-    tokens: Tokens
+    ids: np.ndarray
+    """Of all of them, one behind the other, `[sum of lengths]`."""
+    lengths: np.ndarray
+    """`[documents]`, int64."""
     text_bytes: int
 
 
@@ -51,14 +54,12 @@ class BlockEncoder:
 
     Raises:
         ValueError: a record is no document, and `on_error` is "stop".
-        EngineDiffers: `reference` disagrees with `engine` on a document.
+        EngineDiffers: gigatoken disagrees with the library on a document.
     """
 
     engine: Engine
-    reference: Library
-    """What `engine` is compared with."""
     verify_fraction: float
-    """Of the documents behind the first ones, the part that is compared."""
+    """Of the documents behind the first ones, the part that gigatoken is compared on."""
     keys: tuple[str, ...]
     group_key: str | None
     eod: int | None
@@ -76,26 +77,29 @@ class BlockEncoder:
             parts=[part for key in self.keys for part in self._parts(key, block, documents)],
             skipped=documents.skipped,
             documents=len(documents.records),
-            size=block.size,
+            size=block.content.nbytes,
             end=block.end,
         )
 
     def _parts(self, key: str, block: Block, documents: Documents) -> Iterator[Part]:
         rows = self.engine.encode(documents.texts[key])
-        if self.engine.name != self.reference.name:
-            self._verify(rows, key, block, documents)
+        if isinstance(self.engine, Gigatoken):
+            self._verify(self.engine, rows, key, block, documents)
         for group in dict.fromkeys(documents.groups):
             places = [place for place, its in enumerate(documents.groups) if its == group]
-            tokens = with_end([rows[place] for place in places], self.eod, self.dtype)
-            if tokens.lengths.max(initial=0) > MAX_LENGTH:
-                record = documents.records[places[int(tokens.lengths.argmax())]]
+            ids, lengths = with_end([rows[place] for place in places], self.eod, self.dtype)
+            if lengths.max(initial=0) > MAX_LENGTH:
+                record = documents.records[places[int(lengths.argmax())]]
                 raise ValueError(
                     f"{block.path}:{record}: a document of more than the {MAX_LENGTH} tokens that "
                     "Megatron's index can hold; split it"
                 )
-            yield Part(group, key, tokens, sum(documents.text_bytes[key][i] for i in places))
+            text_bytes = sum(documents.text_bytes[key][place] for place in places)
+            yield Part(group, key, ids, lengths, text_bytes)
 
-    def _verify(self, rows: Rows, key: str, block: Block, documents: Documents) -> None:
+    def _verify(
+        self, engine: Gigatoken, rows: Rows, key: str, block: Block, documents: Documents
+    ) -> None:
         records, texts = np.array(documents.records), documents.texts[key]
         dice = np.random.default_rng([block.end.file, block.first])
         whole = dice.random(len(records)) < self.verify_fraction
@@ -103,12 +107,21 @@ class BlockEncoder:
         places = np.flatnonzero(whole | first).tolist()
         checked = [texts[place][: None if whole[place] else VERIFIED_BEGINNING] for place in places]
         for place, text, expected in zip(
-            places, checked, self.reference.encode(checked), strict=True
+            places, checked, engine.library.encode(checked), strict=True
         ):
             is_cut = len(text) < len(texts[place])
-            row = self.engine.encode([text])[0] if is_cut else rows[place]
+            row = engine.encode([text])[0] if is_cut else rows[place]
             if not np.array_equal(row, expected):
                 raise EngineDiffers(f"{block.path}:{records[place]} (key {key!r})")
+
+
+def with_end(rows: Rows, eod: int | None, dtype: type[np.number]) -> tuple[np.ndarray, np.ndarray]:
+    """All ids in `dtype`, with `eod` behind every text that is not empty, and the new lengths."""
+    end = [] if eod is None else [np.array([eod])]
+    pieces = [piece for row in rows if len(row) for piece in (row, *end)]
+    lengths = np.fromiter((len(row) + len(end) * (len(row) > 0) for row in rows), np.int64)
+    empty = np.empty(0, dtype)
+    return np.concatenate([empty, *pieces], dtype=dtype, casting="unsafe"), lengths
 
 
 def dataset_name(group: str, key: str) -> str:

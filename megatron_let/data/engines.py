@@ -7,15 +7,13 @@ while it runs.
 
 import resource
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
-from megatron_let.data.characters import UNICODE_FORMS, Encode, Normalizer, Screen, revealing
+from megatron_let.data.characters import UNICODE_FORMS, Encode, Screen, revealing
 from megatron_let.data.tokenizer import Tokenizer
 
 ENGINES = ("auto", "gigatoken", "tokenizers")
@@ -33,16 +31,6 @@ Rows = list[np.ndarray]
 """The token ids of each text, integers."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The token ids of several texts, one behind the other."""
-
-    ids: np.ndarray
-    """`[sum of lengths]`, integers."""
-    lengths: np.ndarray
-    """`[texts]`, int64."""
-
-
 class Unsuited(ValueError):
     """An engine cannot stand in for this tokenizer."""
 
@@ -53,21 +41,20 @@ class Library:
     name = "tokenizers"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encode = _library_batch(tokenizer)
+        self._tokenizer = tokenizer
+        if tokenizer.fast is not None:
+            tokenizer.fast.no_truncation()
+            tokenizer.fast.no_padding()
 
     def encode(self, texts: Sequence[str]) -> Rows:
         """Tokens of all texts, in order."""
-        return [np.fromiter(row, np.uint32, len(row)) for row in self._encode(list(texts))]
-
-
-def _library_batch(tokenizer: Tokenizer) -> Encode:
-    backend, special = tokenizer.fast, tokenizer.include_special_tokens
-    if backend is None:
-        return lambda texts: [tokenizer.tokenize(text) for text in texts]
-    backend.no_truncation()
-    backend.no_padding()
-    encode = backend.encode_batch_fast
-    return lambda texts: [row.ids for row in encode(texts, add_special_tokens=special)]
+        fast, special = self._tokenizer.fast, self._tokenizer.include_special_tokens
+        if fast is None:
+            rows = [self._tokenizer.tokenize(text) for text in texts]
+        else:
+            found = fast.encode_batch_fast(list(texts), add_special_tokens=special)
+            rows = [row.ids for row in found]
+        return [np.fromiter(row, np.uint32, len(row)) for row in rows]
 
 
 class Gigatoken:
@@ -89,15 +76,11 @@ class Gigatoken:
             raise Unsuited("gigatoken does not take this kind of tokenizer")
         source = orjson.loads(tokenizer.fast.to_str())
         normalizer = _take_out_unicode_form(source, tokenizer.fast)
-        self._load = _gigatoken_loader(orjson.dumps(source))
-        self._own_library = Library(tokenizer)
+        self._source = orjson.dumps(source)
+        self._tokenizer = _gigatoken(self._source)
+        self.library = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
-        try:
-            self._tokenizer = self._load()
-        except Exception as error:  # its binding raises several kinds
-            raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
-        self._memory_at_start: int | None = None
-        self._unwatched = 0
+        self._memory_at_start = self._unwatched = 0
         added = [token["content"] for token in source["added_tokens"]]
         self._screen = Screen(*_compared(revealing(source)), normalizer, added)
 
@@ -105,14 +88,13 @@ class Gigatoken:
         """Tokens of all texts, in order."""
         self._bound_memory(sum(map(len, texts)))
         admitted = list(map(self._screen.admit, texts))
+        left_out = [text for text, seen in zip(texts, admitted, strict=True) if seen is None]
+        others = iter(self.library.encode(left_out))
         # Many texts a call would come back in a library's arrays that take long to import.
-        rows = [self._around(self._tokenizer.encode(text or "")) for text in admitted]
-        others = [index for index, text in enumerate(admitted) if text is None]
-        if others:
-            own = self._own_library.encode([texts[index] for index in others])
-            for index, row in zip(others, own, strict=True):
-                rows[index] = row
-        return rows
+        return [
+            next(others) if text is None else self._around(self._tokenizer.encode(text))
+            for text in admitted
+        ]
 
     def _around(self, ids: np.ndarray) -> np.ndarray:
         """The ids between what the tokenizer puts around each text."""
@@ -126,14 +108,14 @@ class Gigatoken:
         It never forgets a word, and text such as hashes or logs never runs out of new ones.
         """
         self._unwatched += characters
-        if self._memory_at_start is not None and self._unwatched < _UNWATCHED_CHARACTERS:
+        if self._memory_at_start and self._unwatched < _UNWATCHED_CHARACTERS:
             return
         self._unwatched = 0
         now = _resident_bytes()
         self._memory_at_start = self._memory_at_start or now
         if now - self._memory_at_start > _CACHE_GROWTH_BYTES:
             del self._tokenizer
-            self._tokenizer = self._load()
+            self._tokenizer = _gigatoken(self._source)
             self._memory_at_start = _resident_bytes()
 
 
@@ -141,14 +123,15 @@ Engine = Library | Gigatoken
 """Tokenizes texts, with what the tokenizer itself adds around each."""
 
 
-def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Normalizer | None:
-    """Leave a Unicode normalizer out of a tokenizer.json, and return it.
+def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Any:
+    """Leave a Unicode normalizer out of a tokenizer.json, and return it; None without one.
 
     Raises:
         Unsuited: what the tokenizer does to a text before cutting it was not proven to be the same
             in gigatoken.
     """
-    kinds = set(_normalizer_kinds(source["normalizer"]))
+    outer = source["normalizer"] or {"normalizers": []}
+    kinds = {part["type"] for part in outer.get("normalizers", [outer])}
     if kinds <= _PROVEN_NORMALIZERS:
         return None
     if not kinds <= UNICODE_FORMS:
@@ -160,27 +143,22 @@ def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Normalizer |
     return backend.normalizer
 
 
-def _normalizer_kinds(normalizer: dict[str, Any] | None) -> list[str]:
-    if normalizer is None:
-        return []
-    if normalizer["type"] == "Sequence":
-        return [kind for part in normalizer["normalizers"] for kind in _normalizer_kinds(part)]
-    return [normalizer["type"]]
-
-
-def _gigatoken_loader(source: str | bytes) -> Callable[[], Any]:
+def _gigatoken(source: str | bytes) -> Any:
     try:
         import gigatoken
     except ImportError as error:
         raise Unsuited("gigatoken is not installed (pip install gigatoken)") from error
-    return partial(gigatoken.Tokenizer.from_json, source)
+    try:
+        return gigatoken.Tokenizer.from_json(source)
+    except Exception as error:  # its binding raises several kinds
+        raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
 
 
 def _compared(source: str) -> tuple[Encode, Encode]:
     """What gigatoken and the library make of texts by a tokenizer.json."""
     from tokenizers import Tokenizer
 
-    ours, library = _gigatoken_loader(source)(), Tokenizer.from_str(source)
+    ours, library = _gigatoken(source), Tokenizer.from_str(source)
     return (
         lambda texts: [ours.encode(text).tolist() for text in texts],
         lambda texts: [r.ids for r in library.encode_batch_fast(texts, add_special_tokens=False)],
@@ -198,15 +176,6 @@ def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         if wrapped[start : start + len(bare)] == bare:
             return wrapped[:start], wrapped[start + len(bare) :]
     raise Unsuited("gigatoken cannot add what this tokenizer adds to a text")
-
-
-def with_end(rows: Rows, eod: int | None, dtype: type[np.number]) -> Tokens:
-    """The tokens in `dtype`, with `eod` behind every text that is not empty."""
-    end = [] if eod is None else [np.array([eod])]
-    pieces = [piece for row in rows if len(row) for piece in (row, *end)]
-    lengths = np.fromiter((len(row) + len(end) * (len(row) > 0) for row in rows), np.int64)
-    empty = np.empty(0, dtype)
-    return Tokens(np.concatenate([empty, *pieces], dtype=dtype, casting="unsafe"), lengths)
 
 
 def _resident_bytes() -> int:

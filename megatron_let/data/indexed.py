@@ -94,12 +94,12 @@ def write_index(prefix: Path, dtype: type[np.number]) -> None:
         for lengths in _chunks(path):
             sizes = lengths[lengths > 0].astype(np.int64) * np.dtype(dtype).itemsize
             index.write(before + np.cumsum(sizes) - sizes)
-            before += sizes.sum()
+            before += int(sizes.sum())
         index.write(bytes(8))  # the first document begins with the first sequence
         before = 0  # sequences
         for lengths in _chunks(path):
             index.write(before + np.cumsum(lengths > 0, dtype=np.int64))
-            before += np.count_nonzero(lengths)
+            before += int(np.count_nonzero(lengths))
         commit(index)
 
 

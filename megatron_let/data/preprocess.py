@@ -8,8 +8,6 @@ in `stream`; `encode` runs in the workers; `workplace` makes a killed run go on.
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +18,14 @@ from tqdm import tqdm
 from megatron_let import __version__
 from megatron_let.data.documents import GROUP_PARENT
 from megatron_let.data.encode import BlockEncoder, EngineDiffers, dataset_name
-from megatron_let.data.engines import ENGINES, Engine, Library, make_engine
+from megatron_let.data.engines import ENGINES, make_engine
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.indexed import token_dtype, write_index
 from megatron_let.data.shuffle import shuffle_documents
-from megatron_let.data.sources import InputFile, Position, expand
+from megatron_let.data.sources import InputFile, expand
 from megatron_let.data.stream import Stream
-from megatron_let.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    end_of_document,
-    load_tokenizer,
-)
-from megatron_let.data.workplace import State, Workplace
+from megatron_let.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from megatron_let.data.workplace import Workplace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,53 +34,28 @@ class PreprocessConfig(TokenizerConfig):
 
     input: tuple[str, ...]
     """Files, folders and patterns, read in this order."""
-
     output_prefix: str
     """Each key is written to PREFIX_KEY_document.bin, .idx and .json."""
-
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the JSON objects whose texts are tokenized, each into a dataset of its own."""
-
     split_by_meta: str | None = None
     """Key in each record's "meta" whose values get datasets of their own."""
-
     append_eod: bool = False
     """End every document that is not empty with the end-of-document token."""
-
     engine: str = "auto"
     """One of ENGINES."""
-
     verify_fraction: float = 0.001
     """Of the documents, the part that gigatoken's tokens are compared on."""
-
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a record that is no document."""
-
     shuffle_documents: int | None = None
     """Seed of a random order of the documents; None keeps the order of the inputs."""
-
     workers: int = 1
     """Processes that tokenize, besides the one that reads and writes."""
-
     log_interval: int = 100_000
     """Documents between two progress lines."""
 
 
-@contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    # The tokenizers library deadlocks if a forked worker uses threads its parent has started.
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
-@_single_threaded_tokenizers()
 def preprocess(config: PreprocessConfig) -> list[str]:
     """Tokenize `config.input`; return the path, without suffix, of each dataset written.
 
@@ -103,21 +71,20 @@ def preprocess(config: PreprocessConfig) -> list[str]:
     paths = expand(config.input)
     tokenizer = load_tokenizer(config)
     ids = tokenizer.ids()
-    identity = _identity(config, paths, ids)
-    workplace = Workplace(config.output_prefix, identity)
-    state = workplace.state
+    workplace = Workplace(config.output_prefix, _identity(config, paths, ids), config.engine)
     try:
-        if state is None or not state.moves:
+        if not workplace.state.moves:
             _check_outputs(config)
-            job = _Job(config, paths, tokenizer, _fitting_dtype(tokenizer.vocab_size, ids))
-            state = _tokenized(job, workplace, identity)
-            job.complete(workplace, state)
-        datasets = [moved for name, moved in state.moves.items() if name.endswith(".idx")]
-        workplace.publish(state)
+            dtype = _fitting_dtype(tokenizer.vocab_size, ids)
+            eod = _end_of_document(tokenizer, config) if config.append_eod else None
+            job = _Job(config, paths, tokenizer, dtype, eod, workplace)
+            job.tokenize()
+            job.complete()
+        workplace.publish()
     finally:
-        made = workplace.state
-        workplace.close(keep=made is not None and made.position != Position())
-    return [path.removesuffix(".idx") for path in datasets]
+        workplace.close()
+    written = workplace.state.moves.values()
+    return [path.removesuffix(".idx") for path in written if path.endswith(".idx")]
 
 
 def _check(config: PreprocessConfig) -> None:
@@ -156,12 +123,9 @@ def _check_outputs(config: PreprocessConfig) -> None:
 
 
 def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -> dict[str, Any]:
-    stats = [os.stat(path) for path in paths]
     return {
         "tokenizer": tokenizer_fingerprint(ids),
-        "input": [
-            [path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
-        ],
+        "input": [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths],
         "json_keys": config.json_keys,
         "split_by_meta": config.split_by_meta,
         "append_eod": config.append_eod,
@@ -171,51 +135,41 @@ def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -
     }
 
 
-def _tokenized(job: "_Job", workplace: Workplace, identity: dict[str, Any]) -> State:
-    """Tokenize everything that no earlier call has; start over should gigatoken prove wrong."""
-    config, state = job.config, workplace.state
-    engine = make_engine(config.engine if state is None else state.engine, job.tokenizer, _tell)
-    if state is None:
-        state = workplace.start(identity, engine.name)
-    elif state.position != Position():
-        done = sum(counts["documents"] for counts in state.counts.values())
-        _tell(f"going on with {workplace.folder}: {done:,} documents are done")
-    try:
-        job.stream(engine, workplace, state).run(config.workers, config.log_interval)
-    except EngineDiffers as error:
-        workplace.clear()
-        workplace.state = None
-        fault = f"gigatoken gives other tokens than the tokenizer's own library for {error}"
-        if config.engine == "gigatoken":
-            raise ValueError(f"{fault}; use --engine auto or tokenizers") from error
-        _tell(f"{fault}: starting over with the library")
-        state = workplace.start(identity, job.reference.name)
-        job.stream(job.reference, workplace, state).run(config.workers, config.log_interval)
-    return state
-
-
+@dataclass(frozen=True)
 class _Job:
-    """What does not change between two attempts."""
+    """From the inputs to what is to be published."""
 
-    def __init__(
-        self,
-        config: PreprocessConfig,
-        paths: list[str],
-        tokenizer: Tokenizer,
-        dtype: type[np.number],
-    ) -> None:
-        self.config, self.paths, self.tokenizer, self.dtype = config, paths, tokenizer, dtype
-        self.reference = Library(tokenizer)
-        name = config.tokenizer_model or str(config.vocab_file)
-        self.eod = end_of_document(tokenizer, name) if config.append_eod else None
+    config: PreprocessConfig
+    paths: list[str]
+    tokenizer: Tokenizer
+    dtype: type[np.number]
+    eod: int | None
+    workplace: Workplace
 
-    def stream(self, engine: Engine, workplace: Workplace, state: State) -> Stream:
-        """One attempt with `engine`."""
+    def tokenize(self) -> None:
+        """Tokenize what no earlier call has; start over should gigatoken prove wrong."""
+        state = self.workplace.state
+        if state.is_begun:
+            done = sum(counts["documents"] for counts in state.counts.values())
+            _tell(f"going on with {self.workplace.folder}: {done:,} documents are done")
+        try:
+            self._run(state.engine)
+        except EngineDiffers as error:
+            self.workplace.start_over("tokenizers")
+            fault = f"gigatoken gives other tokens than the tokenizer's own library for {error}"
+            if self.config.engine == "gigatoken":
+                raise ValueError(f"{fault}; use --engine auto or tokenizers") from error
+            _tell(f"{fault}: starting over with the library")
+            self._run("tokenizers")
+
+    def _run(self, engine_name: str) -> None:
         config = self.config
+        engine = make_engine(engine_name, self.tokenizer, _tell)
+        self.workplace.state.engine = engine.name
         columns = [*config.json_keys, *([GROUP_PARENT] if config.split_by_meta else [])]
+        inputs = [InputFile(path, index, columns) for index, path in enumerate(self.paths)]
         encoder = BlockEncoder(
             engine=engine,
-            reference=self.reference,
             verify_fraction=config.verify_fraction,
             keys=config.json_keys,
             group_key=config.split_by_meta,
@@ -223,11 +177,11 @@ class _Job:
             dtype=self.dtype,
             on_error=config.on_error,
         )
-        inputs = [InputFile(path, index, columns) for index, path in enumerate(self.paths)]
-        return Stream(inputs, encoder, workplace, state)
+        Stream(inputs, encoder, self.workplace).run(config.workers, config.log_interval)
 
-    def complete(self, workplace: Workplace, state: State) -> None:
+    def complete(self) -> None:
         """Write what belongs to the tokens, and decide where everything goes."""
+        state, folder = self.workplace.state, self.workplace.folder
         empty = [name for name, counts in state.counts.items() if not counts["tokens"]]
         # One of several subsets may well be empty; the blend leaves it out.
         if len(empty) == len(state.counts) or (empty and not self.config.split_by_meta):
@@ -235,29 +189,7 @@ class _Job:
                 f"no text was found for {', '.join(empty) or self.config.output_prefix}; check "
                 "--input and --json-keys"
             )
-        record = self._record(state)
-        prefix, indices = self.config.output_prefix, {}
-        moves: dict[str, str] = {}
-        for name, counts in state.counts.items():
-            made = self._finished(workplace.folder / name)
-            (workplace.folder / f"{name}.json").write_text(json.dumps(record | counts, indent=2))
-            moves |= {made.name + ".bin": f"{prefix}_{name}.bin"}
-            moves |= {name + ".json": f"{prefix}_{name}.json"}
-            indices[made.name + ".idx"] = f"{prefix}_{name}.idx"
-        # An index comes after what it speaks of, and a list of datasets after them.
-        state.moves = moves | indices | self._lists(workplace.folder, state)
-        workplace.save(state)
-
-    def _finished(self, prefix: Path) -> Path:
-        """Write the index; return where the finished dataset lies."""
-        seed = self.config.shuffle_documents
-        if seed is not None:
-            prefix = shuffle_documents(prefix, self.dtype, seed)
-        write_index(prefix, self.dtype)
-        return prefix
-
-    def _record(self, state: State) -> dict[str, Any]:
-        return {
+        record = {
             "tool_version": __version__,
             "engine": state.engine,
             "tokenizer_fingerprint": state.identity["tokenizer"],
@@ -267,26 +199,44 @@ class _Job:
             "inputs": state.inputs,
             "skipped": state.skipped,
         }
-
-    def _lists(self, folder: Path, state: State) -> dict[str, str]:
-        """The lists that lie beside the datasets, where there is something to list."""
-        prefix, moves = self.config.output_prefix, {}
+        goes: dict[str, str] = {}  # from a name in the folder to one behind the prefix
+        for name, counts in state.counts.items():
+            made = folder / name
+            if self.config.shuffle_documents is not None:
+                made = shuffle_documents(made, self.dtype, self.config.shuffle_documents)
+            write_index(made, self.dtype)
+            (folder / f"{name}.json").write_text(json.dumps(record | counts, indent=2))
+            goes |= {f"{made.name}.bin": f"{name}.bin", f"{name}.json": f"{name}.json"}
+            goes |= {f"{made.name}.idx": f"{name}.idx"}
         if state.skipped:
-            moves["skipped.jsonl"] = f"{prefix}_skipped.jsonl"
+            goes["skipped.jsonl"] = "skipped.jsonl"
         for key in self.config.json_keys if self.config.split_by_meta else ():
-            sizes = {
-                name: counts["tokens"]
-                for name, counts in state.counts.items()
-                if name.endswith(f"_{dataset_name('', key)}") and counts["tokens"]
-            }
-            blend = " ".join(f"{tokens} {prefix}_{name}" for name, tokens in sizes.items())
-            (folder / f"{key}_blend.txt").write_text(blend + "\n")
-            moves[f"{key}_blend.txt"] = f"{prefix}_{key}_blend.txt"
-        return moves
+            blend = f"{key}_blend.txt"
+            (folder / blend).write_text(self._blend(key))
+            goes[blend] = blend
+        # An index comes after what it speaks of, and a list of datasets after them.
+        state.moves = {name: f"{self.config.output_prefix}_{end}" for name, end in goes.items()}
+        self.workplace.save()
+
+    def _blend(self, key: str) -> str:
+        """A key's datasets that are not empty, weighed by their tokens."""
+        prefix, end = self.config.output_prefix, f"_{dataset_name('', key)}"
+        sizes = {name: counts["tokens"] for name, counts in self.workplace.state.counts.items()}
+        found = [f"{n} {prefix}_{name}" for name, n in sizes.items() if n and name.endswith(end)]
+        return " ".join(found) + "\n"
 
 
 def _tell(line: str) -> None:
     tqdm.write(f"> {line}", file=sys.stderr)
+
+
+def _end_of_document(tokenizer: Tokenizer, config: PreprocessConfig) -> int:
+    if tokenizer.eod is None:
+        raise ValueError(
+            "--append-eod needs an end-of-document token, but the tokenizer "
+            f"{config.tokenizer_model} has no eos_token; set one in its tokenizer_config.json"
+        )
+    return tokenizer.eod
 
 
 def _fitting_dtype(vocab_size: int, ids: dict[str, int]) -> type[np.number]:

@@ -35,8 +35,6 @@ class Position:
     """Index in the list of inputs."""
     records: int = 0
     """Lines or rows of that file."""
-    offset: int = 0
-    """Bytes of that file, decompressed, that those lines take."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Block:
     """Number of its first record in the file, from 1."""
     content: Any
     """Bytes of whole lines or of a whole text, `[size]`; a `pyarrow.RecordBatch` of rows."""
-    size: int
-    """Bytes of the content."""
     end: Position
     """Where the next block begins."""
 
@@ -71,7 +67,8 @@ def expand(inputs: Sequence[str]) -> list[str]:
 def _expand_one(name: str) -> list[str]:
     path = Path(name)
     if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*") if _kind(file) and file.is_file())
+        files = (str(file) for file in path.rglob("*") if file.is_file())
+        found = sorted(file for file in files if file.lower().endswith(SUFFIXES))
         missing = f"input folder {name} holds no {', '.join(SUFFIXES)} file"
     elif glob.has_magic(name) and not path.exists():
         found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
@@ -82,24 +79,16 @@ def _expand_one(name: str) -> list[str]:
     if not found:
         raise ValueError(f"{missing}; check --input")
     for file in found:
-        if not _kind(Path(file)):
+        if not file.lower().endswith(SUFFIXES):
             raise ValueError(f"input {file} must end in one of {', '.join(SUFFIXES)}")
     return found
-
-
-def _kind(path: Path) -> Kind | None:
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        return None
-    plain = Path(name.removesuffix(".gz").removesuffix(".zst"))
-    return _KINDS[plain.suffix]
 
 
 class InputFile:
     """One input, read from front to back.
 
-    `size` in bytes and `sha256` describe the file as it lies on disk, and are final when `blocks`
-    is exhausted.
+    `size` in bytes and `digest`, a SHA-256, describe the file as it lies on disk, and are final
+    when `blocks` is exhausted.
 
     Args:
         path: the file.
@@ -109,16 +98,10 @@ class InputFile:
 
     def __init__(self, path: str, index: int, columns: Sequence[str]) -> None:
         self.path, self.index, self.columns = path, index, columns
-        kind = _kind(Path(path))
-        assert kind is not None, "`expand` lets no other file through"
-        self.kind: Kind = kind
+        unpacked = path.lower().removesuffix(".gz").removesuffix(".zst")
+        self.kind = _KINDS[Path(unpacked).suffix]
         self.size = 0
-        self._digest = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of the bytes read so far."""
-        return self._digest.hexdigest()
+        self.digest = hashlib.sha256()
 
     def blocks(self, start: Position) -> Iterator[Block]:
         """Blocks from `start`, a position in this file, to the end.
@@ -126,49 +109,33 @@ class InputFile:
         Raises:
             ValueError: the file is damaged.
         """
-        if self.kind == "rows":
-            return self._row_blocks(start)
-        return self._line_blocks(start) if self.kind == "lines" else self._text_block(start)
-
-    def _block(self, first: int, content: Any, size: int, records: int, offset: int) -> Block:
-        end = Position(self.index, first - 1 + records, offset)
-        return Block(self.path, self.kind, first, content, size, end)
-
-    def _text_block(self, start: Position) -> Iterator[Block]:
-        if text := b"".join(self._bytes()):
-            if not start.records:
-                yield self._block(1, np.frombuffer(text, np.uint8), len(text), 1, len(text))
-
-    def _line_blocks(self, start: Position) -> Iterator[Block]:
-        offset, records = start.offset, start.records
-        for content in _whole_lines(_after(start.offset, self._bytes())):
-            # A last line may lack its end.
-            lines = content.count(b"\n") + (not content.endswith(b"\n"))
-            offset += len(content)
-            array = np.frombuffer(content, np.uint8)
-            yield self._block(records + 1, array, len(content), lines, offset)
-            records += lines
-
-    def _row_blocks(self, start: Position) -> Iterator[Block]:
-        parquet = _parquet(self.path, self.columns)
-        records = 0
-        for group in range(parquet.num_row_groups):
-            rows = parquet.metadata.row_group(group).num_rows
-            if records + rows <= start.records:
-                records += rows
+        read = 0
+        for content, records in self._contents():
+            known = max(start.records - read, 0)
+            first, read = read + known + 1, read + records
+            if first > read:
                 continue
-            batches = parquet.iter_batches(
-                _BLOCK_ROWS, row_groups=[group], columns=list(self.columns)
-            )
-            for batch in batches:
-                skipped = min(max(start.records - records, 0), batch.num_rows)
-                rest = batch.slice(skipped)
-                records += skipped
-                if rest.num_rows:
-                    yield self._block(records + 1, rest, rest.nbytes, rest.num_rows, 0)
-                records += rest.num_rows
-        for _ in self._raw():  # a table is not read in the order of its bytes
-            pass
+            if self.kind == "rows":
+                content = content.slice(known)
+            else:
+                content = np.frombuffer(content.split(b"\n", known)[-1], np.uint8)
+            yield Block(self.path, self.kind, first, content, Position(self.index, read))
+
+    def _contents(self) -> Iterator[tuple[Any, int]]:
+        """What the blocks of the whole file hold, and of how many records each is."""
+        if self.kind == "lines":
+            for lines in _whole_lines(self._bytes()):
+                # A last line may lack its end.
+                yield lines, lines.count(b"\n") + (not lines.endswith(b"\n"))
+        elif self.kind == "text":
+            if text := b"".join(self._bytes()):
+                yield text, 1
+        else:
+            table = _parquet(self.path, self.columns)
+            for rows in table.iter_batches(_BLOCK_ROWS, columns=list(self.columns)):
+                yield rows, rows.num_rows
+            for _ in self._raw():  # a table is not read in the order of its bytes
+                pass
 
     def _bytes(self) -> Iterator[bytes]:
         """The decompressed bytes in pieces."""
@@ -187,7 +154,7 @@ class InputFile:
         with open(self.path, "rb") as file:
             while chunk := file.read(_READ_BYTES):
                 self.size += len(chunk)
-                self._digest.update(chunk)
+                self.digest.update(chunk)
                 yield chunk
 
     def _unpack(self, start_frame: Any, form: str, damaged: type[Exception]) -> Iterator[bytes]:
@@ -223,14 +190,6 @@ def _parquet(path: str, columns: Sequence[str]) -> Any:
                 "check --json-keys"
             )
     return file
-
-
-def _after(offset: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces without their first `offset` bytes."""
-    for piece in pieces:
-        if rest := piece[offset:]:
-            yield rest
-        offset = max(0, offset - len(piece))
 
 
 def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:

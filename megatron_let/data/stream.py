@@ -1,7 +1,6 @@
 """Read blocks, spread them over the workers, write what comes back, and commit it now and then."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,10 @@ from functools import cached_property
 from tqdm import tqdm
 
 from megatron_let.data.encode import BlockEncoder, EncodedBlock, dataset_name
-from megatron_let.data.indexed import PairWriter
+from megatron_let.data.indexed import PairWriter, commit, open_at
 from megatron_let.data.sources import Block, InputFile, Position
 from megatron_let.data.workers import map_in_order
-from megatron_let.data.workplace import State, Workplace, add_counts
+from megatron_let.data.workplace import Workplace
 
 COMMIT_SECONDS = 1.0
 """What a killed run loses at most, besides what is under way in the workers."""
@@ -29,24 +28,19 @@ class Stream:
     Args:
         inputs: the files, in order.
         encoder: what the workers do.
-        workplace: where the datasets are written.
-        state: where to begin; kept up to date.
+        workplace: where the datasets are written, from its state on.
     """
 
     def __init__(
-        self,
-        inputs: Sequence[InputFile],
-        encoder: BlockEncoder,
-        workplace: Workplace,
-        state: State,
+        self, inputs: Sequence[InputFile], encoder: BlockEncoder, workplace: Workplace
     ) -> None:
-        self._inputs, self._encoder = inputs, encoder
-        self._workplace, self._state = workplace, state
+        self._inputs, self._encoder, self._workplace = inputs, encoder, workplace
+        self._state, self._folder = workplace.state, workplace.folder
         self._writers = {
-            name: PairWriter(workplace.folder / name, sizes) for name, sizes in state.sizes.items()
+            name: PairWriter(self._folder / name, sizes)
+            for name, sizes in self._state.sizes.items()
         }
-        self._skipped = open(workplace.folder / "skipped.jsonl", "ab")
-        self._skipped.truncate(state.skipped_bytes)
+        self._skipped = open_at(self._folder / "skipped.jsonl", self._state.skipped_bytes)
 
     def run(self, workers: int, log_interval: int) -> None:
         """Write all blocks that no commit covers."""
@@ -57,11 +51,11 @@ class Stream:
                 self._write(encoded)
                 progress.update(encoded.documents, encoded.size)
                 if time.monotonic() - committed > COMMIT_SECONDS:
-                    self._commit()
+                    self._commit(self._state.position.file)
                     committed = time.monotonic()
-            self._commit(all_read=True)
+            self._commit(len(self._inputs))
         except ValueError:
-            self._commit()  # a call that skips the record goes on from here
+            self._commit(self._state.position.file)  # a call that skips the record goes on here
             raise
         finally:
             progress.close()
@@ -72,22 +66,21 @@ class Stream:
     def _blocks(self) -> Iterator[Block]:
         start = self._state.position
         for file in self._inputs[start.file :]:
-            here = start if file.index == start.file else Position(file.index)
-            yield from file.blocks(here)
+            yield from file.blocks(start if file.index == start.file else Position(file.index))
 
     def _write(self, encoded: EncodedBlock) -> None:
         # All names first: what they can raise must not leave half a block behind.
         names = [self._dataset(part.group, part.key) for part in encoded.parts]
         for name, part in zip(names, encoded.parts, strict=True):
-            lengths = part.tokens.lengths
-            self._writers[name].add(part.tokens.ids, lengths)
+            self._writers[name].add(part.ids, part.lengths)
             counts = {
-                "documents": len(lengths),
-                "empty_documents": int((lengths == 0).sum()),
-                "tokens": len(part.tokens.ids),
+                "documents": len(part.lengths),
+                "empty_documents": int((part.lengths == 0).sum()),
+                "tokens": len(part.ids),
                 "text_bytes": part.text_bytes,
             }
-            add_counts(self._state, name, counts)
+            total = self._state.counts.get(name, dict.fromkeys(counts, 0))
+            self._state.counts[name] = {key: total[key] + counts[key] for key in counts}
         for skipped in encoded.skipped:
             kind = skipped.reason.partition(":")[0]
             self._state.skipped[kind] = self._state.skipped.get(kind, 0) + 1
@@ -102,7 +95,7 @@ class Stream:
                     f"--split-by-meta {self._encoder.group_key} has more than {MAX_DATASETS} "
                     f"values, such as {group!r}; choose a key with fewer"
                 )
-            self._writers[name] = PairWriter(self._workplace.folder / name)
+            self._writers[name] = PairWriter(self._folder / name)
         before = self._state.groups.setdefault(name, group)
         if before != group:
             raise ValueError(
@@ -111,17 +104,14 @@ class Stream:
             )
         return name
 
-    def _commit(self, all_read: bool = False) -> None:
+    def _commit(self, files_read: int) -> None:
         state = self._state
-        finished = len(self._inputs) if all_read else state.position.file
-        for file in self._inputs[len(state.inputs) : finished]:
-            about = {"path": file.path, "bytes": file.size, "sha256": file.sha256}
+        for file in self._inputs[len(state.inputs) : files_read]:
+            about = {"path": file.path, "bytes": file.size, "sha256": file.digest.hexdigest()}
             state.inputs.append(about)
         state.sizes = {name: writer.commit() for name, writer in self._writers.items()}
-        self._skipped.flush()
-        os.fsync(self._skipped.fileno())
-        state.skipped_bytes = self._skipped.tell()
-        self._workplace.save(state)
+        state.skipped_bytes = commit(self._skipped)
+        self._workplace.save()
 
 
 class _Progress:
@@ -138,17 +128,14 @@ class _Progress:
         return tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
     def update(self, documents: int, size: int) -> None:
-        before = self._documents // self._log_interval
+        lines = self._documents // self._log_interval
         self._documents += documents
         self._bytes += size
         self._bar.update(size)
-        after = self._documents // self._log_interval
-        if after > before:
-            self._log(after * self._log_interval)
+        if (reached := self._documents // self._log_interval) > lines:
+            self._log(reached * self._log_interval)
 
     def _log(self, documents: int) -> None:
-        if not documents:
-            return
         seconds = time.monotonic() - self._start
         rate, megabytes = self._documents / seconds, self._bytes / seconds / 1024**2
         message = f"Processed {documents} documents ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
@@ -156,4 +143,5 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-        self._log(self._documents)
+        if self._documents:
+            self._log(self._documents)

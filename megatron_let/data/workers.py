@@ -84,6 +84,7 @@ def map_in_order[Item, Result](
 
 
 def _start_worker(function: Callable[[Any], Any], memory: _SharedMemory) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork of a process with its threads hangs
     _WORKER.update(function=function, memory=memory)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -8,11 +8,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_let.data.indexed import commit
 from megatron_let.data.sources import Position
 
 
@@ -38,19 +38,24 @@ class State:
     moves: dict[str, str] = field(default_factory=dict)
     """Once complete: what lies here under a name, and where it goes, in this order."""
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.position != Position()
+
 
 class Workplace:
     """The folder and its state; one process at a time.
 
     Args:
         prefix: the run's --output-prefix.
-        identity: see `State`.
+        identity, engine: those of a run that begins; see `State`.
 
     Raises:
         ValueError: another process is at work here, or an interrupted run was another one.
     """
 
-    def __init__(self, prefix: str, identity: dict[str, Any]) -> None:
+    def __init__(self, prefix: str, identity: dict[str, Any], engine: str) -> None:
         self.folder = Path(f"{prefix}.partial")
         self._state_file = self.folder / "state.json"
         self.folder.mkdir(exist_ok=True)
@@ -63,48 +68,38 @@ class Workplace:
                 f"another process is writing {prefix}; wait for it, or choose another "
                 "--output-prefix"
             ) from error
-        self.state = self._load(identity)
+        self.state = State(identity, engine)
+        if self._state_file.exists():
+            self._take_up(json.loads(self._state_file.read_text()))
 
-    def _load(self, identity: dict[str, Any]) -> State | None:
-        if not self._state_file.exists():
-            return None
-        saved = json.loads(self._state_file.read_text())
-        saved["position"] = Position(**saved["position"])
-        state = State(**saved)
-        now = json.loads(json.dumps(identity))
-        changed = sorted(key for key in now if now[key] != state.identity.get(key))
-        if changed:
-            was, is_now = (str(which.get(changed[0])) for which in (state.identity, now))
-            raise ValueError(
-                f"{self.folder} holds an interrupted run with another {changed[0]} "
-                f"({_short(was)}, now {_short(is_now)}): go on with the same, or delete that folder"
-            )
-        return state
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        was, now = saved["identity"], json.loads(json.dumps(self.state.identity))
+        for key in sorted(now):
+            if now[key] != was.get(key):
+                raise ValueError(
+                    f"{self.folder} holds an interrupted run with another {key} "
+                    f"({was.get(key)!s:.120}, now {now[key]!s:.120}): go on with the same, or "
+                    "delete that folder"
+                )
+        position = Position(saved["position"]["file"], saved["position"]["records"])
+        self.state = State(**saved | {"position": position})
 
-    def start(self, identity: dict[str, Any], engine: str) -> State:
-        """Begin anew, with nothing of an earlier attempt left."""
-        self.clear()
-        self.state = State(identity=identity, engine=engine)
-        return self.state
+    def start_over(self, engine: str) -> None:
+        """Forget what an engine did; its files are cut to nothing when they are opened again."""
+        self.state = State(self.state.identity, engine)
+        self.save()
 
-    def save(self, state: State) -> None:
+    def save(self) -> None:
         """Replace state.json, which is whole at any instant."""
         partial = self._state_file.with_suffix(".tmp")
-        with partial.open("w") as file:
-            json.dump(asdict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
+        with partial.open("wb") as file:
+            file.write(json.dumps(asdict(self.state)).encode())
+            commit(file)
         partial.replace(self._state_file)
 
-    def clear(self) -> None:
-        """Delete everything but the lock."""
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
-
-    def publish(self, state: State) -> None:
+    def publish(self) -> None:
         """Move what is complete to its final places, then remove the folder."""
-        for name, target in state.moves.items():
+        for name, target in self.state.moves.items():
             if not (self.folder / name).exists():  # an interrupted call moved it
                 continue
             if os.path.exists(target):
@@ -115,19 +110,8 @@ class Workplace:
             os.rename(self.folder / name, target)
         shutil.rmtree(self.folder)
 
-    def close(self, keep: bool) -> None:
-        """Let others in; without `keep` remove the folder."""
-        if not keep and self.folder.exists():
+    def close(self) -> None:
+        """Let others in; remove the folder if there is nothing in it to go on from."""
+        if not self.state.is_begun and self.folder.exists():
             shutil.rmtree(self.folder)
         self._lock.close()
-
-
-def add_counts(state: State, name: str, counts: dict[str, int]) -> None:
-    """Add to what a dataset holds."""
-    total = Counter(state.counts.get(name, {}))
-    total.update(counts)
-    state.counts[name] = dict(total)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -12,8 +12,9 @@ from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import PreTrainedTokenizerFast
 
 from megatron_let.data import engines
-from megatron_let.data.engines import Gigatoken, Library, Rows, Unsuited, make_engine, with_end
-from megatron_let.data.tokenizer import TokenizerConfig, end_of_document, load_tokenizer
+from megatron_let.data.encode import with_end
+from megatron_let.data.engines import Gigatoken, Library, Rows, Unsuited, make_engine
+from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
 
 EOD = "<|endoftext|>"
 LLAMA3 = (
@@ -216,19 +217,18 @@ def test_without_gigatoken_auto_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_text_that_is_not_empty_gets_its_end() -> None:
     texts = [np.array(ids, np.uint32) for ids in ([], [1, 2], [], [3], [4], [])]
-    ended = with_end(texts, 9, np.uint16)
-    assert ended.ids.tolist() == [1, 2, 9, 3, 9, 4, 9] and ended.ids.dtype == np.uint16
-    assert ended.lengths.tolist() == [0, 3, 0, 2, 2, 0]
-    bare = with_end(texts, None, np.int32)
-    assert bare.ids.tolist() == [1, 2, 3, 4] and bare.ids.dtype == np.int32
-    assert bare.lengths.tolist() == [0, 2, 0, 1, 1, 0]
-    assert len(with_end([], 9, np.uint16).ids) == len(with_end([], 9, np.uint16).lengths) == 0
+    ids, lengths = with_end(texts, 9, np.uint16)
+    assert ids.tolist() == [1, 2, 9, 3, 9, 4, 9] and ids.dtype == np.uint16
+    assert lengths.tolist() == [0, 3, 0, 2, 2, 0]
+    ids, lengths = with_end(texts, None, np.int32)
+    assert ids.tolist() == [1, 2, 3, 4] and ids.dtype == np.int32
+    assert lengths.tolist() == [0, 2, 0, 1, 1, 0]
+    assert [len(array) for array in with_end([], 9, np.uint16)] == [0, 0]
 
 
 def test_ids_and_ends_of_every_family(family) -> None:
     name, tokenizer = family
     ids = tokenizer.ids()
     assert max(ids.values()) == tokenizer.vocab_size - 1
-    assert ids[{"llama2": "</s>"}.get(name, "</s>" if "piece" in name else EOD)] == end_of_document(
-        tokenizer, name
-    )
+    end = {"llama2": "</s>"}.get(name, "</s>" if "piece" in name else EOD)
+    assert ids[end] == tokenizer.eod
