@@ -9,7 +9,7 @@ characters at once. What a character does is found out when it first occurs.
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +24,6 @@ _LAST_DECOMPOSED = 0x2FA20
 """Behind this one no character is made of others."""
 _LOWEST_MARK, _HIGHEST_MARK = "\u0334", "\u0345"
 """Of all classes of marks the first and the last in order."""
-
-
-class Normalizer(Protocol):
-    """A normalizer of the tokenizers library."""
-
-    def normalize_str(self, text: str, /) -> str:
-        """The text in its form."""
-        ...
 
 
 def revealing(tokenizer: dict[str, Any]) -> str:
@@ -65,16 +57,13 @@ class Screen:
 
     Args:
         ours, theirs: the fast engine and the library, with the same `revealing` tokenizer.
-        normalizer: the library's, of `UNICODE_FORMS`, which the fast engine is to do without.
+        normalizer: the library's, of `UNICODE_FORMS`, which the fast engine is to do without, or
+            None.
         added_tokens: what both look for in a text before they normalize what lies between.
     """
 
     def __init__(
-        self,
-        ours: Encode,
-        theirs: Encode,
-        normalizer: Normalizer | None,
-        added_tokens: Sequence[str],
+        self, ours: Encode, theirs: Encode, normalizer: Any, added_tokens: Sequence[str]
     ) -> None:
         self._ours, self._theirs = ours, theirs
         self._normalizer = normalizer
@@ -87,15 +76,13 @@ class Screen:
         """The text for the fast engine, normalized; None if only the library takes it right."""
         if text.isascii():
             return text
-        traits = self._traits_of(_beyond_ascii(text))
+        traits = self._traits_of(text)
         if (traits & _ACTIVE).any() and not self._is_normalized(text):
+            normalized = self._normalized(text)
             # An added token could be torn apart, or arise.
-            if self._added.search(text):
+            if self._added.search(text) or self._added.search(normalized):
                 return None
-            text = self._normalized(text)
-            if self._added.search(text):
-                return None
-            traits = self._traits_of(_beyond_ascii(text))
+            text, traits = normalized, self._traits_of(normalized)
         return None if (traits & _CUT_DIFFERENTLY).any() else text
 
     def _is_normalized(self, text: str) -> bool:
@@ -110,7 +97,10 @@ class Screen:
     def _normalized(self, text: str) -> str:
         return text if self._normalizer is None else self._normalizer.normalize_str(text)
 
-    def _traits_of(self, points: np.ndarray) -> np.ndarray:
+    def _traits_of(self, text: str) -> np.ndarray:
+        """Those of its characters that are not ASCII."""
+        units = np.frombuffer(text.encode(), np.uint8)
+        points = _code_points(units[units >= 0x80].tobytes().decode())
         traits = self._traits[points]
         if not traits.all():
             self._learn(np.unique(points[traits == 0]))
@@ -129,12 +119,8 @@ class Screen:
 
     def _is_active(self, character: str) -> bool:
         """Whether the normalizer may change it, move it, or join it with one before it."""
-        if self._normalizer is None:
-            return False
         among_marks = f"\n{_HIGHEST_MARK}{character}\n{character}{_LOWEST_MARK}"
-        if self._normalized(among_marks) != among_marks:
-            return True
-        return character in self._joined
+        return character in self._joined or self._normalized(among_marks) != among_marks
 
 
 def _joined_to_others() -> set[str]:
@@ -151,12 +137,6 @@ def _joined_to_others() -> set[str]:
     made = {whole: part for whole, part in zip(characters, parts, strict=True) if whole != part}
     behind = {character for part in made.values() for character in part[1:]}
     return behind | {whole for whole, part in made.items() if part[0] in behind}
-
-
-def _beyond_ascii(text: str) -> np.ndarray:
-    """Code points of the characters that are not ASCII."""
-    units = np.frombuffer(text.encode(), np.uint8)
-    return _code_points(units[units >= 0x80].tobytes().decode())
 
 
 def _code_points(text: str) -> np.ndarray:
