@@ -13,11 +13,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary  # noqa: E402
-from megatron_let.data.lean_start import without_models  # noqa: E402
 from megatron_let.data.tokenizer import (  # noqa: E402
     TOKENIZER_TYPES,
     TokenizerConfig,
     load_tokenizer,
+    without_models,
 )
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.engines import ENGINES  # noqa: E402
-from megatron_let.data.lean_start import without_models  # noqa: E402
 from megatron_let.data.preprocess import PreprocessConfig, preprocess  # noqa: E402
 from megatron_let.data.sources import SUFFIXES  # noqa: E402
-from megatron_let.data.tokenizer import TOKENIZER_TYPES  # noqa: E402
+from megatron_let.data.tokenizer import TOKENIZER_TYPES, without_models  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,22 +4,22 @@ They are written anew, since Megatron's cannot be imported without all of Megatr
 times as long as preprocessing 100 MB. `tests/unit/data/test_tokenizer.py` compares the two.
 """
 
+import importlib.util
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from megatron_let.hugging_face import remote_code
 
 TOKENIZER_TYPES = (
-    "HuggingFaceTokenizer",
-    "GPT2BPETokenizer",
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-)
-GPT2_END_OF_DOCUMENT = "<|endoftext|>"
+    "HuggingFaceTokenizer GPT2BPETokenizer SentencePieceTokenizer GPTSentencePieceTokenizer "
+    "Llama2Tokenizer"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,10 @@ class HuggingFace:
         self._tokenizer.add_special_tokens(self._stand_ins() | further)
         self.fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         """The compiled tokenizer of the tokenizers library, where there is one."""
+        self.vocab_size = len(tokenizer)
+        """Number of tokens."""
+        self.eod: int | None = tokenizer.eos_token_id
+        """Id of the end-of-document token; None without one."""
 
     def _stand_ins(self) -> dict[str, str]:
         """The end token for an absent separator, the start token for an absent class token."""
@@ -67,17 +71,6 @@ class HuggingFace:
             elif there is None and here:
                 found[other] = here
         return found
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return len(self._tokenizer)
-
-    @property
-    def eod(self) -> int | None:
-        """Id of the end-of-document token."""
-        end = self._tokenizer.eos_token
-        return None if end is None else self._tokenizer.convert_tokens_to_ids([end])[0]
 
     def ids(self) -> dict[str, int]:
         """Every token's id: what `tokenizer_fingerprint` identifies a tokenizer by."""
@@ -115,29 +108,17 @@ class SentencePiece:
                 "--tokenizer-special-tokens needs --tokenizer-sentencepiece-legacy; other "
                 "SentencePiece models have theirs from their training"
             )
-        if not os.path.exists(path):
-            raise ValueError("there is no such file")
-        self._model = sentencepiece.SentencePieceProcessor()
-        self._model.Load(path)
-        self._legacy = legacy
-        self._special: dict[str, int] = {}
-        for token in special_tokens:
-            known = self._model.piece_to_id(token)
-            if known != self._model.unk_id():
-                self._special[token] = known
-            elif token not in self._special:
-                self._special[token] = self.vocab_size
-        self._between = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._model = sentencepiece.SentencePieceProcessor(model_file=path)
         self._space = self._model.piece_to_id("\u2581")
-
-    @property
-    def vocab_size(self) -> int:  # noqa: D102
-        size = self._model.get_piece_size()
-        return size + sum(index >= size for index in self._special.values())
-
-    @property
-    def eod(self) -> int | None:  # noqa: D102
-        return None if self._legacy else self._model.eos_id()
+        self.eod = None if legacy or self._model.eos_id() < 0 else self._model.eos_id()
+        self.vocab_size = self._model.get_piece_size()
+        self._special: dict[str, int] = {}
+        for token in dict.fromkeys(special_tokens):
+            self._special[token] = self._model.piece_to_id(token)
+            if self._special[token] == self._model.unk_id():
+                self._special[token] = self.vocab_size
+                self.vocab_size += 1
+        self._between = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
 
     def ids(self) -> dict[str, int]:  # noqa: D102
         pieces = map(self._model.id_to_piece, range(self._model.get_piece_size()))
@@ -188,29 +169,19 @@ def _from_hub_or_folder(config: TokenizerConfig) -> Any:
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     files = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
-    if config.vocab_file is None:
-        files = {}
     return AutoTokenizer.from_pretrained(
         config.tokenizer_model,
         use_fast=not config.tokenizer_hf_no_use_fast,
         trust_remote_code=config.trust_remote_code,
-        **{name: file for name, file in files.items() if file is not None},
+        **{name: file for name, file in files.items() if file and config.vocab_file},
     )
 
 
 def _from_gpt2_files(config: TokenizerConfig) -> Any:
     """GPT-2's tokenizer from its two files alone; Megatron's also asks the hub for a `gpt2`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer
 
-    files = str(config.vocab_file), str(config.merge_file)
-    tokenizer = Tokenizer(models.BPE.from_file(*files))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = GPT2_END_OF_DOCUMENT
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
-    )
+    return GPT2Tokenizer(config.vocab_file, config.merge_file)
 
 
 def _check(config: TokenizerConfig) -> None:
@@ -226,16 +197,38 @@ def _check(config: TokenizerConfig) -> None:
         raise ValueError(f"--tokenizer-type {kind} needs --tokenizer-model")
 
 
-def end_of_document(tokenizer: Tokenizer, name: str) -> int:
-    """Id of the end-of-document token.
+_PACKAGES = ("transformers", "transformers.models")
+"""They read the sources of all 1,700 model files to learn what names they define."""
 
-    Raises:
-        ValueError: the tokenizer has none.
+
+class _Deferred(ModuleType):
+    """A package whose own code runs when somebody asks for a name that is no module of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self.__spec__ is None or self.__spec__.loader is None:
+            raise AttributeError(name)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        self.__spec__.loader.exec_module(self)
+        # transformers puts another object in its place, which must serve who holds this one.
+        loaded = sys.modules[self.__name__]
+        self.__dict__["__getattr__"] = lambda name: getattr(loaded, name)
+        return getattr(loaded, name)
+
+
+def without_models() -> None:
+    """Make the first import of transformers take a third of the time, and none of torch.
+
+    Only for a process that tokenizes and ends: it can import neither torch nor a model afterwards.
     """
-    eod = tokenizer.eod
-    if eod is None or eod < 0:  # SentencePiece says -1
-        raise ValueError(
-            f"--append-eod needs an end-of-document token, but the tokenizer {name} has no "
-            "eos_token; set one in its tokenizer_config.json"
-        )
-    return eod
+    if "transformers" in sys.modules or "torch" in sys.modules:
+        return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    sys.modules["torch"] = None  # type: ignore[assignment]  # how Python forbids an import
+    for name in _PACKAGES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, "transformers is a requirement"
+        package = importlib.util.module_from_spec(spec)
+        package.__class__ = _Deferred
+        sys.modules[name] = package
+    transformers, models = (sys.modules[name] for name in _PACKAGES)
+    transformers.__dict__.update(__version__=version("transformers"), models=models)

@@ -30,8 +30,7 @@ CLASSES = (
 )
 LOAD = """
 import hashlib, json, sys
-from megatron_let.data.lean_start import without_models
-from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
+from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer, without_models
 if "--lean" in sys.argv:
     without_models()
 for folder in sys.argv[2:]:
