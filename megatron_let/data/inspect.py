@@ -122,24 +122,18 @@ def check_tokens(pair: Pair, vocab_size: int) -> None:
                 f"{pair.prefix} has {count:,} {name} and {pair.prefix}.json says {told:,}: one of "
                 "them was replaced"
             )
-    for first, ids in _scan(pair):
-        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-        if len(wrong):
-            raise ValueError(
-                f"{pair.prefix}.bin has the id {ids[wrong[0]]} at token {first + wrong[0]:,}, but "
-                f"the vocabulary has {vocab_size:,} tokens"
-            )
-
-
-def _scan(pair: Pair) -> Iterator[tuple[int, np.ndarray]]:
-    path = Path(f"{pair.prefix}.bin")
+    path, first = Path(f"{pair.prefix}.bin"), 0
     with (
         path.open("rb") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        first = 0
         while len(ids := np.fromfile(file, pair.dtype, _SCANNED_BYTES // pair.dtype.itemsize)):
-            yield first, ids
+            wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+            if len(wrong):
+                raise ValueError(
+                    f"{path} has the id {ids[wrong[0]]} at token {first + wrong[0]:,}, but the "
+                    f"vocabulary has {vocab_size:,} tokens"
+                )
             first += len(ids)
             bar.update(ids.nbytes)
 
