@@ -39,11 +39,6 @@ class Plan:
         return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
 
     @property
-    def owner_stage(self) -> int:
-        """The stage of the layer that LET aligns."""
-        return self.layout.place(self.student.num_layers, self.run.let_layer).stage
-
-    @property
     def fits(self) -> bool:
         """Whether the layout as given fits the GPUs' memory."""
         return _fits(self.memory, self.gpu)

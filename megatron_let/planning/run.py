@@ -1,6 +1,7 @@
 """What is run, how the teacher takes part in it, and on which GPUs."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_let.errors import UsageError
@@ -94,23 +95,27 @@ class RunShape:
             )
         return number
 
-    def phases(self) -> tuple[Phase, ...]:
-        """The run cut where the teacher's part changes; the first phase is the most guided."""
-        let_end = self.let_stop_step if self.guidance.aligns else 0
-        kd_end = self._kd_end if self.guidance.distils else 0
-        bounds = sorted({0, let_end, kd_end, self.train_iters})
-        return tuple(
-            Phase(end - start, aligns=start < let_end, distils=start < kd_end)
-            for start, end in zip(bounds, bounds[1:], strict=False)
-        )
+    @property
+    def let_end(self) -> int:
+        """Steps that align the layer; 0 if the method does not."""
+        return self.let_stop_step if self.guidance.aligns else 0
 
     @property
-    def _kd_end(self) -> int:
+    def kd_end(self) -> int:
+        """Steps that distil; 0 if the method does not."""
+        if not self.guidance.distils:
+            return 0
         if self.guidance.distils_to_the_end:
             return self.train_iters
-        if self.kd_stop_step is not None:
-            return self.kd_stop_step
-        return max(1, round(KD_STOP_SHARE * self.train_iters))
+        return self.kd_stop_step or max(1, round(KD_STOP_SHARE * self.train_iters))
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The run cut where the teacher's part changes; the first phase is the most guided."""
+        bounds = sorted({0, self.let_end, self.kd_end, self.train_iters})
+        return tuple(
+            Phase(end - start, aligns=start < self.let_end, distils=start < self.kd_end)
+            for start, end in pairwise(bounds)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A plan as one terminal page of at most 80 columns."""
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from itertools import groupby
 
 from megatron_let.planning.memory import RUNTIME_BYTES
@@ -8,34 +9,21 @@ from megatron_let.planning.plan import GIB, WORTH_A_FLAG, Plan
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime, bubble_share
 
-MEMORY_COLUMNS = {
-    "weights": "weights",
-    "grads": "gradients",
-    "optim": "optimizer",
-    "activ": "activations",
-    "teacher": "teacher",
-    "states": "states",
-    "total": "total",
-}
-"""Heading -> field of `StageMemory`."""
+MEMORY_HEADINGS = ("weights", "grads", "optim", "activ", "teacher", "states")
+"""Of the fields of `StageMemory`, in their order, without the runtime."""
 MOST_STAGES = 8
 """With more of them, the middle ones are left out."""
-LABEL = 9
 SECONDS_PER_DAY = 86400
 
 
 def page(plan: Plan) -> str:
     """Return the whole plan as text."""
-    sections = [
-        [*_models(plan), *_layout(plan), *_run(plan)],
-        _stages(plan),
-        _time(plan),
-    ]
-    return "\n\n".join("\n".join(lines) for lines in sections)
+    head = [*_models(plan), *_layout(plan), *_run(plan)]
+    return "\n".join([*head, "", *_stages(plan), "", *_time(plan)])
 
 
 def _section(label: str, *lines: str) -> list[str]:
-    return [label.ljust(LABEL) + lines[0], *(" " * LABEL + line for line in lines[1:])]
+    return [f"{'' if number else label:9}{line}" for number, line in enumerate(lines)]
 
 
 def _models(plan: Plan) -> list[str]:
@@ -73,52 +61,42 @@ def _layout(plan: Plan) -> list[str]:
 
 
 def _run(plan: Plan) -> list[str]:
-    run = plan.run
-    tokens = run.train_iters * run.tokens_per_step
-    return _section(
-        "run",
+    run, tokens = plan.run, plan.run.train_iters * plan.run.tokens_per_step
+    lines = [
         f"{run.train_iters} steps x {run.global_batch_size} x {run.seq_length} tokens = "
         f"{tokens / 1e9:.2f} B tokens, {tokens * plan.student_flops_per_token:.2e} FLOP",
         f"{run.micro_batches(plan.layout)} micro-batches of {run.micro_batch_size}; "
         f"method {run.method}",
-        *(_teacher_parts(plan) if plan.teacher is not None else []),
-    )
-
-
-def _teacher_parts(plan: Plan) -> list[str]:
-    """What the teacher does on which stage, and until when."""
-    run, phases, last = plan.run, plan.run.phases(), plan.layout.pp - 1
-    parts: list[tuple[str, int, int]] = []
-    if run.guidance.aligns:
-        steps = sum(phase.steps for phase in phases if phase.aligns)
-        parts.append((f"layer {run.let_layer}", plan.owner_stage, steps))
-    if run.guidance.distils:
-        parts.append(("logits", last, sum(phase.steps for phase in phases if phase.distils)))
-    return [
-        f"teacher for {part} on stage {stage} until step {steps} "
-        f"({100 * steps / run.train_iters:.1f} % of the run)"
-        for part, stage, steps in parts
     ]
+    if plan.teacher is not None:
+        stages = plan.given.teacher_stages
+        layer = f"layer {run.let_layer}"
+        parts = (layer, stages[0], run.let_end), ("logits", stages[-1], run.kd_end)
+        lines += [
+            f"teacher for {part} on stage {stage} until step {end} "
+            f"({100 * end / run.train_iters:.1f} % of the run)"
+            for part, stage, end in parts
+            if end
+        ]
+    return _section("run", *lines)
 
 
 def _stages(plan: Plan) -> list[str]:
     given, guided = plan.given, plan.teacher is not None
+    what, load_headings = "Stages: GiB per rank; work over the mean (load)", ["load"]
+    if guided:
+        what = "Stages while guided: GiB per rank; work over the mean (load, +T with teacher)"
+        load_headings += ["+T"]
     mean_work = sum(given.plain_work) / len(given.plain_work)
-    rows = [("stage", "layers", *MEMORY_COLUMNS, "load", *["+T"] * guided)]
+    rows = [("stage", "layers", *MEMORY_HEADINGS, "total", *load_headings)]
     for stage, memory in enumerate(plan.memory):
-        gib = [getattr(memory, field) / GIB for field in MEMORY_COLUMNS.values()]
+        gib = [part / GIB for part in (*astuple(memory)[:-1], memory.total)]
         load = [given.plain_work[stage] / mean_work, given.guided_work[stage] / mean_work]
-        cells = (f"{value:.2f}" for value in gib + load[: 1 + guided])
+        cells = (f"{value:.2f}" for value in gib + load[: len(load_headings)])
         rows.append((str(stage), str(given.layers[stage]), *cells))
     if plan.layout.pp > MOST_STAGES:
         rows[5:-3] = [("..",) * len(rows[0])]
-    return [
-        "Stages while guided: GiB per rank; work over the mean (load, +T with teacher)"
-        if guided
-        else "Stages: GiB per rank; work over the mean (load)",
-        *_aligned(rows),
-        *_verdict(plan),
-    ]
+    return [what, *_aligned(rows), *_verdict(plan)]
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -135,10 +113,18 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    gpu = plan.gpu
+    gpu, times = plan.gpu, {"as given": plan.given}
+    if plan.suggested.layers != plan.given.layers:
+        times["suggested"] = plan.suggested
+    rows = [
+        ["layers per stage", "plain step", "guided step", "overhead", "whole run", "overhead"],
+        *(_time_row(f"{_layers(time)} {name}", time) for name, time in times.items()),
+    ]
+    if plan.teacher is None:
+        rows = [[*row[:2], row[4]] for row in rows]
     lines = [
         f"Time at an MFU of {gpu.mfu:g} of {gpu.peak_tflops:g} TFLOP/s in plain steps as given",
-        *_aligned(_time_rows(plan)),
+        *_aligned(rows),
         f"Pipeline bubble (PP - 1) / (micro-batches x chunks + PP - 1): "
         f"{100 * bubble_share(plan.layout, plan.run):.1f} % of a step",
     ]
@@ -150,22 +136,15 @@ def _time(plan: Plan) -> list[str]:
     return lines + _advice(plan)
 
 
-def _time_rows(plan: Plan) -> list[tuple[str, ...]]:
-    guided = plan.teacher is not None
-    header = ("layers per stage", "plain step", *("guided step", "overhead") * guided, "whole run")
-    rows = [header + ("overhead",) * guided]
-    rows.append(_time_row(f"{_layers(plan.given)} as given", plan.given, guided))
-    if plan.suggested.layers != plan.given.layers:
-        rows.append(_time_row(f"{_layers(plan.suggested)} suggested", plan.suggested, guided))
-    return rows
-
-
-def _time_row(label: str, time: SplitTime, guided: bool) -> tuple[str, ...]:
-    plain, days = f"{time.plain_seconds:.3f} s", f"{time.run_seconds / SECONDS_PER_DAY:.3f} days"
-    if not guided:
-        return label, plain, days
-    step = f"{time.guided_seconds:.3f} s", f"+{100 * time.guided_overhead:.1f} %"
-    return label, plain, *step, days, f"+{100 * time.run_overhead:.1f} %"
+def _time_row(label: str, time: SplitTime) -> list[str]:
+    return [
+        label,
+        f"{time.plain_seconds:.3f} s",
+        f"{time.guided_seconds:.3f} s",
+        f"+{100 * time.guided_overhead:.1f} %",
+        f"{time.run_seconds / SECONDS_PER_DAY:.3f} days",
+        f"+{100 * time.run_overhead:.1f} %",
+    ]
 
 
 def _layers(time: SplitTime) -> str:
@@ -194,9 +173,5 @@ def _advice(plan: Plan) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        row[0].ljust(widths[0])
-        + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]

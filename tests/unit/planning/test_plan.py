@@ -26,7 +26,7 @@ def test_the_papers_run(student, teacher, layout, run_with):
     paper = plan(student, teacher, layout, run_with())
     assert paper.overhead_floor == pytest.approx(283_115_520 / 8_493_465_600, rel=1e-12)
     assert paper.fits and paper.suggested_fits and paper.fullest_stage == 0
-    assert paper.owner_stage == 0
+    assert paper.given.teacher_stages == (0,)
 
 
 def test_suggests_the_split_with_the_shortest_run(student, teacher, layout, run_with):
