@@ -8,6 +8,7 @@ Needs no GPU, no weights and no Megatron. For example:
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,9 @@ def _add_layout_flags(group: argparse._ArgumentGroup) -> None:
         ("--vpp", "--num-virtual-stages-per-pipeline-rank"),
     ):
         group.add_argument(short, long, type=int, default=1, metavar="N", dest=short[2:])
-    group.add_argument("--decoder-first-pipeline-num-layers", type=int, metavar="N")
-    group.add_argument("--decoder-last-pipeline-num-layers", type=int, metavar="N")
+    for end in ("first", "last"):
+        flag, field = f"--decoder-{end}-pipeline-num-layers", f"{end}_stage_layers"
+        group.add_argument(flag, type=int, metavar="N", dest=field)
     switch = argparse.BooleanOptionalAction
     group.add_argument("--sequence-parallel", action=switch, help="default: if --tp is above 1")
     group.add_argument("--distributed-optimizer", action=switch, default=True)
@@ -110,7 +112,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
     ):
         text = f"{what} (default: {default:g})"
-        group.add_argument(name, type=type_, default=default, metavar="N", help=text)
+        field = name.removeprefix("--").removeprefix("gpu-").replace("-", "_")
+        group.add_argument(name, type=type_, default=default, metavar="N", help=text, dest=field)
     length = group.add_mutually_exclusive_group()
     length.add_argument("--train-iters", type=int, metavar="N", help="steps")
     length.add_argument(
@@ -123,20 +126,14 @@ def plan_from(args: argparse.Namespace) -> Plan:
     """Return the plan that the command line asks for."""
     _refuse_without_effect(args)
     teacher = None if args.teacher is None else teacher_shape(args.teacher)
-    layout = Layout(
-        gpus=args.gpus,
-        tp=args.tp,
-        pp=args.pp,
-        vpp=args.vpp,
-        sequence_parallel=args.sequence_parallel,
-        distributed_optimizer=args.distributed_optimizer,
-        recompute=args.recompute,
-        flash_attention=args.flash_attention,
-        first_stage_layers=args.decoder_first_pipeline_num_layers,
-        last_stage_layers=args.decoder_last_pipeline_num_layers,
-    )
-    gpu = Gpu(peak_tflops=args.gpu_peak_tflops, memory_gib=args.gpu_memory_gib, mfu=args.mfu)
-    return plan(_student(args, teacher), teacher, layout, _run(args), gpu)
+    student, args.train_iters = _student(args, teacher), _train_iters(args)
+    return plan(student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args))
+
+
+def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespace) -> Part:
+    """A part of the plan from the flags of its fields; where one was not given, its default."""
+    given = {field.name: getattr(args, field.name) for field in fields(part)}
+    return part(**{name: value for name, value in given.items() if value is not None})
 
 
 def _refuse_without_effect(args: argparse.Namespace) -> None:
@@ -149,12 +146,11 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
 
 
 def _student(args: argparse.Namespace, teacher: ModelShape | None) -> ModelShape:
-    padded = args.padded_vocab_size
+    padded, vocab_size = args.padded_vocab_size, args.vocab_size
     if padded is None:
-        vocab_size = args.vocab_size
-        if vocab_size is None and teacher is None:
-            raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
-        if vocab_size is None and teacher is not None:
+        if vocab_size is None:
+            if teacher is None:
+                raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
             vocab_size = teacher.vocab_size
         padded = padded_vocab_size(
             vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
@@ -189,20 +185,6 @@ def _position_rows(args: argparse.Namespace) -> int | None:
             "--position-embedding-type learned_absolute."
         )
     return None
-
-
-def _run(args: argparse.Namespace) -> RunShape:
-    return RunShape(
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
-        train_iters=_train_iters(args),
-        method=args.method,
-        let_layer=LET_LAYER if args.let_layer is None else args.let_layer,
-        let_stop_step=LET_STOP_STEP if args.let_stop_step is None else args.let_stop_step,
-        kd_stop_step=args.kd_stop_step,
-        dropout=args.dropout,
-    )
 
 
 def _train_iters(args: argparse.Namespace) -> int:
