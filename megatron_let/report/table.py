@@ -77,15 +77,12 @@ def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...
         axes: tuple[str, ...] = (NEVER, NEVER, NEVER, "-")
     else:
         axes = (*(f"{value:.2f}" for value in ratio), f"{comparison.speed_up:.2f}x")
-    return (run.label, str(run.seed), loss, *axes, _teacher_cell(comparison, teacher_run))
-
-
-def _teacher_cell(comparison: Comparison, teacher_run: Run | None) -> str:
-    if comparison.run.teacher_loss is None:
-        return "-"
-    if teacher_run is None:
-        return "not given"
-    return f"{teacher_run.final.flops / comparison.plain_total.flops:.2f}"
+    teacher = "-"
+    if run.teacher_loss is not None:
+        teacher = "not given"
+        if teacher_run is not None:
+            teacher = f"{teacher_run.final.flops / comparison.plain_total.flops:.2f}"
+    return (run.label, str(run.seed), loss, *axes, teacher)
 
 
 def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ...]]:

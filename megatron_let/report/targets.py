@@ -32,10 +32,6 @@ class Cost(NamedTuple):
     flops: float
     seconds: float
 
-    def over(self, total: "Cost") -> "Cost":
-        """This cost as a ratio over `total`, axis by axis."""
-        return Cost(*(own / whole for own, whole in zip(self, total, strict=True)))
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -51,7 +47,10 @@ class Comparison:
     @property
     def ratio(self) -> Cost | None:
         """`to_target` over the plain run's total; None if never."""
-        return None if self.to_target is None else self.to_target.over(self.plain_total)
+        if self.to_target is None:
+            return None
+        axes = zip(self.to_target, self.plain_total, strict=True)
+        return Cost(*(own / total for own, total in axes))
 
     @property
     def speed_up(self) -> float | None:
@@ -70,9 +69,12 @@ def cost_to_target(run: Run, target_loss: float) -> Cost | None:
     first = len(evaluations) - 1
     while first > 0 and evaluations[first - 1].loss <= target_loss:
         first -= 1
-    if first == 0:
-        return _cost_at(evaluations[0])
-    return _interpolate(evaluations[first - 1], evaluations[first], target_loss)
+    above, below = evaluations[max(0, first - 1)], evaluations[first]
+    if first == 0 or not math.isfinite(above.loss):  # a diverged one gives no slope to read
+        return _cost_at(below)
+    fraction = (above.loss - target_loss) / (above.loss - below.loss)
+    ends = zip(_cost_at(above), _cost_at(below), strict=True)
+    return Cost(*(start + fraction * (end - start) for start, end in ends))
 
 
 def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
@@ -89,17 +91,7 @@ def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
 
 
 def _cost_at(evaluation: Evaluation) -> Cost:
-    return Cost(
-        steps=float(evaluation.iteration), flops=evaluation.flops, seconds=evaluation.seconds
-    )
-
-
-def _interpolate(above: Evaluation, below: Evaluation, target_loss: float) -> Cost:
-    if not math.isfinite(above.loss):  # a diverged evaluation gives no slope to read
-        return _cost_at(below)
-    fraction = (above.loss - target_loss) / (above.loss - below.loss)
-    ends = zip(_cost_at(above), _cost_at(below), strict=True)
-    return Cost(*(start + fraction * (end - start) for start, end in ends))
+    return Cost(float(evaluation.iteration), evaluation.flops, evaluation.seconds)
 
 
 def compare(run: Run, plain: Run) -> Comparison:
@@ -170,15 +162,11 @@ def _check_like_with_like(run: Run, plain: Run) -> None:
         )
     if not math.isfinite(plain.final.loss):
         raise ValueError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
-    pairs = {
-        "seed": (run.seed, plain.seed),
-        "data order": (run.data or plain.data, plain.data or run.data),
-        "train_iters": (run.train_iters, plain.train_iters),
-        "tokens_per_step": (run.tokens_per_step, plain.tokens_per_step),
-        "student_parameters": (run.student_parameters, plain.student_parameters),
-    }
-    for what, (ours, theirs) in pairs.items():
-        if ours != theirs:
+    facts = ("seed", "data", "train_iters", "tokens_per_step", "student_parameters")
+    for fact in facts:
+        ours, theirs = getattr(run, fact), getattr(plain, fact)
+        what = "data order" if fact == "data" else fact
+        if ours != theirs and None not in (ours, theirs):  # None: the run did not say
             raise ValueError(
                 f"{run.path} has {what} {ours} and the plain run {plain.path} has {theirs}: "
                 "only runs of the same student, batches and schedule compare"
