@@ -18,7 +18,6 @@ from megatron_let.teacher.work import micro_batches_at_once
 BF16_BYTES = 2
 FP32_BYTES = 4
 TOKEN_ID_BYTES = 8
-MAIN_GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = 12
 """Main parameter and two Adam moments, each fp32."""
 LOGIT_BYTES = BF16_BYTES + FP32_BYTES
@@ -62,7 +61,7 @@ def _stage_memory(
     teacher_bytes, states_bytes = _teacher_bytes(stage, student, teacher, layout, run)
     return StageMemory(
         weights=BF16_BYTES * parameters,
-        gradients=MAIN_GRADIENT_BYTES * parameters,
+        gradients=FP32_BYTES * parameters,
         optimizer=OPTIMIZER_BYTES * parameters / optimizer_shards,
         activations=_activation_bytes(stage, student, layout, run),
         teacher=teacher_bytes,
@@ -114,8 +113,16 @@ def attention_score_bytes(student: ModelShape, layout: Layout, run: RunShape) ->
 
 
 def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunShape) -> float:
+    layer = layer_activation_bytes(student, layout, run)
+    scores = attention_score_bytes(student, layout, run)
+    layer_input = BF16_BYTES * run.tokens_per_micro_batch * student.hidden_size
+    # What a layer keeps of each micro-batch in flight, and of the one being recomputed.
+    waiting, working = {
+        "none": (layer + scores, 0.0),
+        "selective": (layer, scores),
+        "full": (layer_input / layout.sequence_shards, layer + scores),
+    }[layout.recompute]
     chunk_layers = layout.split(student.num_layers)[stage] / layout.vpp
-    waiting, working = _kept_and_recomputed(student, layout, run)
     total = _in_flight(stage, layout, run) * chunk_layers * waiting + working
     if stage == 0:
         embedding = TOKEN_ID_BYTES + student.hidden_size * run.dropout / layout.sequence_shards
@@ -126,18 +133,6 @@ def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunS
         logits = LOGIT_BYTES * student.vocab_size / layout.tp
         total += run.tokens_per_micro_batch * (norm + logits)
     return total
-
-
-def _kept_and_recomputed(student: ModelShape, layout: Layout, run: RunShape) -> tuple[float, float]:
-    """(bytes a layer keeps of each micro-batch in flight, bytes of the one being recomputed)."""
-    layer = layer_activation_bytes(student, layout, run)
-    scores = attention_score_bytes(student, layout, run)
-    layer_input = BF16_BYTES * run.tokens_per_micro_batch * student.hidden_size
-    return {
-        "none": (layer + scores, 0.0),
-        "selective": (layer, scores),
-        "full": (layer_input / layout.sequence_shards, layer + scores),
-    }[layout.recompute]
 
 
 def _in_flight(stage: int, layout: Layout, run: RunShape, chunk: int | None = None) -> int:

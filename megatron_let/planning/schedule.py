@@ -6,6 +6,7 @@ speed. With equal stages that is the textbook's bubble; with a teacher on one st
 formula holds.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -81,20 +82,16 @@ def step_duration(durations: Durations, micro_batches: int) -> float:
 def _played(durations: Durations, micro_batches: int) -> float:
     """Each stage runs its passes in order, as soon as what they need is there."""
     pp, vpp = len(durations.forward), len(durations.forward[0])
-    orders = [passes(stage, pp, vpp, micro_batches) for stage in range(pp)]
-    position, clock = [0] * pp, [0.0] * pp
-    done: dict[tuple[int, Pass], float] = {}
-    while any(position[stage] < len(orders[stage]) for stage in range(pp)):
+    orders = [deque(passes(stage, pp, vpp, micro_batches)) for stage in range(pp)]
+    clock = [0.0] * pp
+    done: dict[tuple[int, Pass] | None, float] = {None: 0.0}
+    while any(orders):
         for stage, order in enumerate(orders):
-            while position[stage] < len(order):
-                one = order[position[stage]]
-                needed = _needed(stage, one, pp, vpp)
-                if needed is not None and needed not in done:
-                    break
-                start = max(clock[stage], done[needed] if needed else 0.0)
+            while order and (needed := _needed(stage, order[0], pp, vpp)) in done:
+                one = order.popleft()
                 takes = durations.forward if one.is_forward else durations.backward
+                start = max(clock[stage], done[needed])
                 clock[stage] = done[stage, one] = start + takes[stage][one.chunk]
-                position[stage] += 1
     return max(clock)
 
 
