@@ -35,6 +35,7 @@ class Run:
     path: Path
     label: str
     """What tables and plots call this kind of run; the method's name unless the reader chose."""
+    name: str
     method: str
     seed: int
     train_iters: int
@@ -85,6 +86,7 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
         return Run(
             path=file,
             label=label or start["method"],
+            name=start["name"],
             method=start["method"],
             seed=start["seed"],
             train_iters=start["train_iters"],
