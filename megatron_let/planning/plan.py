@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from megatron_let.errors import UsageError
-from megatron_let.planning import flops
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import StageMemory, stages_memory
 from megatron_let.planning.run import Gpu, RunShape
@@ -46,15 +45,15 @@ class Plan:
     @property
     def student_flops_per_token(self) -> float:
         """Forward and backward."""
-        return flops.training_flops_per_token(self.student, self.run.seq_length)
+        return self.student.training_flops_per_token(self.run.seq_length)
 
     @property
     def teacher_flops_per_token(self) -> float:
         """In the first phase: states on each stage that wants them, logits if it distils."""
         if self.teacher is None:
             return 0.0
-        states = flops.teacher_flops_per_token(self.teacher, self.run.seq_length)
-        logits = flops.head_forward_flops_per_token(self.teacher) * self.run.guidance.distils
+        states = self.teacher.states_flops_per_token(self.run.seq_length)
+        logits = self.teacher.head_flops_per_token * self.run.guidance.distils
         return states * len(self.given.teacher_stages) + logits
 
     @property

@@ -6,11 +6,20 @@ from math import ceil
 from typing import Any
 
 from megatron_let.errors import UsageError
+from megatron_let.teacher.work import window_ends
+
+FORWARD_AND_BACKWARD = 3
+"""FLOPs in forward passes: the gradients of activations and of weights cost one more each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A dense decoder-only model, by default in Megatron's style; parameter counts are exact."""
+    """A dense decoder-only model, by default in Megatron's style; parameter counts are exact.
+
+    FLOPs per token are counted as Megatron's `num_floating_point_operations` does: two per weight
+    of a matrix; causal attention's two products over half of the sequence; the LM head with its
+    padded vocabulary; no embedding lookup, norm or activation function.
+    """
 
     name: str
     num_layers: int
@@ -125,6 +134,31 @@ class ModelShape:
     def parameters(self) -> int:
         """Of the whole model, a tied head counted once."""
         return self.parameters_without_head + self.embedding_parameters * (not self.tied)
+
+    def layer_flops_per_token(self, seq_length: int) -> float:
+        """FLOPs of one layer's forward pass."""
+        scores_and_values = 2 * 2 * self.query_size * seq_length / 2  # half: the causal mask
+        return 2 * self.layer_matrix_parameters + scores_and_values
+
+    @property
+    def head_flops_per_token(self) -> float:
+        """FLOPs of the logits, forward."""
+        return 2 * self.embedding_parameters
+
+    def training_flops_per_token(self, seq_length: int) -> float:
+        """FLOPs of a forward and backward pass through the whole model."""
+        layers = self.num_layers * self.layer_flops_per_token(seq_length)
+        return FORWARD_AND_BACKWARD * (layers + self.head_flops_per_token)
+
+    def states_flops_per_token(self, seq_length: int) -> float:
+        """FLOPs of a teacher's last states, without its LM head, per token of the student.
+
+        A sequence longer than the teacher's context is read in windows, some tokens twice.
+        """
+        context = seq_length if self.context is None else self.context
+        length = min(seq_length, context)
+        tokens_read = length * len(window_ends(seq_length, context)) / seq_length
+        return tokens_read * self.num_layers * self.layer_flops_per_token(length)
 
 
 # Late-to-Early Training (arXiv 2602.05393) names its students by size only; these shapes give it.

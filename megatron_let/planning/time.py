@@ -7,11 +7,10 @@ costs is part of the MFU that the plan is given.
 
 from dataclasses import dataclass
 
-from megatron_let.planning import flops
 from megatron_let.planning.layout import Layout, Place
 from megatron_let.planning.run import Gpu, Phase, RunShape
 from megatron_let.planning.schedule import Durations, step_duration
-from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.shapes import FORWARD_AND_BACKWARD, ModelShape
 from megatron_let.teacher.work import share_per_rank
 
 
@@ -67,9 +66,9 @@ def bubble_share(layout: Layout, run: RunShape) -> float:
 def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Durations:
     """FLOPs of one micro-batch's passes; recomputation runs a layer's forward in backward again."""
     tokens = run.tokens_per_micro_batch
-    layer = tokens * flops.layer_forward_flops_per_token(student, run.seq_length)
-    head = tokens * flops.head_forward_flops_per_token(student)
-    backward = flops.FORWARD_AND_BACKWARD - 1
+    layer = tokens * student.layer_flops_per_token(run.seq_length)
+    head = tokens * student.head_flops_per_token
+    backward = FORWARD_AND_BACKWARD - 1
 
     def passes(per_layer: float, in_head: float) -> list[list[float]]:
         split = layout.split(student.num_layers)
@@ -94,7 +93,7 @@ def teacher_places(
 
 def work_per_second(student: ModelShape, layout: Layout, run: RunShape, gpu: Gpu) -> float:
     """Rate at which plain steps of this layout pass, such that they have the given MFU."""
-    counted = flops.training_flops_per_token(student, run.seq_length) * run.tokens_per_step
+    counted = student.training_flops_per_token(run.seq_length) * run.tokens_per_step
     seconds = counted / (layout.gpus * gpu.peak_tflops * 1e12 * gpu.mfu)
     plain = student_work(student, layout, run)
     return step_duration(plain, run.micro_batches(layout)) / seconds
@@ -116,12 +115,12 @@ def split_time(
             return plain
         tokens = run.tokens_per_micro_batch
         share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
-        states = tokens * flops.teacher_flops_per_token(teacher, run.seq_length) * share * layout.tp
+        states = tokens * teacher.states_flops_per_token(run.seq_length) * share * layout.tp
         forward = [list(chunks) for chunks in plain.forward]
         for stage, chunk in teacher_places(student, layout, run, phase):
             forward[stage][chunk] += states
         if phase.distils:
-            forward[-1][-1] += tokens * flops.head_forward_flops_per_token(teacher)
+            forward[-1][-1] += tokens * teacher.head_flops_per_token
         return Durations(forward, plain.backward)
 
     def seconds(durations: Durations) -> float:

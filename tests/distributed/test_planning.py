@@ -7,7 +7,6 @@ counted over the whole square, as it is computed on CPU, not over half of it.
 
 import pytest
 
-from megatron_let.planning import flops
 from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import RunShape
@@ -48,7 +47,7 @@ def test_megatron_reports_the_same(style):
     )
     layout = Layout(gpus=1, distributed_optimizer=False)
     ours = {
-        "flops": tokens * flops.training_flops_per_token(shape, SEQ),
+        "flops": tokens * shape.training_flops_per_token(SEQ),
         "weights": megatron_report.weight_and_optimizer_bytes(shape, layout),
         "with_sp": megatron_report.activation_bytes_with_sp(shape, layout, run),
         "without_sp": megatron_report.activation_bytes_without_sp(shape, layout, run),
@@ -63,7 +62,7 @@ def test_a_student_computes_what_is_planned(style):
     [counted] = run_distributed("tests.distributed.planning:counted_flops", 1, flags)
     shape = student(style, 256)
     assert counted["parameters"] == shape.parameters
-    whole_square = flops.training_flops_per_token(shape, 2 * SEQ)
+    whole_square = shape.training_flops_per_token(2 * SEQ)
     assert counted["flops"] == ROWS * SEQ * whole_square
 
 
@@ -75,7 +74,7 @@ def test_a_teacher_computes_what_is_planned(architecture, length, tmp_path):
     function = "tests.distributed.planning:counted_teacher_flops"
     [(counted, said)] = run_distributed(function, 1, str(folder), 3, length)
     shape = teacher_shape(str(folder))
-    planned = 3 * length * flops.teacher_flops_per_token(shape, length)
+    planned = 3 * length * shape.states_flops_per_token(length)
     assert said == pytest.approx(planned, rel=1e-9)
     # Attention over the whole square costs as much again as its causal half.
     read = 3 * min(length, 128) * len(window_ends(length, 128))

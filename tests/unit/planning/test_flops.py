@@ -2,7 +2,6 @@
 
 import pytest
 
-from megatron_let.planning import flops
 from megatron_let.planning.huggingface import teacher_shape
 from megatron_let.planning.shapes import student_shape
 from megatron_let.teacher.work import window_ends
@@ -10,9 +9,9 @@ from megatron_let.teacher.work import window_ends
 
 def test_llama_students(student):
     # A layer: 2 x (4 x 2048^2 + 3 x 2048 x 5504) + 2 x 2048 x 2048 of attention
-    assert flops.layer_forward_flops_per_token(student, 2048) == 109_576_192
+    assert student.layer_flops_per_token(2048) == 109_576_192
     # 3 x (24 layers + 2 x 2048 x 49152)
-    assert flops.training_flops_per_token(student, 2048) == 8_493_465_600
+    assert student.training_flops_per_token(2048) == 8_493_465_600
 
 
 def test_grouped_queries():
@@ -21,7 +20,7 @@ def test_grouped_queries():
     # logits 6 x 2048 x 128256.
     llama = teacher_shape("llama-3.2-1b")
     expected = 16 * (301_989_888 + 62_914_560 + 25_165_824) + 1_576_009_728
-    assert flops.training_flops_per_token(llama, 2048) == expected == 7_817_134_080
+    assert llama.training_flops_per_token(2048) == expected == 7_817_134_080
 
 
 def test_gelu():
@@ -29,12 +28,12 @@ def test_gelu():
     changes = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
     gpt = student_shape(None, vocab_size=50304, changes=changes)
     expected = 12 * (42_467_328 + 4_718_592) + 231_800_832
-    assert flops.training_flops_per_token(gpt, 1024) == expected == 798_031_872
+    assert gpt.training_flops_per_token(1024) == expected == 798_031_872
 
 
 def test_the_teachers_states_cost_no_head(teacher):
     # 30 layers of 2 x (576 x (2 x 576 + 2 x 192) + 3 x 576 x 1536) + 2 x 576 x 2048
-    assert flops.teacher_flops_per_token(teacher, 2048) == 30 * 9_437_184
+    assert teacher.states_flops_per_token(2048) == 30 * 9_437_184
 
 
 @pytest.mark.parametrize(
@@ -47,5 +46,5 @@ def test_tokens_read_in_windows(seq_length, context, tokens):
 
 def test_long_sequences_are_read_in_windows(teacher):
     # Three windows of 2048 for 4096 tokens, attention within a window.
-    in_context = flops.teacher_flops_per_token(teacher, 2048)
-    assert flops.teacher_flops_per_token(teacher, 4096) == 1.5 * in_context
+    in_context = teacher.states_flops_per_token(2048)
+    assert teacher.states_flops_per_token(4096) == 1.5 * in_context
