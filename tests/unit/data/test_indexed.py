@@ -63,6 +63,17 @@ def test_what_no_commit_covers_is_cut_off(tmp_path: Path) -> None:
     assert written(prefix) == reference(tmp_path, docs, np.uint16)
 
 
+def test_a_commit_without_a_document_in_between_is_the_one_before(tmp_path: Path) -> None:
+    first = PairWriter(tmp_path / "out")
+    add(first, documents(np.uint16)[:4])
+    committed = first.commit()
+    add(first, documents(np.uint16))  # lost
+    first.close()
+    second = PairWriter(tmp_path / "out", committed)
+    assert second.commit() == committed
+    second.close()
+
+
 def test_a_file_shorter_than_its_commit_is_refused(tmp_path: Path) -> None:
     writer = PairWriter(tmp_path / "out")
     add(writer, documents(np.uint16))
