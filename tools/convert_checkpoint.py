@@ -66,15 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Attributes, what the sizes are called in `Sizes`, and what they are if not given.
 SIZES = (
-    ("hidden_size", "hidden", None),
-    ("num_layers", "layers", None),
-    ("ffn_hidden_size", "ffn", "grows as the width does"),
-    ("num_attention_heads", "heads", "grow as the width does"),
-    ("num_query_groups", "groups", "grow as the width does"),
-    ("kv_channels", "head_dim", "the small model's"),
-)
+    "hidden_size num_layers ffn_hidden_size num_attention_heads num_query_groups kv_channels"
+).split()
 HOW = {
     "width": ("pad", "clone"),
     "depth": ("identity", "stack", "interleave"),
@@ -84,10 +78,9 @@ HOW = {
 
 def add_growth_flags(parser: argparse.ArgumentParser) -> None:
     """The large model's sizes, by Megatron's names, and how the small one fills them."""
-    for name, _, default in SIZES:
+    for name in SIZES:
         flag = f"--{name.replace('_', '-')}"
-        shown = default and f"default: {default}"
-        parser.add_argument(flag, type=int, metavar="N", required=default is None, help=shown)
+        parser.add_argument(flag, type=int, metavar="N", help="default: the small model's")
     parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     for name, choices in HOW.items():
         parser.add_argument(f"--{name}", choices=choices, default=choices[0])
@@ -134,7 +127,7 @@ def grow(values: dict[str, Any]) -> None:
     from megatron_let.conversion.grow import grow_model
     from megatron_let.conversion.growth import Growth
 
-    sizes = {field: values.pop(flag) for flag, field, *_ in SIZES}
+    sizes = {name: values.pop(name) for name in SIZES}
     sizes["tied"] = not values.pop("untie_embeddings_and_output_weights")
     how = {name: values.pop(name) for name in (*HOW, "seed")}
     output = values["output"]

@@ -5,6 +5,7 @@ without optimizer, from which a run starts at step 0.
 """
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,8 @@ def import_model(
             f"--output {output} has a blank in its path, which {FLAGS_FILE} cannot hold."
         )
     bars_on_a_terminal_only()
-    source = local_folder(hf_model, revision)
-    config = hugging_face.load(
-        AutoConfig, source, f"--hf-model {source} has no configuration to load."
-    )
-    family = configs.family_of_config(config)
-    values = configs.megatron_values(family, config) | {"vocab_size": config.vocab_size}
-    shape = configs.model_shape(Namespace(**values), config.vocab_size)
-    rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
-    reader = open_weights(source, family, rules, config, shape)
+    source = open_model(hf_model, revision)
+    reader, rules, shape = source.reader, source.rules, source.shape
     stand_ins = {}
     for rule in rules:
         piece = rule.join(reader.empty, 0, shape)
@@ -80,7 +74,7 @@ def import_model(
         return by_name[name].join(reader.read, layer, shape)
 
     with complete_or_absent(output) as folder:
-        values |= _tokenizer(source, folder, output)
+        values = source.values | _tokenizer(source.folder, folder, output)
         (folder / "release").mkdir()
         write_checkpoint(folder / "release", stand_ins, read, _objects(values))
         (folder / FLAGS_FILE).write_text(" ".join(_run_flags(values, output)) + "\n")
@@ -109,7 +103,38 @@ def local_folder(hf_model: str, revision: str | None) -> Path:
         ) from error
 
 
-def open_weights(
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face model, opened: what a family computes, with that family's tensors."""
+
+    folder: Path
+    config: Any
+    family: Family
+    values: dict[str, Any]
+    """Megatron's arguments."""
+    rules: tuple[Rule, ...]
+    shape: ModelShape
+    reader: SafetensorsReader
+
+
+def open_model(hf_model: str, revision: str | None = None) -> Source:
+    """Open a folder or hub id.
+
+    Raises:
+        UsageError: it is none, is of no family, or its tensors are not those of its family.
+    """
+    folder = local_folder(hf_model, revision)
+    failure = f"--hf-model {folder} has no configuration to load."
+    config = hugging_face.load(AutoConfig, folder, failure)
+    family = configs.family_of_config(config)
+    values = configs.megatron_values(family, config) | {"vocab_size": config.vocab_size}
+    shape = configs.model_shape(Namespace(**values), config.vocab_size)
+    rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
+    reader = _open_weights(folder, family, rules, config, shape)
+    return Source(folder, config, family, values, rules, shape, reader)
+
+
+def _open_weights(
     folder: Path, family: Family, rules: tuple[Rule, ...], config: Any, shape: ModelShape
 ) -> SafetensorsReader:
     """Open the files; their tensors must be those of the family and of the configuration."""

@@ -1,24 +1,24 @@
 """Grows a small Hugging Face model into a larger shape: folder to folder, a layer at a time."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from megatron_let import hugging_face
-from megatron_let.conversion import checks, configs, tokenizer_files
-from megatron_let.conversion.family import Family, ModelShape
-from megatron_let.conversion.from_hf import local_folder, open_weights
-from megatron_let.conversion.growth import Grown, Growth, Sizes, grown_config
+from megatron_let.conversion import configs, tokenizer_files
+from megatron_let.conversion.from_hf import Source, open_model
+from megatron_let.conversion.growth import Grown, Growth, Read, grown_config
 from megatron_let.conversion.output import check_free, complete_or_absent
-from megatron_let.conversion.safetensors_files import SafetensorsReader, write_safetensors
+from megatron_let.conversion.safetensors_files import write_safetensors
 from megatron_let.conversion.verify import TEXT
 from megatron_let.errors import UsageError
+from megatron_let.planning.huggingface import from_hf_config
 from megatron_let.teacher.load import DTYPES
 from megatron_let.terminal import bars_on_a_terminal_only
 
@@ -27,77 +27,39 @@ TOLERANCE = 2e-5
 """Of exact growth: the largest difference of a logit, in units of the largest; float32."""
 MAX_TOKENS = 1024
 
-Read = Callable[[str], torch.Tensor]
 
-
-@dataclass(frozen=True)
-class SmallModel:
-    """The model that is grown."""
-
-    folder: Path
-    config: Any
-    family: Family
-    reader: SafetensorsReader
-
-    @classmethod
-    def open(cls, hf_model: str, revision: str | None = None) -> "SmallModel":
-        """Open a folder or hub id.
-
-        Raises:
-            UsageError: it cannot be read, or is of a family that is not grown.
-        """
-        folder = local_folder(hf_model, revision)
-        failure = f"{folder} has no configuration to load."
-        config = hugging_face.load(AutoConfig, folder, failure)
-        if config.model_type not in MODEL_TYPES:
-            raise UsageError(
-                f"{hf_model} is a {config.model_type}: only {' and '.join(MODEL_TYPES)} can be "
-                "grown. (LayerNorm subtracts a mean and norms in attention divide by one head's: "
-                "neither goes on computing the same when features are added.)"
-            )
-        family = configs.family_of_config(config)
-        rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
-        return cls(
-            folder, config, family, open_weights(folder, family, rules, config, _shape(config))
-        )
-
-    def grown(self, new: Sizes, growth: Growth) -> Grown:
-        """Its tensors in a larger shape."""
-        return Grown(self.reader, Sizes.of(self.config), new, self.config.vocab_size, growth)
-
-    def grown_config(self, new: Sizes, growth: Growth) -> Any:
-        """The large model's configuration."""
-        return type(self.config)(**grown_config(self.config, new, growth))
-
-
-def _shape(config: Any) -> ModelShape:
-    sizes = Sizes.of(config)
-    return ModelShape(sizes.layers, sizes.heads, sizes.groups, sizes.head_dim, config.vocab_size)
-
-
-def wanted_sizes(old: Sizes, given: Mapping[str, Any]) -> Sizes:
-    """Return the large model's sizes; heads and FFN that are not given grow as the width does.
+def open_small(hf_model: str, revision: str | None = None) -> Source:
+    """Open the model that is to be grown.
 
     Raises:
-        UsageError: one is not given, and would be no whole number.
+        UsageError: it cannot be read, or is of a family that is not grown.
     """
-    found = dict(given)
-    for flag, name in (
-        ("ffn-hidden-size", "ffn"),
-        ("num-attention-heads", "heads"),
-        ("num-query-groups", "groups"),
-    ):
-        if found[name] is None:
-            size, rest = divmod(getattr(old, name) * found["hidden"], old.hidden)
-            if rest:
-                raise UsageError(
-                    f"--hidden-size {found['hidden']} is {found['hidden'] / old.hidden:.3g} times "
-                    f"the small model's: its {getattr(old, name)} makes no whole --{flag}. Give "
-                    "one."
-                )
-            found[name] = size
-    found["head_dim"] = found["head_dim"] or old.head_dim
-    return Sizes(**found)
+    small = open_model(hf_model, revision)
+    if small.config.model_type not in MODEL_TYPES:
+        raise UsageError(
+            f"{hf_model} is a {small.config.model_type}: only {' and '.join(MODEL_TYPES)} can be "
+            "grown. (LayerNorm subtracts a mean and norms in attention divide by one head's: "
+            "neither goes on computing the same when features are added.)"
+        )
+    return small
+
+
+def grown_model(small: Source, sizes: Mapping[str, Any], growth: Growth) -> tuple[Grown, Any, bool]:
+    """Return the large model's tensors and configuration, and whether it computes the same.
+
+    Args:
+        small: as `open_small` returns it.
+        sizes: fields of `planning.shapes.ModelShape` that are not the small model's.
+        growth: how.
+
+    Raises:
+        UsageError: the small model does not fit.
+    """
+    old = from_hf_config(small.config.to_dict(), name=str(small.folder))
+    new = replace(old, name="the large model", **sizes)
+    grown = Grown(small.reader.read, old, new, growth)  # first: it refuses what cannot be
+    config = type(small.config)(**grown_config(small.config, new, growth))
+    return grown, config, growth.is_exact(old, new)
 
 
 def grow_model(
@@ -116,7 +78,7 @@ def grow_model(
     Args:
         hf_model: folder or hub id of the small model.
         output: the folder to write; it appears complete and proven, or not at all.
-        sizes: fields of `Sizes`; None where a size follows from the others.
+        sizes: fields of the large model's shape; what is None or left out is the small one's.
         growth: how.
         revision: branch, tag or commit on the hub.
         dtype: a key of `DTYPES`; float32 if None, since the norms' weights are rounded otherwise.
@@ -129,21 +91,20 @@ def grow_model(
     """
     check_free(output)
     bars_on_a_terminal_only()
-    small = SmallModel.open(hf_model, revision)
-    old = Sizes.of(small.config)
-    new = wanted_sizes(old, sizes)
-    grown, config = small.grown(new, growth), small.grown_config(new, growth)
+    small = open_small(hf_model, revision)
+    given = {name: size for name, size in sizes.items() if size is not None}
+    grown, config, is_exact = grown_model(small, given, growth)
     model = configs.empty_model(config)
     config.architectures, config.dtype = [type(model).__name__], DTYPES[dtype or "fp32"]
-    rules = checks.rules_of(small.family.rules, tied=new.tied)
-    names = [n for rule, layer in checks.pieces(rules, _shape(config)) for n in rule.names(layer)]
     state = model.state_dict()
-    verdict = _compare(small, config, grown.read, text, exact=growth.is_exact(old, new))
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    verdict = _compare(small, config, grown.read, text, exact=is_exact)
     with complete_or_absent(output) as folder:
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-        weights = ((name, grown.read(name)) for name in tqdm(names, desc="weights", disable=None))
-        stand_ins = {name: state[name].to(config.dtype) for name in names}
+        weights = ((name, grown.read(name)) for name in tqdm(state, desc="weights", disable=None))
+        stand_ins = {name: state[name].to(config.dtype) for name in state}
         write_safetensors(folder, stand_ins, weights, max_shard_size)
         if hugging_face.has_tokenizer(small.folder):
             tokenizer = tokenizer_files.load_tokenizer(small.folder)
@@ -154,7 +115,7 @@ def grow_model(
 # --- the proof ---------------------------------------------------------------------------------
 
 
-def _compare(small: SmallModel, config: Any, read: Read, text: Path | None, *, exact: bool) -> str:
+def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact: bool) -> str:
     """Compare both models' logits on random tokens, and their losses on a text.
 
     Raises:

@@ -14,12 +14,15 @@ from megatron.training import get_tokenizer
 
 from megatron_let.checkpoint.door import Door
 from megatron_let.conversion import configs
-from megatron_let.conversion.grow import SmallModel
-from megatron_let.conversion.growth import Growth, Sizes
+from megatron_let.conversion.from_hf import Source
+from megatron_let.conversion.grow import grown_model, open_small
+from megatron_let.conversion.growth import Growth
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import check_token_ids, read_token_ids
 from megatron_let.training.arguments import InitFlags
 from megatron_let.upstream.tokenizer import token_ids
+
+SIZES = "hidden_size ffn_hidden_size num_layers num_attention_heads kv_channels".split()
 
 Read = Callable[[str, int | None], torch.Tensor]
 """Of a tensor of Megatron's by its name and, if it is stacked, the layer: the whole tensor."""
@@ -42,11 +45,17 @@ def grow_into(args: Namespace, chunks: list[Any]) -> None:
     Raises:
         UsageError: the small model does not fit into the student, or has another tokenizer.
     """
-    small, flags = SmallModel.open(args.init_from), InitFlags.of(args)
+    small, flags = open_small(args.init_from), InitFlags.of(args)
     growth = Growth(width=flags.init_width, depth=flags.init_depth, symmetry=flags.init_symmetry)
-    new = _student_sizes(args)
-    grown = small.grown(new, growth)
-    config = small.grown_config(new, growth)
+    grown, config, _ = grown_model(
+        small,
+        {name: vars(args)[name] for name in SIZES}
+        | {
+            "num_query_groups": configs.model_shape(args, 0).num_query_groups,
+            "tied": not args.untie_embeddings_and_output_weights,
+        },
+        growth,
+    )
     _check_student(args, small, configs.megatron_values(small.family, config))
     shape = configs.model_shape(args, small.config.vocab_size)
     rules = {rule.megatron: rule for rule in small.family.rules}
@@ -56,20 +65,7 @@ def grow_into(args: Namespace, chunks: list[Any]) -> None:
                 _fill(tensor, lambda name, layer: rules[name].join(grown.read, layer, shape))
 
 
-def _student_sizes(args: Namespace) -> Sizes:
-    shape = configs.model_shape(args, 0)
-    return Sizes(
-        hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size,
-        layers=args.num_layers,
-        heads=shape.num_heads,
-        groups=shape.num_query_groups,
-        head_dim=shape.head_dim,
-        tied=not args.untie_embeddings_and_output_weights,
-    )
-
-
-def _check_student(args: Namespace, small: SmallModel, needed: dict[str, Any]) -> None:
+def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> None:
     free = ("init_method_std", "attention_dropout", "hidden_dropout", "max_position_embeddings")
     for name, need in needed.items():
         given = vars(args)[name]

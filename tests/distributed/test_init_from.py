@@ -20,7 +20,7 @@ LAYOUTS = {
     "vpp": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2".split()),
     "zero1": (2, ["--use-distributed-optimizer"]),
 }
-SIZES = {"hidden": 32, "layers": 4, "ffn": 64, "heads": 4, "groups": 2, "head_dim": 8}
+SIZES = {"hidden_size": 32, "num_layers": 4, "ffn_hidden_size": 64, "kv_channels": 8}
 GROWTHS = {
     "pad": (Growth(), []),
     "clone": (
