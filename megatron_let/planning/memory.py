@@ -77,7 +77,8 @@ def parameters_per_rank(student: ModelShape, layout: Layout, stage: int) -> floa
     tables = first + last if layout.pp > 1 or not student.tied else 1
     split = layers * student.layer_split_parameters + tables * student.embedding_parameters
     replicated = layers * student.layer_replicated_parameters
-    replicated += student.position_parameters * first + student.norm_parameters * last
+    replicated += student.position_rows * student.hidden_size * first
+    replicated += student.norm_parameters * last
     return split / layout.tp + replicated
 
 

@@ -116,19 +116,11 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
     @property
-    def position_parameters(self) -> int:
-        """Of the learned position embedding."""
-        return self.position_rows * self.hidden_size
-
-    @property
     def parameters_without_head(self) -> int:
         """Of what computes the states of the last layer."""
-        return (
-            self.embedding_parameters
-            + self.position_parameters
-            + self.num_layers * self.layer_parameters
-            + self.norm_parameters
-        )
+        positions = self.position_rows * self.hidden_size
+        layers = self.num_layers * self.layer_parameters
+        return self.embedding_parameters + positions + layers + self.norm_parameters
 
     @property
     def parameters(self) -> int:

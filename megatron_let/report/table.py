@@ -91,8 +91,8 @@ def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ..
     axes = [
         _summarize([ratio[i] for ratio in reached], len(group)) for i in range(len(Cost._fields))
     ]
-    # Plain steps over mean steps, as the steps column reads.
-    mean, speed_ups = mean_speed_up(group), [c.speed_up for c in group if c.speed_up is not None]
+    speed_ups = [c.speed_up for c in group if c.speed_up is not None]
+    mean = mean_speed_up(group)  # plain steps over mean steps, as the steps column reads
     speed = "-", "-"
     if mean is not None:
         speed = f"{mean:.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
