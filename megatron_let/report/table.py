@@ -48,14 +48,13 @@ def losses_table(comparisons: Sequence[Comparison]) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table; the first column stands left, the others right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    first, *others = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        padded = [cells[0].ljust(first), *map(str.rjust, cells[1:], others)]
         return "| " + " | ".join(padded) + " |"
 
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    rule = ["-" * first] + ["-" * (width - 1) + ":" for width in others]
     return [line(header), line(rule), *(line(row) for row in rows)]
 
 
