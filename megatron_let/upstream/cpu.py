@@ -10,10 +10,12 @@ Call `activate()` before the first import of Megatron: `megatron.core.jit` reads
 when it is imported.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -23,23 +25,17 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_let.upstream import gpus
-from megatron_let.upstream.streams import Event, Stream, in_order
-from megatron_let.upstream.table import Redirect, apply, instead
+from megatron_let.upstream.table import Redirect, alike, apply, instead
 
 CPU = torch.device("cpu")
 
 
-# ----------------------------------------------------------------------------------------------
-# What a GPU call becomes
-# ----------------------------------------------------------------------------------------------
+# --- what a GPU call becomes --------------------------------------------------------------------
 
 
 def _names_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    if isinstance(device, str):
-        return device.startswith("cuda")
-    return isinstance(device, int)  # Megatron's integers are `torch.cuda.current_device()`
+    # Megatron's integers are `torch.cuda.current_device()`.
+    return isinstance(device, int) or str(device).startswith("cuda")
 
 
 def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -73,13 +69,6 @@ def _type_as_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
     return as_cuda
-
-
-def _compile_nothing(compiler: Any) -> Callable[..., Any]:
-    def compile_nothing(model: Any = None, **kwargs: Any) -> Any:
-        return (lambda function: function) if model is None else model
-
-    return compile_nothing
 
 
 def _without_nccl(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,15 +109,6 @@ def _on_one_device(group_class: type) -> type:
     return OnOneDevice
 
 
-def _returns(make_value: Callable[[], Any]) -> Callable[[Any], Any]:
-    """A redirect that ignores its arguments.
-
-    Each redirect is a function object of its own: torch._dynamo, which every optimizer imports,
-    keeps a table of torch's functions by identity and refuses one that has two names.
-    """
-    return lambda original: lambda *args, **kwargs: make_value()
-
-
 def _loader_with_generator(init: Callable[..., None]) -> Callable[..., None]:
     """`DataLoader.__init__` that seeds its workers from a generator of its own.
 
@@ -156,116 +136,127 @@ def _says_process(tell: Callable[..., None]) -> Callable[..., None]:
     return says_process
 
 
-def _set_rng_state(original: Any) -> Callable[..., None]:
-    return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+def _without_cuda(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(initialize, allow_no_cuda=True)
 
 
-def _manual_seed(original: Any) -> Callable[[int], Any]:
-    return lambda seed: torch.default_generator.manual_seed(seed)
+def _as_it_is(model: Any = None, **options: Any) -> Any:
+    """`torch.compile` of nothing, called or as a decorator with options."""
+    return (lambda function: function) if model is None else model
 
 
-def _itself(original: Any) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: self
+def _local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-_NOTHING = _returns(lambda: None)
-_ZERO = _returns(lambda: 0)
-_get_rng_state = _returns(torch.get_rng_state)
+def _by(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A redirect to a function, as an object of its own.
+
+    torch._dynamo, which every optimizer imports, keeps a table of torch's functions by identity and
+    refuses one that has two names.
+    """
+    return lambda original: lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def _returns(value: Any) -> Callable[[Any], Any]:
+    return _by(lambda *args, **kwargs: value)
+
+
+class Event(torch.cpu.Event):
+    """The wall clock at the moment it was recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        """Note the time."""
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds from this event to `end`."""
+        return 1000 * (end._seconds - self._seconds)
+
+
+class Stream(torch.cpu.Stream):
+    """The one stream; all earlier work is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Neither device nor priority matters."""
+
+    def record_event(self, event: Event | None = None) -> Event:  # type: ignore[override]
+        """Return an event that has already happened."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    def query(self) -> bool:
+        """Whether all is done: always."""
+        return True
+
+
+_itself = _by(lambda self, *args, **kwargs: self)
+_get_rng_state = _by(lambda *args, **kwargs: torch.get_rng_state())
+_set_rng_state = _by(lambda new_state, *args, **kwargs: torch.set_rng_state(new_state))
 _PROPERTIES = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
 
-# ----------------------------------------------------------------------------------------------
-# What is redirected, and why
-# ----------------------------------------------------------------------------------------------
+# --- what is redirected, and why ----------------------------------------------------------------
 
 _FACTORIES = (
     "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
     "rand rand_like randint randn randn_like randperm tensor tril_indices triu_indices zeros "
     "zeros_like"
-).split()
+)
+_MEMORY = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
+_MOVED, _CUDA, _DATA = "torch.Tensor torch.nn.Module", "torch.cuda", "torch.utils.data.DataLoader"
+_RANDOM, _TRAINING = "megatron.core.tensor_parallel.random", "megatron.training.training"
 
 TORCH_REDIRECTS: list[Redirect] = [
-    *(Redirect("torch", name, _factory_on_cpu, "called with device='cuda'") for name in _FACTORIES),
-    Redirect("torch.Tensor", "to", _to_on_cpu, "called with device='cuda'"),
-    Redirect("torch.Tensor", "cuda", _itself, "moves a batch or weight to the GPU"),
+    *alike("torch", _FACTORIES, _factory_on_cpu, "called with device='cuda'"),
+    *alike(_MOVED, "to", _to_on_cpu, "called with device='cuda'"),
+    *alike(_MOVED, "cuda", _itself, "moves a batch, a weight or the model to the GPU"),
     Redirect("torch.Tensor", "pin_memory", _itself, "page-locked memory needs a CUDA driver"),
     Redirect("torch.Tensor", "type", _type_as_cuda, "optimizers compare with torch.cuda.*Tensor"),
-    Redirect("torch.nn.Module", "cuda", _itself, "moves the model to the GPU"),
-    Redirect("torch.nn.Module", "to", _to_on_cpu, "called with device='cuda'"),
-    Redirect("torch", "compile", _compile_nothing, "jit_fuser: compiling costs more than it saves"),
-    Redirect("torch.cuda", "current_device", _returns(lambda: CPU), "device= of buffers"),
-    Redirect(
-        "torch.cuda",
-        "device_count",
-        _returns(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-        "0 skips set-up",
-    ),
-    Redirect("torch.cuda", "set_device", _NOTHING, "one device"),
-    Redirect("torch.cuda", "get_device_capability", _returns(lambda: (8, 0)), "checks"),
-    Redirect("torch.cuda", "get_device_properties", _returns(lambda: _PROPERTIES), "checks"),
-    Redirect("torch.cuda", "get_device_name", _returns(lambda: "cpu"), "logs"),
-    Redirect("torch.cuda", "synchronize", _NOTHING, "timers, p2p, DDP"),
-    Redirect("torch.cuda", "empty_cache", _NOTHING, "no caching allocator"),
-    Redirect("torch.cuda", "memory_allocated", _ZERO, "memory report"),
-    Redirect("torch.cuda", "max_memory_allocated", _ZERO, "memory report"),
-    Redirect("torch.cuda", "memory_reserved", _ZERO, "memory report"),
-    Redirect("torch.cuda", "max_memory_reserved", _ZERO, "memory report"),
-    Redirect("torch.cuda", "memory_stats", _returns(dict), "memory report"),
-    Redirect("torch.cuda", "reset_peak_memory_stats", _NOTHING, "memory report"),
-    Redirect("torch.cuda", "Stream", instead(Stream), "DDP's communication stream"),
-    Redirect("torch.cuda", "Event", instead(Event), "timing"),
-    Redirect("torch.cuda", "stream", instead(in_order), "DDP's communication stream"),
-    Redirect("torch.cuda", "set_stream", _NOTHING, "one stream"),
-    Redirect("torch.cuda", "current_stream", _returns(Stream), "DDP's communication stream"),
-    Redirect("torch.cuda", "default_stream", _returns(Stream), "DDP's communication stream"),
-    Redirect("torch.cuda", "is_current_stream_capturing", _returns(lambda: False), "graphs"),
-    Redirect("torch.cuda", "manual_seed", _manual_seed, "RNG"),
-    Redirect("torch.cuda", "get_rng_state", _get_rng_state, "RNG"),
-    Redirect("torch.cuda", "set_rng_state", _set_rng_state, "RNG"),
-    Redirect("torch.cuda.nvtx", "range_push", _NOTHING, "profiling ranges"),
-    Redirect("torch.cuda.nvtx", "range_pop", _NOTHING, "profiling ranges"),
-    Redirect(
-        "torch.utils.data.DataLoader",
-        "__init__",
-        _loader_with_generator,
-        "draws from the generator that dropout uses",
-    ),
-    Redirect("torch.distributed", "init_process_group", _without_nccl, "default backend is nccl"),
-    Redirect("torch.distributed", "new_group", _without_nccl, "groups named nccl"),
+    Redirect("torch", "compile", _by(_as_it_is), "jit_fuser: compiling costs more than it saves"),
+    Redirect(_CUDA, "current_device", _returns(CPU), "device= of buffers"),
+    Redirect(_CUDA, "device_count", _by(_local_processes), "0 skips set-up"),
+    *alike(_CUDA, "set_device set_stream", _returns(None), "one device, one stream"),
+    Redirect(_CUDA, "get_device_capability", _returns((8, 0)), "checks"),
+    Redirect(_CUDA, "get_device_properties", _returns(_PROPERTIES), "checks"),
+    Redirect(_CUDA, "get_device_name", _returns("cpu"), "logs"),
+    Redirect(_CUDA, "synchronize", _returns(None), "timers, p2p, DDP"),
+    Redirect(_CUDA, "empty_cache", _returns(None), "no caching allocator"),
+    *alike(_CUDA, _MEMORY, _returns(0), "memory report"),
+    Redirect(_CUDA, "memory_stats", _returns({}), "memory report"),
+    Redirect(_CUDA, "reset_peak_memory_stats", _returns(None), "memory report"),
+    Redirect(_CUDA, "Event", instead(Event), "timing"),
+    Redirect(_CUDA, "Stream", instead(Stream), "DDP's communication stream"),
+    Redirect(_CUDA, "stream", _by(contextlib.nullcontext), "DDP's communication stream"),
+    *alike(_CUDA, "current_stream default_stream", _by(Stream), "DDP's communication stream"),
+    Redirect(_CUDA, "is_current_stream_capturing", _returns(False), "graphs"),
+    Redirect(_CUDA, "manual_seed", _by(torch.default_generator.manual_seed), "RNG"),
+    Redirect(_CUDA, "get_rng_state", _get_rng_state, "RNG"),
+    Redirect(_CUDA, "set_rng_state", _set_rng_state, "RNG"),
+    *alike("torch.cuda.nvtx", "range_push range_pop", _returns(None), "profiling ranges"),
+    Redirect(_DATA, "__init__", _loader_with_generator, "draws from dropout's generator"),
+    *alike("torch.distributed", "init_process_group new_group", _without_nccl, "names nccl"),
+    Redirect("torch.distributed", "barrier", _without_nccl, "device_ids is for nccl"),
     Redirect(
         "torch.distributed.distributed_c10d",
         "ProcessGroupGloo",
         _on_one_device,
         "each group has a device, whose thread never rests",
     ),
-    Redirect("torch.distributed", "barrier", _without_nccl, "device_ids is for nccl"),
 ]
 
 MEGATRON_REDIRECTS: list[Redirect] = [
-    Redirect(
-        "megatron.core.tensor_parallel.random",
-        "_get_cuda_rng_state",
-        _get_rng_state,
-        "the tensor-parallel RNG states are forks of the CPU generator",
-    ),
-    Redirect(
-        "megatron.core.tensor_parallel.random",
-        "_set_cuda_rng_state",
-        _set_rng_state,
-        "the tensor-parallel RNG states are forks of the CPU generator",
-    ),
-    Redirect(
-        "megatron.training.training",
-        "initialize_megatron",
-        lambda original: functools.partial(original, allow_no_cuda=True),
-        "asserts that CUDA is there",
-    ),
-    *(
-        Redirect("megatron.training.training", name, _says_process, "counts TFLOP/s of GPUs")
-        for name in ("print_rank_last", "append_to_progress_log")
-    ),
+    Redirect(_RANDOM, "_get_cuda_rng_state", _get_rng_state, "its states fork the CPU generator's"),
+    Redirect(_RANDOM, "_set_cuda_rng_state", _set_rng_state, "its states fork the CPU generator's"),
+    Redirect(_TRAINING, "initialize_megatron", _without_cuda, "asserts that CUDA is there"),
+    *alike(_TRAINING, "print_rank_last append_to_progress_log", _says_process, "TFLOP/s of GPUs"),
 ]
-
-# ----------------------------------------------------------------------------------------------
 
 
 def is_active() -> bool:
@@ -306,13 +297,8 @@ def activate_if_wanted(argv: list[str] | None = None, work: str = "training") ->
 
 def quieten() -> None:
     """Silence what is true of every CPU run and nobody can act on; before Megatron's import."""
-    for message in (
-        ".*pin_memory.*",
-        ".*Apex (is|are) not installed.*",
-        ".*Transformer Engine.*",
-        ".*transformer-engine.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    nobodys = ".*(pin_memory|Apex (is|are) not installed|[Tt]ransformer[ -][Ee]ngine)"
+    warnings.filterwarnings("ignore", message=nobodys)
     # Forks of the CPU generator stand in for the GPU's, so a draw "changes the CPU RNG state".
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"

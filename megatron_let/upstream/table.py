@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,12 @@ class Redirect(NamedTuple):
     name: str
     make: Callable[[Any], Any]
     reason: str
+
+
+def alike(owners: str, names: str, make: Callable[[Any], Any], reason: str) -> Iterator[Redirect]:
+    """Yield one redirect for each of some names of each owner, apart by spaces."""
+    for owner, name in itertools.product(owners.split(), names.split()):
+        yield Redirect(owner, name, make, reason)
 
 
 _upstream: dict[tuple[str, str], Any] = {}
