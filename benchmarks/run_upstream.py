@@ -23,8 +23,9 @@ import megatron.core  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from benchmarks import turns  # noqa: E402
-from megatron_let.upstream import accelerators, norms  # noqa: E402
+from megatron_let.upstream import accelerators  # noqa: E402
 from megatron_let.upstream.datasets import PREBUILT_HELPERS  # noqa: E402
+from megatron_let.upstream.mended import TORCH_NORM  # noqa: E402
 from megatron_let.upstream.table import apply  # noqa: E402
 
 SCRIPT = "pretrain_gpt.py"
@@ -36,7 +37,7 @@ def main() -> None:
     """Load the scripts of the checkout that the first argument names, and run the last."""
     checkout = Path(sys.argv[1]).resolve()
     _check_core(checkout)
-    apply([PREBUILT_HELPERS, *norms.REDIRECTS])
+    apply([PREBUILT_HELPERS, TORCH_NORM])
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     for name in IMPORTED_SCRIPTS:
         import_script(checkout / name)

@@ -19,8 +19,8 @@ from megatron_let.methods.table import build_method
 from megatron_let.training.arguments import add_method_flags, check_flags, import_methods
 from megatron_let.training.micro_batches import MicroBatches
 from megatron_let.upstream.loop_hooks import LoopHooks
+from megatron_let.upstream.mended import token_ids
 from megatron_let.upstream.table import apply
-from megatron_let.upstream.tokenizer import token_ids
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
 

@@ -25,7 +25,7 @@ from megatron.training.arguments import parse_args  # noqa: E402
 from megatron_let.checkpoint.reader import Checkpoint  # noqa: E402
 from megatron_let.upstream import safe_loading  # noqa: E402
 from megatron_let.upstream.accelerators import platform_defaults  # noqa: E402
-from megatron_let.upstream.model_config import gpt_config  # noqa: E402
+from megatron_let.upstream.mended import gpt_config  # noqa: E402
 
 ONE_PROCESS = {
     "tensor_model_parallel_size": 1,

@@ -24,8 +24,7 @@ from megatron_let.methods.base import Method
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored
 from megatron_let.training.tracking import tracker_defaults
-from megatron_let.upstream.model_config import gpt_config
-from megatron_let.upstream.tokenizer import token_ids
+from megatron_let.upstream.mended import gpt_config, token_ids
 
 # Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
 # the file that replaces the command line, ours included, and files that lie in no folder.

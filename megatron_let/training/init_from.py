@@ -20,7 +20,7 @@ from megatron_let.conversion.growth import Growth
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import check_token_ids, read_token_ids
 from megatron_let.training.arguments import InitFlags
-from megatron_let.upstream.tokenizer import token_ids
+from megatron_let.upstream.mended import token_ids
 
 SIZES = "hidden_size ffn_hidden_size num_layers num_attention_heads kv_channels".split()
 

@@ -9,7 +9,7 @@ import numpy as np
 from megatron.core.datasets import gpt_dataset
 
 from megatron_let.errors import UsageError
-from megatron_let.upstream.table import Redirect, instead
+from megatron_let.upstream.table import Redirect, alike, instead
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
@@ -49,13 +49,10 @@ PREBUILT_HELPERS = Redirect(
 )
 REDIRECTS = [
     PREBUILT_HELPERS,
-    *(
-        Redirect(
-            f"megatron.core.datasets.{module}",
-            "safe_numpy_load",
-            instead(_load_index),
-            "takes some pickles for the arrays of a cached index",
-        )
-        for module in ("gpt_dataset", "blended_dataset")
+    *alike(
+        "megatron.core.datasets.gpt_dataset megatron.core.datasets.blended_dataset",
+        "safe_numpy_load",
+        instead(_load_index),
+        "takes some pickles for the arrays of a cached index",
     ),
 ]

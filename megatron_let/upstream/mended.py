@@ -1,16 +1,62 @@
-"""What is mended in Megatron for every run, whatever it runs on."""
+"""What is mended in Megatron for every run, whatever it runs on, and what it does not tell."""
 
-from megatron_let.upstream import datasets, norms, optimizers, secrets
-from megatron_let.upstream.table import apply
+import copy
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
-REDIRECTS = [
-    *secrets.REDIRECTS,
-    *datasets.REDIRECTS,
-    *norms.REDIRECTS,
-    *optimizers.REDIRECTS,
-]
+import torch
+from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
+from megatron.training.argument_utils import gpt_config_from_args
+
+from megatron_let.upstream import datasets, optimizers, secrets
+from megatron_let.upstream.table import Redirect, apply
+
+
+def _marking_weights(new: Any) -> Callable[..., torch.nn.Module]:
+    """`WrappedTorchNorm.__new__` that marks its weights instead of refusing.
+
+    Under sequence parallelism a norm sees a slice of the sequence, so its weights' gradients are
+    partial sums; `finalize_model_grads` adds them over the TP group if the weights say so.
+    """
+
+    def build(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return new(cls, config, hidden_size, eps, **kwargs)
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = new(cls, unsharded, hidden_size, eps, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return build
+
+
+TORCH_NORM = Redirect(
+    "megatron.core.transformer.torch_norm.WrappedTorchNorm",
+    "__new__",
+    _marking_weights,
+    "refuses sequence parallelism since it does not mark its weights",
+)
+"""For where Transformer Engine and Apex are missing."""
+REDIRECTS = [*secrets.REDIRECTS, *datasets.REDIRECTS, TORCH_NORM, *optimizers.REDIRECTS]
 
 
 def mend_megatron() -> None:
     """Put it in place; before the command line is parsed."""
     apply(REDIRECTS)
+
+
+def gpt_config(args: Namespace) -> Any:
+    """Return Megatron's `GPTModelConfig`, with a flag that upstream loses on the way."""
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """Return every token's id: what `data.tokenizer.Tokenizer.ids` is of ours."""
+    if isinstance(tokenizer._tokenizer, HuggingFaceTokenizer):
+        return tokenizer._tokenizer.tokenizer.get_vocab()
+    return {str(token): index for index, token in enumerate(tokenizer.vocab)}

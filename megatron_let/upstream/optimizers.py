@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.training import get_args
 
-from megatron_let.upstream.table import Redirect
+from megatron_let.upstream.table import Redirect, alike
 
 
 class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
@@ -72,14 +72,11 @@ def _of_torch_adam(upstreams: type) -> type:
 
 
 REDIRECTS = [
-    *(
-        Redirect(
-            f"megatron.core.optimizer.{module}",
-            "param_group_identifier_keys",
-            _without_rates,
-            "another --lr would find no group of its own in the checkpoint",
-        )
-        for module in ("optimizer", "distrib_optimizer")
+    *alike(
+        "megatron.core.optimizer.optimizer megatron.core.optimizer.distrib_optimizer",
+        "param_group_identifier_keys",
+        _without_rates,
+        "another --lr would find no group of its own in the checkpoint",
     ),
     Redirect(
         "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler",

@@ -1,13 +1,14 @@
 """No secret of a command line or an environment is printed, logged or saved."""
 
 import functools
+import importlib
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_let.upstream.table import Redirect, resolve
+from megatron_let.upstream.table import Redirect
 
 HIDDEN = "***"
 SECRET_NAME = re.compile(
@@ -50,7 +51,7 @@ def _without_secrets(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapped(*given: Any) -> None:
-        initialize = resolve("megatron.training.initialize")
+        initialize: Any = importlib.import_module("megatron.training.initialize")
         argv, get_args = sys.argv, initialize.get_args
         hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
         sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one

@@ -1,10 +1,9 @@
 """What is replaced in Megatron and PyTorch stands in tables of this one kind, with its reason."""
 
 import contextlib
-import functools
-import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 
@@ -27,22 +26,10 @@ _upstream: dict[tuple[str, str], Any] = {}
 """What stood under a name before it was replaced for the first time."""
 
 
-def resolve(dotted: str) -> Any:
-    """Return the module or class called `dotted`; raises `AttributeError` or `ImportError`."""
-    parts = dotted.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        return functools.reduce(getattr, parts[end:], found)
-    raise ImportError(dotted)
-
-
 def apply(redirects: Iterable[Redirect]) -> None:
     """Replace the names. Always made of upstream's own, so a second call replaces the first."""
     for redirect in redirects:
-        owner = resolve(redirect.owner)
+        owner = resolve_name(redirect.owner)
         original = _upstream.setdefault(redirect[:2], getattr(owner, redirect.name))
         setattr(owner, redirect.name, redirect.make(original))
 
@@ -50,7 +37,9 @@ def apply(redirects: Iterable[Redirect]) -> None:
 @contextlib.contextmanager
 def applied(redirects: Sequence[Redirect]) -> Iterator[None]:
     """Replace the names for a while, by what is made of what stands there now."""
-    before = [(resolve(r.owner), r.name, getattr(resolve(r.owner), r.name)) for r in redirects]
+    before = [
+        (resolve_name(r.owner), r.name, getattr(resolve_name(r.owner), r.name)) for r in redirects
+    ]
     try:
         for redirect, (owner, name, value) in zip(redirects, before, strict=True):
             setattr(owner, name, redirect.make(value))

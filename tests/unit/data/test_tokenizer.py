@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_let.data import indexed
 from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
-from megatron_let.upstream.tokenizer import token_ids
+from megatron_let.upstream.mended import token_ids
 from tests.unit.data.test_engines import byte_level, hard_texts, metaspace, sentencepiece_model
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -18,12 +18,12 @@ STAGES = """
 import json, sys
 import torch
 from megatron_let.upstream import cpu
-from megatron_let.upstream.table import resolve
+from pkgutil import resolve_name
 
 def ids():
     values = {}
     for redirect in cpu.TORCH_REDIRECTS + cpu.MEGATRON_REDIRECTS:
-        owner = resolve(redirect.owner)
+        owner = resolve_name(redirect.owner)
         value = vars(owner).get(redirect.name, getattr(owner, redirect.name, None))
         values[f"{redirect.owner}.{redirect.name}"] = None if value is None else id(value)
     return values
@@ -35,7 +35,7 @@ def stage(name, *activate):
 
 kept, stages = [], {}
 stage("upstream")
-kept.append([getattr(resolve(r.owner), r.name) for r in cpu.TORCH_REDIRECTS])  # ids stay taken
+kept.append([getattr(resolve_name(r.owner), r.name) for r in cpu.TORCH_REDIRECTS])  # ids stay taken
 torch.cuda.is_available = lambda: True
 stage("gpu", ["--num-layers", "2"])
 stage("gpu and --cpu", ["--cpu"])
