@@ -1,8 +1,9 @@
 """A teacher's life on one rank: loaded, scored, run for the student's micro-batches, released."""
 
+import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from megatron.core import mpu
 from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
-from megatron_let.teacher.clock import Clock
 from megatron_let.teacher.load import (
     DTYPES,
     TeacherConfig,
@@ -18,9 +18,7 @@ from megatron_let.teacher.load import (
     fingerprint,
     load_causal_lm,
     read_token_ids,
-    untrained_causal_lm,
 )
-from megatron_let.teacher.split import needed_positions, states_SBD
 from megatron_let.teacher.stage import Rows, Teacher, near_random
 from megatron_let.upstream.batch import WHOLE, Batch
 
@@ -29,6 +27,27 @@ CONTROLS = {
     "shuffled": "CONTROL: the teacher's states are those of shuffled positions",
     "zero": "CONTROL: the teacher works, and nothing of it reaches the student",
 }
+
+
+class Clock:
+    """Adds up spans of work by events, which nothing waits for until they are read."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done inside."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._spans.append((start, end))
+
+    def read(self) -> float:
+        """Return the milliseconds since the last reading; the device must have done its work."""
+        spans, self._spans = self._spans, []
+        return sum(start.elapsed_time(end) for start, end in spans)
 
 
 class TeacherHost:
@@ -67,8 +86,7 @@ class TeacherHost:
         """Load the model on this rank's device; returns it."""
         dtype = DTYPES.get(self.args.teacher_dtype, student_dtype)
         control = self.args.teacher_control
-        load = untrained_causal_lm if control == "random" else load_causal_lm
-        model = load(self.config, dtype, _device())
+        model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
         length = self.args.seq_length
         self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
         self.facts = {
@@ -104,16 +122,14 @@ class TeacherHost:
         """
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (self.facts, chunks))
-        merged: dict[str, Any] = {}
-        for part, _ in gathered:
-            stages = {*merged.get("stages", []), *part.get("stages", [])}
-            merged |= part | ({"stages": sorted(stages)} if stages else {})
-        if merged:
-            merged["chunks"] = [
+        known = [facts for facts, _ in gathered if facts]
+        self.facts = {name: value for facts in known for name, value in facts.items()}
+        if known:
+            self.facts["stages"] = sorted({stage for facts in known for stage in facts["stages"]})
+            self.facts["chunks"] = [
                 sorted({chunk for _, every in gathered for chunk in every[i]}, key=str)
                 for i in range(len(chunks))
             ]
-        self.facts = merged
 
     # --- during the run -----------------------------------------------------------------------
 
@@ -179,6 +195,51 @@ class TeacherHost:
         return lines
 
 
+def states_SBD(
+    teacher: Teacher, rows: Rows, group: Any, positions_RS: torch.Tensor
+) -> torch.Tensor:
+    """Return the teacher's states of all rows at this rank's positions, `[own S, rows, D]`.
+
+    All ranks of a tensor- and context-parallel group have the same rows to guide. Each runs the
+    teacher on its share of them and then gets from the others what its own part of the student
+    needs: every row, and of each the positions that lie on this rank.
+
+    Args:
+        teacher: the same on all ranks of the group.
+        rows: whole and the same on all ranks. A number of rows that does not divide by the ranks
+            is filled up, which costs time and nothing else.
+        group: the process group.
+        positions_RS: the positions that each rank of the group needs, see `needed_positions`.
+    """
+    ranks, number = group.size(), rows["tokens"].size(0)
+    share = math.ceil(number / ranks)
+    device = rows["tokens"].device
+    own = torch.arange(group.rank() * share, (group.rank() + 1) * share, device=device) % number
+    states_BSD = teacher.states_BSD({key: value[own] for key, value in rows.items()})
+    if ranks == 1:
+        return states_BSD.transpose(0, 1).contiguous()
+    wanted = states_BSD[:, positions_RS.to(device)].transpose(0, 1).contiguous()
+    received = torch.empty_like(wanted)  # [rank it comes from, its rows, own positions, D]
+    torch.distributed.all_to_all_single(received, wanted, group=group)
+    return received.flatten(0, 1)[:number].transpose(0, 1).contiguous()
+
+
+def needed_positions(
+    length: int, tensor_parallel: int, context_parallel: int, sequence_parallel: bool
+) -> torch.Tensor:
+    """Positions of a row that each rank of a tensor- and context-parallel group holds, `[R, S]`.
+
+    Context parallelism gives a rank two of `2 * context_parallel` chunks, one from each end
+    (Megatron's `get_batch_on_this_cp_rank`); sequence parallelism cuts that into contiguous slices.
+    Tensor-parallel ranks are neighbours in the group.
+    """
+    chunks = torch.arange(length).chunk(2 * context_parallel)
+    pairs = [torch.cat([chunks[i], chunks[-1 - i]]) for i in range(context_parallel)]
+    if sequence_parallel:
+        return torch.cat([pair.view(tensor_parallel, -1) for pair in pairs])
+    return torch.stack(pairs).repeat_interleave(tensor_parallel, dim=0)
+
+
 def _device() -> torch.device:
     return torch.device(torch.cuda.current_device())
 
@@ -189,28 +250,27 @@ def check_rows(config: TeacherConfig, args: Namespace) -> None:
     Raises:
         UsageError: naming the flags.
     """
-    resets = [args.reset_position_ids, args.reset_attention_mask]
-    if args.seq_length > config.context and any(resets):
+    positions, masks = args.reset_position_ids, args.reset_attention_mask
+    no_effect = f"but would change what --teacher-model {config.name} sees. Remove it, or add"
+    if args.seq_length > config.context and (positions or masks):
         raise UsageError(
             f"--seq-length {args.seq_length} is longer than the context of --teacher-model "
-            f"{config.name} ({config.context} tokens), which would read it in windows, and windows "
-            "do not go with --reset-position-ids or --reset-attention-mask. Use shorter sequences "
-            "or another teacher."
+            f"{config.name} ({config.context} tokens), and the windows that it would read do not "
+            "go with --reset-position-ids or --reset-attention-mask. Use shorter sequences or "
+            "another teacher."
         )
-    learned = args.position_embedding_type == "learned_absolute"
-    if args.reset_position_ids and not args.reset_attention_mask and not learned:
+    embedding = args.position_embedding_type
+    if positions and not masks and embedding != "learned_absolute":
         raise UsageError(
-            "--reset-position-ids has no effect on a student with "
-            f"--position-embedding-type {args.position_embedding_type}, but would change what "
-            f"--teacher-model {config.name} sees. Remove it, or add --reset-attention-mask."
+            "--reset-position-ids has no effect on a student with --position-embedding-type "
+            f"{embedding}, {no_effect} --reset-attention-mask."
         )
-    if args.reset_attention_mask and args.transformer_impl == "transformer_engine":
+    if masks and args.transformer_impl == "transformer_engine":
         raise UsageError(
             "--reset-attention-mask has no effect on a student with Transformer Engine's causal "
-            f"attention, but would change what --teacher-model {config.name} sees. Remove it, or "
-            "add --transformer-impl local."
+            f"attention, {no_effect} --transformer-impl local."
         )
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+    if masks and not args.create_attention_mask_in_dataloader:
         raise UsageError(
             "--reset-attention-mask has no effect with --no-create-attention-mask-in-dataloader. "
             "Remove one of the two."

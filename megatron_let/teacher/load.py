@@ -11,7 +11,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_let import hugging_face
 from megatron_let.errors import UsageError
-from megatron_let.terminal import bars_on_a_terminal_only
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,42 +82,45 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
     )
 
 
-def load_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def load_causal_lm(
+    config: TeacherConfig, dtype: torch.dtype, device: torch.device, *, untrained: bool = False
+) -> Any:
     """Load the frozen causal language model in evaluation mode.
 
     Weights are read from safetensors or with `weights_only`, remote code is off, and every random
-    number generator is left as it was found: student weights must not depend on the teacher.
+    number generator is left as it was found: student weights must not depend on the teacher. An
+    untrained one, a control, has random weights, always the same.
 
     Raises:
         UsageError: the folder lacks weights, or weights of another shape.
     """
-    bars_on_a_terminal_only()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model, info = hugging_face.load(
-            AutoModelForCausalLM,
-            config.name,
-            f"The weights of --teacher-model {config.name} could not be loaded. It needs "
-            "model.safetensors, or pytorch_model.bin.",
-            revision=config.revision,
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    if info["missing_keys"]:
-        raise UsageError(
-            f"--teacher-model {config.name} lacks {len(info['missing_keys'])} weights, such as "
-            f"{sorted(info['missing_keys'])[0]}: a teacher with random weights would mislead the "
-            "student. Export or download the model again."
-        )
+        model = (_untrained if untrained else _trained)(config, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def untrained_causal_lm(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """Build the same model with random weights, always the same, as a control; else as above."""
+def _untrained(config: TeacherConfig, dtype: torch.dtype) -> Any:
     shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
-    return model.to(device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
+
+
+def _trained(config: TeacherConfig, dtype: torch.dtype) -> Any:
+    model, info = hugging_face.load(
+        AutoModelForCausalLM,
+        config.name,
+        f"The weights of --teacher-model {config.name} could not be loaded. It needs "
+        "model.safetensors, or pytorch_model.bin.",
+        revision=config.revision,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(
+            f"--teacher-model {config.name} lacks {len(missing)} weights, such as {missing[0]}: "
+            "random ones would mislead the student. Export or download the model again."
+        )
+    return model
 
 
 def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | None:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
-from megatron_let.teacher.windows import join_windows, split_windows
 from megatron_let.teacher.work import window_ends
 
 Rows = dict[str, torch.Tensor]
@@ -47,11 +46,21 @@ class Teacher:
         return _shuffle(states, rows["tokens"]) if self._shuffled else states
 
     def _windows(self, rows: Rows) -> torch.Tensor:
-        length = rows["tokens"].size(1)
+        """Read overlapping windows at once.
+
+        The first covers the first `context` tokens. Each later one is moved on by half a context
+        and contributes its new tokens only, so that every token but the first ones is read behind
+        at least half a context of text. The last ends with the row.
+        """
+        tokens_BS = rows["tokens"]
+        length = tokens_BS.size(1)
         if "attention_mask" in rows or "position_ids" in rows:
             raise ValueError(f"documents kept apart in rows of {length} > {self.context} tokens")
-        windows = split_windows(rows["tokens"], self.context)
-        return join_windows(self._run({"tokens": windows}), length)
+        ends = window_ends(length, self.context)
+        windows = torch.cat([tokens_BS[:, end - self.context : end] for end in ends])
+        states = self._run({"tokens": windows}).chunk(len(ends))
+        spans = zip(states, [0, *ends], ends, strict=False)
+        return torch.cat([window[:, start - end :] for window, start, end in spans], dim=1)
 
     def _run(self, rows: Rows) -> torch.Tensor:
         inputs: dict[str, Any] = {"input_ids": rows["tokens"], "use_cache": False}

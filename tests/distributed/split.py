@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from megatron_let.teacher.host import needed_positions, states_SBD
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
-from megatron_let.teacher.split import needed_positions, states_SBD
 from megatron_let.teacher.stage import Rows, Teacher
 
 
