@@ -40,8 +40,7 @@ class Record:
     def add(self, **values: torch.Tensor) -> None:
         """Add detached scalars to their sums."""
         for name, value in values.items():
-            total = self.sums.get(name)
-            self.sums[name] = value.detach() if total is None else total + value.detach()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
 
 class _AddGradient(torch.autograd.Function):
@@ -71,7 +70,27 @@ class _AddGradient(torch.autograd.Function):
         return (None, upstream + gradient, None, *weight_gradients, *nothing)
 
 
-class Alignment:
+class Queue[T]:
+    """What is kept of the micro-batches that have not had their loss with the teacher yet."""
+
+    def __init__(self) -> None:
+        self.targets: deque[T] = deque()
+        self.record = Record()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def push(self, target: T) -> None:
+        """Queue the target of the micro-batch whose forward pass comes next."""
+        self.targets.append(target)
+
+    def start_step(self) -> None:
+        """Forget what an interrupted step may have left."""
+        self.targets.clear()
+        self.record = Record()
+
+
+class Alignment(Queue[Target]):
     """A queue of targets and the attachment of their loss to layer K's output.
 
     `push` is called once per micro-batch before its forward pass; the layer calls `attach` in the
@@ -81,21 +100,8 @@ class Alignment:
     """
 
     def __init__(self, loss: Loss) -> None:
+        super().__init__()
         self._loss = loss
-        self.record = Record()
-        self._targets: deque[Target] = deque()
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def push(self, target: Target) -> None:
-        """Queue the target of the micro-batch whose forward pass comes next."""
-        self._targets.append(target)
-
-    def start_step(self) -> None:
-        """Forget what an interrupted step may have left."""
-        self._targets.clear()
-        self.record = Record()
 
     def attach(self, activation_SBH: torch.Tensor, resize: Resize) -> torch.Tensor:
         """Return the activation with the oldest target's loss in its backward pass.
@@ -104,20 +110,11 @@ class Alignment:
         gets a zero gradient, since data-parallel buckets wait for every weight's.
         """
         weights = list(resize.parameters())
-        if not self._targets:
-            return self._without_gradient(activation_SBH, weights)
-        target = self._targets.popleft()
-        gradients = self._gradients(activation_SBH, target, resize, weights)
-        if target.scale is None:
-            return self._without_gradient(activation_SBH, weights)
-        return _AddGradient.apply(
-            self.record, activation_SBH, gradients[0], *weights, *gradients[1:]
-        )
-
-    @staticmethod
-    def _without_gradient(
-        activation_SBH: torch.Tensor, weights: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+        if self.targets:
+            target = self.targets.popleft()
+            gradient, *others = self._gradients(activation_SBH, target, resize, weights)
+            if target.scale is not None:
+                return _AddGradient.apply(self.record, activation_SBH, gradient, *weights, *others)
         return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
 
     def _gradients(

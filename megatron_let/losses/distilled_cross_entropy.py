@@ -17,7 +17,7 @@ D teacher width.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,27 +37,19 @@ class TeacherHead:
     """Rows of the slice that have a token; those behind them get probability zero."""
     first_id: int
     """Token id of the slice's first row."""
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What is distilled, and how much of it."""
-
-    weight: float
-    """w, 0 to 1."""
     temperature: float
+    """What the teacher's logits are divided by."""
 
 
-@dataclass
-class TokenLosses:
+class TokenLosses(NamedTuple):
     """Losses per token `[S, B]`, in nats; the same on all ranks of the group."""
 
+    total: torch.Tensor
+    """What is minimised, up to the teacher's entropy: (1 - w) * lm + w * kd."""
     lm: torch.Tensor
     """CE of the labels."""
     kd: torch.Tensor
     """KL(p_T || p_student)."""
-    total: torch.Tensor
-    """What is minimised, up to the teacher's entropy: (1 - w) * lm + w * kd."""
 
 
 def distilled_cross_entropy(
@@ -65,17 +57,16 @@ def distilled_cross_entropy(
     labels_SB: torch.Tensor,
     states_SBD: torch.Tensor,
     head: TeacherHead,
-    what: Distillation,
+    weight: float,
     group: Any,
 ) -> TokenLosses:
     """Return the losses of each token; only `total` carries a gradient, to the logits alone.
 
-    Float32 logits are overwritten, as by Megatron's cross-entropy.
+    Float32 logits are overwritten, as by Megatron's cross-entropy. `weight` is w, 0 to 1.
     """
-    total, lm, kd = _DistilledCrossEntropy.apply(
-        logits_SBV, labels_SB, states_SBD, head, what, group
+    return TokenLosses(
+        *_DistilledCrossEntropy.apply(logits_SBV, labels_SB, states_SBD, head, weight, group)
     )
-    return TokenLosses(lm=lm, kd=kd, total=total)
 
 
 class _DistilledCrossEntropy(torch.autograd.Function):
@@ -86,14 +77,14 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         labels_SB: torch.Tensor,
         states_SBD: torch.Tensor,
         head: TeacherHead,
-        what: Distillation,
+        weight: float,
         group: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gradient_NV = logits_SBV.detach().float().flatten(0, 1)
         labels_N, states_ND = labels_SB.flatten(), states_SBD.flatten(0, 1)
         chunk = min(CHUNK, math.ceil(len(labels_N) / PARTS))
         losses = [
-            _chunk(gradient, labels, states, head, what, group)
+            _chunk(gradient, labels, states, head, weight, group)
             for gradient, labels, states in zip(
                 gradient_NV.split(chunk), labels_N.split(chunk), states_ND.split(chunk), strict=True
             )
@@ -102,7 +93,7 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(gradient_NV)
         ctx.dtype = logits_SBV.dtype
         ctx.mark_non_differentiable(lm, kd)
-        return (1 - what.weight) * lm + what.weight * kd, lm, kd
+        return (1 - weight) * lm + weight * kd, lm, kd
 
     @staticmethod
     def backward(ctx: Any, upstream_SB: torch.Tensor, *_: Any) -> tuple[Any, ...]:
@@ -117,11 +108,11 @@ def _chunk(
     labels_N: torch.Tensor,
     states_ND: torch.Tensor,
     head: TeacherHead,
-    what: Distillation,
+    weight: float,
     group: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return LM loss and KL of some tokens; put the gradient in the place of their logits."""
-    target_NV, log_target_NV = _teacher_probabilities(states_ND, head, what.temperature, group)
+    target_NV, log_target_NV = _teacher_probabilities(states_ND, head, group)
     entropy_N = -(target_NV * log_target_NV.clamp(min=-1e30)).sum(-1)
     logits_NV.copy_(_log_softmax(logits_NV, group))  # from here on log-probabilities
     cross_N = -(target_NV * logits_NV).sum(-1)
@@ -134,17 +125,17 @@ def _chunk(
     sums = torch.stack([lm_N, cross_N - entropy_N])
     dist.all_reduce(sums, group=group)
 
-    logits_NV.exp_().sub_(target_NV, alpha=what.weight)
-    logits_NV[rows, local_N] -= (1 - what.weight) * is_here_N
+    logits_NV.exp_().sub_(target_NV, alpha=weight)
+    logits_NV[rows, local_N] -= (1 - weight) * is_here_N
     return sums[0], sums[1]
 
 
 def _teacher_probabilities(
-    states_ND: torch.Tensor, head: TeacherHead, temperature: float, group: Any
+    states_ND: torch.Tensor, head: TeacherHead, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits_NV = torch.nn.functional.linear(states_ND, head.weight_VD, head.bias_V).float()
     logits_NV[:, head.num_tokens :] = -torch.inf
-    log_NV = _log_softmax(logits_NV / temperature, group)
+    log_NV = _log_softmax(logits_NV / head.temperature, group)
     return log_NV.exp(), log_NV
 
 

@@ -1,19 +1,7 @@
 """A teacher's states in its student's width. Shapes: S sequence, B batch, H student, T teacher."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-
-
-@dataclass(frozen=True)
-class ResizeConfig:
-    """From which width to which, and how."""
-
-    kind: str
-    """`interpolate` (no parameters) or `linear` (a learned map)."""
-    student_width: int
-    teacher_width: int
 
 
 def interpolate(states_SBH: torch.Tensor, width: int) -> torch.Tensor:
@@ -28,19 +16,24 @@ class Resize(torch.nn.Module):
 
     The map starts from a generator of its own, so that a run with it and a run without draw the
     same student weights, and every tensor-parallel rank the same map.
+
+    Args:
+        kind: `interpolate` (no parameters) or `linear` (a learned map).
+        student_width: H.
+        teacher_width: T.
     """
 
-    def __init__(self, config: ResizeConfig) -> None:
+    def __init__(self, kind: str, student_width: int, teacher_width: int) -> None:
         super().__init__()
-        self.config = config
-        if config.kind == "linear":
+        self._width = student_width
+        self.weight: torch.nn.Parameter | None = None
+        if kind == "linear":
             generator = torch.Generator().manual_seed(0)
-            shape = config.student_width, config.teacher_width
-            weight_HT = torch.randn(shape, generator=generator) / config.teacher_width**0.5
-            self.weight = torch.nn.Parameter(weight_HT)
+            weight_HT = torch.randn(student_width, teacher_width, generator=generator)
+            self.weight = torch.nn.Parameter(weight_HT / teacher_width**0.5)
 
     def forward(self, teacher_SBT: torch.Tensor) -> torch.Tensor:
         """Return the teacher's states in the student's width."""
-        if self.config.kind == "linear":
+        if self.weight is not None:
             return F.linear(teacher_SBT.to(self.weight.dtype), self.weight)
-        return interpolate(teacher_SBT, self.config.student_width)
+        return interpolate(teacher_SBT, self._width)

@@ -10,7 +10,6 @@ rank applies its own rows of the teacher's head; no logits are gathered.
 import functools
 import math
 from argparse import Namespace
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +19,16 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
 
-from megatron_let.data.selection import (
-    SelectedFirst,
-    load_selection,
-    number_wanted,
-)
+from megatron_let.data.selection import SelectedFirst, load_selection, number_wanted
 from megatron_let.errors import UsageError
-from megatron_let.losses.attach import Record
-from megatron_let.losses.distilled_cross_entropy import (
-    Distillation,
-    TeacherHead,
-    distilled_cross_entropy,
-)
-from megatron_let.methods import signal
+from megatron_let.losses.attach import Queue
+from megatron_let.losses.distilled_cross_entropy import TeacherHead, distilled_cross_entropy
 from megatron_let.methods.schedules import distillation_weight, run_length
 from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import KD_STOP_SHARE, Flags, method_row
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
 from megatron_let.upstream.batch import Batch
-
-# Paths of Megatron that compute the loss elsewhere, or that were never run with a distilled one.
-REFUSED_FLAGS = signal.REFUSED_FLAGS | {"context_parallel_size": (1,), "use_mup": (False,)}
 
 
 @dataclass(frozen=True)
@@ -74,17 +61,17 @@ class Distill(Signal):
 
     flag_group = DistillFlags
     flags: DistillFlags
-    refused_flags = REFUSED_FLAGS
+    # Paths of Megatron that compute the loss elsewhere, or were never run with a distilled one.
+    refused_flags = Signal.refused_flags | {"context_parallel_size": (1,), "use_mup": (False,)}
     danger = "the loss could be computed without the teacher."
-    recorded = ("kd", "tokens")
+    name = "kd"
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
         self._head: TeacherHead | None = None
-        self._targets: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-        """The teacher's states and the loss mask of each micro-batch that has not had its loss."""
+        self.queue: Queue[tuple[torch.Tensor, torch.Tensor]] = Queue()
+        """The teacher's states and the loss mask."""
         self._lm_losses: torch.Tensor | None = None
-        self.record = Record()
         chosen = self.flags.kd_selection
         self._selection = None if chosen is None else load_selection(Path(chosen))
 
@@ -98,10 +85,13 @@ class Distill(Signal):
             )
         if not (args.kd_temperature > 0 and math.isfinite(args.kd_temperature)):
             raise UsageError(f"--kd-temperature {args.kd_temperature} must be positive.")
-        if method_row(args.method).distils_to_the_end:
-            _check_no_stop(args)
-        else:
+        if not method_row(args.method).distils_to_the_end:
             _check_salt_stop(args)
+        elif (args.kd_stop_step, args.kd_decay, args.kd_selection) != (None, "step", None):
+            raise UsageError(
+                "--kd-stop-step, --kd-decay and --kd-selection have no effect with --method "
+                "reverse-kd, which distils during the whole run. Remove them, or use --method salt."
+            )
 
     def weight_at(self, step: int, samples: int) -> float:
         """omega(s)."""
@@ -128,7 +118,8 @@ class Distill(Signal):
         first = mpu.get_tensor_model_parallel_rank() * size
         known = min(self.teacher_config.vocab_size, get_tokenizer().vocab_size)
         weight, bias = teacher.head_rows(first, size)
-        self._head = TeacherHead(weight, bias, min(max(known - first, 0), size), first)
+        number, temperature = min(max(known - first, 0), size), self.flags.kd_temperature
+        self._head = TeacherHead(weight, bias, number, first, temperature)
 
     def training_data(self, dataset: Any) -> Any:
         """The stream with the selected samples in front."""
@@ -151,15 +142,10 @@ class Distill(Signal):
 
     # --- during the run -----------------------------------------------------------------------
 
-    def start_step(self) -> None:
-        """Forget what an interrupted step may have left."""
-        self._targets.clear()
-        self.record = Record()
-
     def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
         """Queue the teacher's states for the loss."""
-        masks = (batch["loss_mask"].float() for batch in batches)
-        self._targets.extend(zip(states_SBD, masks, strict=True))
+        for batch, states in zip(batches, states_SBD, strict=True):
+            self.queue.push((states, batch["loss_mask"].float()))
 
     def _loss(
         self,
@@ -170,9 +156,9 @@ class Distill(Signal):
     ) -> torch.Tensor:
         """`GPTModel.compute_language_model_loss` `[B, S]`, distilled in a guided step."""
         self._lm_losses = None
-        if not chunk.training or not self._targets:
+        if not chunk.training or not self.queue:
             return plain(labels_BS, logits_SBV)
-        states_SBD, mask_BS = self._targets.popleft()
+        states_SBD, mask_BS = self.queue.targets.popleft()
         # As a control the same work is done on a copy, since Megatron's loss destroys the logits.
         given_SBV = logits_SBV.detach().clone() if self.is_control else logits_SBV
         assert self._head is not None
@@ -181,11 +167,12 @@ class Distill(Signal):
             labels_BS.transpose(0, 1),
             states_SBD,
             self._head,
-            Distillation(weight=self.weight, temperature=self.flags.kd_temperature),
+            self.weight,
             mpu.get_tensor_model_parallel_group(),
         )
-        self.record.micro_batches += 1
-        self.record.add(kd=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())
+        record = self.queue.record
+        record.micro_batches += 1
+        record.add(loss=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())
         if self.is_control:
             return plain(labels_BS, logits_SBV)
         self._lm_losses = losses.lm.transpose(0, 1)
@@ -194,14 +181,6 @@ class Distill(Signal):
     def language_model_losses(self) -> torch.Tensor | None:
         """The labels' cross-entropy of the micro-batch that has just had a distilled loss."""
         return self._lm_losses
-
-    def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The mean divergence and its weight."""
-        kd, tokens = sums
-        return {
-            "kd loss": kd / tokens.clamp(min=1),
-            "kd weight": torch.full_like(kd, 0.0 if self.is_control else self.weight),
-        }
 
     # --- what it does -------------------------------------------------------------------------
 
@@ -212,15 +191,6 @@ class Distill(Signal):
             course = f"{flags.kd_decay} until step {flags.kd_stop_step}"
         temperature = flags.kd_temperature
         return f"distillation: weight {flags.kd_weight} {course}, temperature {temperature}"
-
-
-def _check_no_stop(args: Namespace) -> None:
-    given = [args.kd_stop_step is not None, args.kd_decay != "step", args.kd_selection is not None]
-    if any(given):
-        raise UsageError(
-            "--kd-stop-step, --kd-decay and --kd-selection have no effect with --method "
-            "reverse-kd, which distils during the whole run. Remove them, or use --method salt."
-        )
 
 
 def _check_salt_stop(args: Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.errors import UsageError
@@ -16,7 +17,6 @@ from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import Flags
 from megatron_let.teacher.host import TeacherHost
 from megatron_let.teacher.load import TeacherConfig, read_teacher_config
-from megatron_let.teacher.split import own_slice
 from megatron_let.teacher.work import micro_batches_at_once
 from megatron_let.upstream.batch import Batch
 from megatron_let.upstream.loop_hooks import Listener
@@ -76,14 +76,9 @@ class TeacherMethod(Method):
         return sum((s.same_on_resume for s in self.signals), ("teacher_control",))
 
     @property
-    def is_guided(self) -> bool:
-        """Whether the teacher takes part in the current step."""
-        return any(signal.weight > 0 for signal in self.signals)
-
-    @property
-    def _own_signals(self) -> list[Signal]:
-        """Those with a chunk on this rank."""
-        return [signal for signal in self.signals if signal.owner_chunks]
+    def _guiding(self) -> list[Signal]:
+        """Those that guide in the current step."""
+        return [signal for signal in self.signals if signal.weight > 0]
 
     # --- before the run -----------------------------------------------------------------------
 
@@ -121,7 +116,7 @@ class TeacherMethod(Method):
     def on_data(self, train_dataset: Any) -> None:
         """Load the teacher on its stages and score it on the run's first micro-batch."""
         self._set_weights(self.args.iteration)
-        if any(signal.weight > 0 for signal in self._own_signals):
+        if any(signal.owner_chunks for signal in self._guiding):
             self.load()
             self.host.score(train_dataset)
             self.prepare_teacher()
@@ -151,8 +146,9 @@ class TeacherMethod(Method):
     def prepare_teacher(self) -> None:
         """Let the signals take what they need of a whole teacher; drop the rest."""
         assert self.host.teacher is not None
-        for signal in self._own_signals:
-            signal.prepare(self.host.teacher)
+        for signal in self.signals:
+            if signal.owner_chunks:
+                signal.prepare(self.host.teacher)
         self.host.teacher.keep_states_only()
 
     # --- during the run -----------------------------------------------------------------------
@@ -165,14 +161,14 @@ class TeacherMethod(Method):
 
     def micro_batches_at_once(self) -> int:
         """So many that their rows can be dealt evenly over the ranks that share them."""
-        if not self.is_guided:
+        if not self._guiding:
             return 1
         ranks = mpu.get_tensor_and_context_parallel_world_size()
         return micro_batches_at_once(self.args.micro_batch_size, ranks)
 
     def before_forward(self, batches: list[Batch], vp_stage: int | None) -> None:
         """Run the teacher once for all signals of the chunk, and hand its states to each."""
-        guided = [s for s in self.signals if s.weight > 0 and vp_stage in s.owner_chunks]
+        guided = [signal for signal in self._guiding if vp_stage in signal.owner_chunks]
         if not guided:
             return
         sliced = all(signal.slices_sequence() for signal in guided)
@@ -180,8 +176,7 @@ class TeacherMethod(Method):
         for signal in guided:
             own = states
             if signal.slices_sequence() and not sliced:
-                group = mpu.get_tensor_model_parallel_group()
-                own = [own_slice(states_SBD, group) for states_SBD in states]
+                own = [scatter_to_sequence_parallel_region(states_SBD) for states_SBD in states]
             signal.push(batches, own)
 
     def language_model_losses(self) -> torch.Tensor | None:
@@ -191,23 +186,27 @@ class TeacherMethod(Method):
 
     def end_step(self) -> dict[str, torch.Tensor]:
         """Sum the step's records over all ranks; release the teacher after its last use."""
-        if not any(signal.weight > 0 for signal in self._own_signals):
-            self._release()
-        guided = [signal for signal in self.signals if signal.weight > 0]
+        guided = self._guiding
+        works = any(signal.owner_chunks for signal in guided)
+        if not works and self.host.teacher is not None:
+            for signal in self.signals:
+                signal.release()
+            self.host.release()
         if not guided:
             return {}
+        zero, values = torch.zeros((), device=torch.cuda.current_device()), []
         for signal in guided:
             self.check_every_micro_batch(signal)
-        parts = [signal.sums() for signal in guided]
-        zero = torch.zeros((), device=torch.cuda.current_device())
-        works = float(any(signal.owner_chunks for signal in guided))
-        sums = torch.stack([*sum(parts, []), zero + self.host.clock.read(), zero + works])
+            found = signal.queue.record.sums
+            values += [found.get(name, zero).float() for name in signal.recorded]
+        sums = torch.stack([*values, zero + self.host.clock.read(), zero + float(works)])
         torch.distributed.all_reduce(sums)
-        *sums_1, milliseconds, workers = sums.split(1)
+        *totals, milliseconds, workers = sums.split(1)
         report: dict[str, torch.Tensor] = {}
-        for signal, part in zip(guided, parts, strict=True):
-            report |= signal.report(sums_1[: len(part)])
-            sums_1 = sums_1[len(part) :]
+        for signal in guided:
+            number = len(signal.recorded)
+            report |= signal.report(*totals[:number])
+            totals = totals[number:]
         return report | {"teacher time (ms)": milliseconds / workers}
 
     def check_every_micro_batch(self, signal: Signal) -> None:
@@ -217,29 +216,24 @@ class TeacherMethod(Method):
             RuntimeError: its losses in this step are not one for each micro-batch.
         """
         expected = get_num_microbatches() if signal.owner_chunks else 0
-        if signal.num_used != expected:
+        used = signal.queue.record.micro_batches
+        if used != expected:
             raise RuntimeError(
                 f"Step {self.args.curr_iteration + 1}: --method {self.args.method} recorded "
-                f"{signal.num_used} losses with the teacher for {expected} micro-batches. Some "
+                f"{used} losses with the teacher for {expected} micro-batches. Some "
                 "path of Megatron bypassed it; please report the flags of this run."
             )
-
-    def _release(self) -> None:
-        if self.host.teacher is not None:
-            for signal in self.signals:
-                signal.release()
-            self.host.release()
 
     # --- what it costs and what it does -------------------------------------------------------
 
     def extra_flops(self, tokens: int) -> float:
         """The teacher's forward passes in a guided step, one on each chunk that needs them."""
-        guided = [i for i, signal in enumerate(self.signals) if signal.weight > 0]
-        facts = self.host.facts
+        facts, guided = self.host.facts, self._guiding
         if not guided or not facts:
             return 0.0
-        chunks = {place for i in guided for place in facts["chunks"][i]}
-        own = sum(self.signals[i].flops_per_token() for i in guided)
+        places = zip(self.signals, facts["chunks"], strict=True)
+        chunks = {place for signal, every in places if signal in guided for place in every}
+        own = sum(signal.flops_per_token() for signal in guided)
         return tokens * (len(chunks) * facts["flops_per_token"] + own)
 
     def flops_once(self) -> float:

@@ -6,38 +6,27 @@ The teacher runs on the stage that owns layer K, K's `AlignedTransformerLayer` a
 the second term to its output's, and nothing of ours travels between stages.
 """
 
+import functools
 import math
 from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Target
-from megatron_let.losses.resize import ResizeConfig
+from megatron_let.losses.resize import Resize
 from megatron_let.losses.table import LOSSES
-from megatron_let.methods import signal
 from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, Flags
 from megatron_let.teacher.load import TeacherConfig
-from megatron_let.teacher.split import own_slice
 from megatron_let.upstream.aligned_layer import aligned_block_spec
 from megatron_let.upstream.batch import Batch
-
-# Paths of Megatron that bypass, capture or copy the aligned layer, or that were never run with it.
-# Each is refused until it is proven.
-REFUSED_FLAGS = signal.REFUSED_FLAGS | {
-    "spec": (None,),
-    "yaml_cfg": (None,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None,),
-    "experimental_attention_variant": (None,),
-}
 
 
 @dataclass(frozen=True)
@@ -81,15 +70,23 @@ class Let(Signal):
 
     flag_group = LetFlags
     flags: LetFlags
-    refused_flags = REFUSED_FLAGS
+    # Paths of Megatron that bypass, capture or copy the aligned layer, or were never run with it.
+    # Each is refused until it is proven.
+    refused_flags = Signal.refused_flags | {
+        "spec": (None,),
+        "yaml_cfg": (None,),
+        "heterogeneous_layers_config_path": (None,),
+        "heterogeneous_layers_config_encoded_json": (None,),
+        "experimental_attention_variant": (None,),
+    }
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
+    name = "let"
     recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         _resolve_teacher_layer(args, teacher.num_layers)
         super().__init__(args, teacher)
-        self.alignment = Alignment(LOSSES[self.flags.let_loss])
-        self.record = self.alignment.record
+        self.queue = self.alignment = Alignment(LOSSES[self.flags.let_loss])
         self._transformer: TransformerConfig
 
     @classmethod
@@ -110,12 +107,10 @@ class Let(Signal):
 
     def weight_at(self, step: int, samples: int) -> float:
         """lambda(s), by steps or by samples."""
-        flags = self.flags
-        if flags.let_stop_samples is not None:
-            factor = guidance_factor(samples, flags.let_stop_samples, flags.let_decay)
-        else:
-            factor = guidance_factor(step, flags.let_stop_step, flags.let_decay)
-        return flags.let_weight * factor
+        done, stop = step, self.flags.let_stop_step
+        if self.flags.let_stop_samples is not None:
+            done, stop = samples, self.flags.let_stop_samples
+        return self.flags.let_weight * guidance_factor(done, stop, self.flags.let_decay)
 
     def teacher_layer(self) -> int | None:
         """None for the last layer, whose states are those after the final norm."""
@@ -136,11 +131,8 @@ class Let(Signal):
     def configure(self, model_config: Any) -> None:
         """Replace layer K in the spec."""
         self._transformer = model_config.transformer
-        resize = ResizeConfig(
-            kind=self.flags.let_resize,
-            student_width=self._transformer.hidden_size,
-            teacher_width=self.teacher_config.width(self.teacher_layer()),
-        )
+        widths = self._transformer.hidden_size, self.teacher_config.width(self.teacher_layer())
+        resize = functools.partial(Resize, self.flags.let_resize, *widths)
 
         def spec(config: Any, vp_stage: int | None = None) -> Any:
             block, owns = aligned_block_spec(
@@ -158,11 +150,6 @@ class Let(Signal):
 
     # --- during the run -----------------------------------------------------------------------
 
-    def start_step(self) -> None:
-        """Forget what an interrupted step may have left."""
-        self.alignment.start_step()
-        self.record = self.alignment.record
-
     def slices_sequence(self) -> bool:
         """Layer K's output is sliced under sequence parallelism."""
         return self._transformer.sequence_parallel
@@ -173,7 +160,7 @@ class Let(Signal):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
             scale = self.weight * self._loss_scale(mask_SB.sum())
             if self.slices_sequence():
-                mask_SB = own_slice(mask_SB, mpu.get_tensor_model_parallel_group())
+                mask_SB = scatter_to_sequence_parallel_region(mask_SB)
             self.alignment.push(Target(states_SBT, mask_SB, None if self.is_control else scale))
 
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:
@@ -190,14 +177,11 @@ class Let(Signal):
             return scale
         return scale / (num_tokens.clamp(min=1) * get_num_microbatches())
 
-    def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The mean loss, its weight, and the gradients' ratio."""
-        loss, tokens, lm_square, let_square = sums
-        return {
-            "let loss": loss / tokens.clamp(min=1),
-            "let weight": torch.full_like(loss, 0.0 if self.is_control else self.weight),
-            "let gradient ratio": (let_square / lm_square.clamp(min=1e-30)).sqrt(),
-        }
+    def report(self, loss: torch.Tensor, tokens: torch.Tensor, *squares: Any) -> dict[str, Any]:
+        """The gradients' ratio, too."""
+        lm_square, let_square = squares
+        ratio = (let_square / lm_square.clamp(min=1e-30)).sqrt()
+        return super().report(loss, tokens) | {"let gradient ratio": ratio}
 
     # --- what it does -------------------------------------------------------------------------
 

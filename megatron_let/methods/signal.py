@@ -1,4 +1,4 @@
-"""One way in which a small teacher guides its student; `with_teacher.py` runs the teacher."""
+"""One way in which a small teacher guides its student; `guided.py` runs the teacher."""
 
 from argparse import Namespace
 from typing import Any, ClassVar
@@ -6,20 +6,11 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_let.errors import UsageError
-from megatron_let.losses.attach import Record
+from megatron_let.losses.attach import Queue
 from megatron_let.methods.base import Hooks
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
 from megatron_let.upstream.batch import Batch
-
-REFUSED_FLAGS: dict[str, tuple[Any, ...]] = {
-    "overlap_moe_expert_parallel_comm": (False,),
-    "cuda_graph_impl": ("none", None),
-    "use_megatron_fsdp": (False,),
-    "use_torch_fsdp2": (False,),
-    "mtp_num_layers": (None,),
-}
-"""Of every signal, see `Signal.refused_flags`."""
 
 
 class Signal(Hooks):
@@ -30,14 +21,22 @@ class Signal(Hooks):
         teacher: the teacher's configuration.
     """
 
-    refused_flags: ClassVar[dict[str, tuple[Any, ...]]]
+    refused_flags: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "overlap_moe_expert_parallel_comm": (False,),
+        "cuda_graph_impl": ("none", None),
+        "use_megatron_fsdp": (False,),
+        "use_torch_fsdp2": (False,),
+        "mtp_num_layers": (None,),
+    }
     """Arguments of Megatron with the values that go with this signal; others were never proven."""
     danger: ClassVar[str]
     """What the others could do."""
-    recorded: ClassVar[tuple[str, ...]]
+    name: ClassVar[str]
+    """In what is logged."""
+    recorded: ClassVar[tuple[str, ...]] = ("loss", "tokens")
     """Names of the scalars that are recorded of a step."""
-    record: Record
-    """Of the current step."""
+    queue: Queue[Any]
+    """The teacher's states that wait for their use, and the record of the current step."""
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         self.args = args
@@ -48,16 +47,13 @@ class Signal(Hooks):
         self.owner_chunks: set[int | None] = set()
         """Virtual stages of this rank that use the teacher's states; building the model, as
         `configure` changes it, fills them in."""
-        self._refuse_unproven()
-
-    def _refuse_unproven(self) -> None:
         for name, allowed in self.refused_flags.items():
-            value = getattr(self.args, name)
+            value = getattr(args, name)
             if value not in allowed:
                 shown = "" if value is True else f" {value}"
                 raise UsageError(
                     f"--{name.replace('_', '-')}{shown} is not supported with --method "
-                    f"{self.args.method}: {self.danger} Remove it, or use --method baseline."
+                    f"{args.method}: {self.danger} Remove it, or use --method baseline."
                 )
 
     @property
@@ -92,19 +88,17 @@ class Signal(Hooks):
         """Queue the teacher's states of the chunk's next micro-batches."""
         raise NotImplementedError
 
-    @property
-    def num_used(self) -> int:
-        """Micro-batches of this step whose states have been used."""
-        return self.record.micro_batches
+    def start_step(self) -> None:
+        """Forget what an interrupted step may have left."""
+        self.queue.start_step()
 
-    def sums(self) -> list[torch.Tensor]:
-        """Scalars to add up over all ranks after the step; as many on each."""
-        zero = torch.zeros((), device=torch.cuda.current_device())
-        return [self.record.sums.get(name, zero).float() for name in self.recorded]
-
-    def report(self, sums: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What to log, of the sums over all ranks."""
-        raise NotImplementedError
+    def report(self, loss: torch.Tensor, tokens: torch.Tensor, *_: Any) -> dict[str, torch.Tensor]:
+        """What to log, of the sums of `recorded` over all ranks: the mean loss and its weight."""
+        weight = 0.0 if self.is_control else self.weight
+        return {
+            f"{self.name} loss": loss / tokens.clamp(min=1),
+            f"{self.name} weight": torch.full_like(loss, weight),
+        }
 
     def release(self) -> None:
         """Drop what is left of the teacher."""

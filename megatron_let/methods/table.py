@@ -4,8 +4,8 @@ It imports neither torch nor Megatron: the planner and the reports read it too. 
 outside the tree is a row that `add_method` adds (docs/extending.md).
 """
 
-import importlib
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,10 +19,8 @@ LET_STOP_STEP = 1500
 KD_STOP_SHARE = 0.173
 """SALT distils for this share of the steps (36K of 208K, arXiv 2410.18779)."""
 
-_PLAIN, _WITH_TEACHER = (
-    "megatron_let.methods.base:Method",
-    "megatron_let.methods.guided:TeacherMethod",
-)
+_PLAIN = "megatron_let.methods.base:Method"
+_WITH_TEACHER = "megatron_let.methods.guided:TeacherMethod"
 _LET, _DISTILL = "megatron_let.methods.let:Let", "megatron_let.methods.distill:Distill"
 
 
@@ -52,14 +50,10 @@ class MethodRow:
     def parts(self) -> list[Any]:
         """The classes of its method and of its signals; imports them."""
         method = self.method or (_WITH_TEACHER if self.signals else _PLAIN)
-        return [_loaded(part) for part in (method, *self.signals)]
-
-
-def _loaded(part: str | type) -> Any:
-    if isinstance(part, type):
-        return part
-    module, _, name = part.partition(":")
-    return getattr(importlib.import_module(module), name)
+        return [
+            part if isinstance(part, type) else pkgutil.resolve_name(part)
+            for part in (method, *self.signals)
+        ]
 
 
 BASELINE, MAIN = "baseline", "let"

@@ -6,6 +6,7 @@ the export needs to know nothing. It is replaced in the spec, never patched on t
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from megatron.core.utils import make_viewless_tensor
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_let.losses.attach import Alignment
-from megatron_let.losses.resize import Resize, ResizeConfig
+from megatron_let.losses.resize import Resize
 
 
 @functools.cache
@@ -39,12 +40,12 @@ def aligned_layer_class(layer_class: type) -> type:
             config: TransformerConfig,
             *args: Any,
             alignment: Alignment,
-            resize: ResizeConfig,
+            resize: Callable[[], Resize],
             **kwargs: Any,
         ) -> None:
             super().__init__(config, *args, **kwargs)
             self.alignment = alignment
-            self.let_resize = Resize(resize).to(config.params_dtype)
+            self.let_resize = resize().to(config.params_dtype)
             if torch.cuda.is_available() and not config.use_cpu_initialization:
                 self.let_resize.cuda()
             for weight in self.let_resize.parameters():
@@ -83,7 +84,7 @@ def aligned_block_spec(
     *,
     layer_number: int,
     alignment: Alignment,
-    resize: ResizeConfig,
+    resize: Callable[[], Resize],
 ) -> tuple[TransformerBlockSubmodules, bool]:
     """Return this chunk's decoder spec, and whether it owns layer `layer_number` (1-based).
 

@@ -115,7 +115,7 @@ def layout_gradients(
             signal.flags = replace(signal.flags, **own)
         args.curr_iteration += 1
         step(student)
-        waiting = [vars(signal).get("alignment", signal)._targets for signal in method.signals]
+        waiting = [signal.queue.targets for signal in method.signals]
         assert not any(waiting), "a target was left in the queue"
         gradients |= {(part, name): g for name, g in whole_gradients(student).items()}
     method.end_step()  # checks that every micro-batch had its loss with the teacher
@@ -134,7 +134,7 @@ def recorded_in_a_repeated_step(flags: list[str], global_batch: int) -> tuple[in
     [signal] = student.method.signals
     if not signal.owner_chunks:
         return 0, 0
-    return signal.num_used, get_num_microbatches()
+    return signal.queue.record.micro_batches, get_num_microbatches()
 
 
 def _precision(flags: list[str]) -> torch.dtype:

@@ -11,6 +11,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import make_viewless_tensor, unwrap_model
 
 from megatron_let.losses.attach import Alignment
+from megatron_let.losses.table import cosine
 
 Fault = Callable[[Any, list[Any]], None]
 
@@ -52,7 +53,7 @@ def _counted_twice(method: Any, chunks: list[Any]) -> None:
     attach = signal.alignment.attach
 
     def attach_twice(activation: torch.Tensor, resize: Any) -> torch.Tensor:
-        targets = signal.alignment._targets
+        targets = signal.alignment.targets
         if targets:
             targets.appendleft(targets[0])
             activation = attach(activation, resize)
@@ -70,7 +71,7 @@ class _LastInFirstOut(deque):  # type: ignore[type-arg]
 def _newest_micro_batch(method: Any, chunks: list[Any]) -> None:
     """Align with the newest micro-batch's states, not with the layer's own."""
     signal = method.signals[0]
-    signal.alignment._targets = _LastInFirstOut()
+    signal.alignment.targets = _LastInFirstOut()
 
 
 def _per_micro_batch_mean(method: Any, chunks: list[Any]) -> None:
@@ -96,7 +97,7 @@ def _index_without_virtual_stage(method: Any, chunks: list[Any]) -> None:
     if not signal.owner_chunks:
         return
     wrong, right = (unwrap_model(chunk).decoder.layers[0] for chunk in chunks)
-    right.alignment = Alignment()
+    right.alignment = Alignment(cosine)
     signal.owner_chunks = {0}
 
     def attach(_layer: Any, _inputs: Any, output: Any) -> Any:

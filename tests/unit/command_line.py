@@ -27,7 +27,7 @@ MODEL = (
 ).split()
 
 
-REFUSED_FLAGS = let.REFUSED_FLAGS | distill.REFUSED_FLAGS
+REFUSED_FLAGS = let.Let.refused_flags | distill.Distill.refused_flags
 
 
 def usage_errors(command_lines: list[list[str]]) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_let.losses import distilled_cross_entropy as module
-from megatron_let.losses.distilled_cross_entropy import Distillation, TeacherHead
+from megatron_let.losses.distilled_cross_entropy import TeacherHead
 
 SEQ, BATCH, VOCAB, WIDTH = 5, 2, 40, 8
 Found = dict[str, Any]
@@ -41,8 +41,8 @@ def losses_and_gradient(
     logits, labels, states, head = _inputs(same)
     leaf = logits[..., first : first + size].clone().requires_grad_()
     own = leaf * 1.0  # as from a model: it may be overwritten
-    rows = TeacherHead(head[first : first + size], None, min(max(known - first, 0), size), first)
-    what = Distillation(weight, temperature)
+    number = min(max(known - first, 0), size)
+    rows = TeacherHead(head[first : first + size], None, number, first, temperature)
     module.PARTS, usual = parts, module.PARTS
     kept = [0]
 
@@ -51,7 +51,7 @@ def losses_and_gradient(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = module.distilled_cross_entropy(own, labels, states, rows, what, group)
+        losses = module.distilled_cross_entropy(own, labels, states, rows, weight, group)
     module.PARTS = usual
     losses.total.backward(_upstream())
     assert leaf.grad is not None
@@ -91,7 +91,7 @@ def peak_shards(distilled: bool, dtype: str, tokens: int, vocab: int, parts: int
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, vocab, (tokens, 1), generator=generator)
     states = torch.randn(tokens, 1, WIDTH, generator=generator)
-    rows = TeacherHead(torch.randn(vocab, WIDTH, generator=generator), None, vocab, 0)
+    rows = TeacherHead(torch.randn(vocab, WIDTH, generator=generator), None, vocab, 0, 1.0)
     weight = torch.randn(vocab, WIDTH, generator=generator).to(getattr(torch, dtype))
     hidden = states.to(weight.dtype).requires_grad_()
     tracker, usual = MemTracker(), module.PARTS
@@ -99,8 +99,7 @@ def peak_shards(distilled: bool, dtype: str, tokens: int, vocab: int, parts: int
     with tracker:
         logits = hidden @ weight.T
         if distilled:
-            what = Distillation(0.5, 1.0)
-            losses = module.distilled_cross_entropy(logits, labels, states, rows, what, group)
+            losses = module.distilled_cross_entropy(logits, labels, states, rows, 0.5, group)
             loss = losses.total
         else:
             loss = vocab_parallel_cross_entropy(logits, labels, tp_group=group)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_let.losses.attach import Alignment, Target
-from megatron_let.losses.resize import Resize, ResizeConfig, interpolate
+from megatron_let.losses.resize import Resize, interpolate
 
 S, B, H, T = 5, 2, 8, 12
 
@@ -20,7 +20,7 @@ def randn(seed, *shape):
 
 
 def make_resize(kind="interpolate"):
-    return Resize(ResizeConfig(kind, student_width=H, teacher_width=T)).double()
+    return Resize(kind, student_width=H, teacher_width=T).double()
 
 
 def exact_cosine(student_SBH, teacher_SBH):
@@ -196,7 +196,7 @@ def test_start_of_a_step_forgets_what_an_interrupted_one_left():
 def test_teacher_states_of_the_student_cost_nothing():
     """Identity: the student's own states as teacher give loss 0; shifted by one, they do not."""
     x_SBH = randn(2, S, B, H).requires_grad_()
-    resize = Resize(ResizeConfig("interpolate", student_width=H, teacher_width=H))
+    resize = Resize("interpolate", student_width=H, teacher_width=H)
     ones, scale = torch.ones(S, B), torch.tensor(1.0)
     own_SBH = x_SBH.detach()
     alignment = make_alignment(

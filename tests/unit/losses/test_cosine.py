@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_let.losses.cosine import cosine
+from megatron_let.losses.table import cosine
 
 
 def states(seed, *shape, dtype=torch.float32):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_let.losses.resize import Resize, ResizeConfig, interpolate
+from megatron_let.losses.resize import Resize, interpolate
 
 
 def states(seed, width):
@@ -40,40 +40,39 @@ def test_equal_widths_come_back_as_they_are():
 
 @pytest.mark.parametrize("kind", ["interpolate", "linear"])
 def test_the_teachers_states_get_the_students_width(kind):
-    resize = Resize(ResizeConfig(kind, student_width=16, teacher_width=24))
+    resize = Resize(kind, student_width=16, teacher_width=24)
     assert resize(states(1, 24)).shape == (3, 2, 16)
 
 
 def test_only_the_learned_map_has_weights():
-    config = ResizeConfig("interpolate", student_width=16, teacher_width=24)
-    assert list(Resize(config).parameters()) == []
+    assert list(Resize("interpolate", student_width=16, teacher_width=24).parameters()) == []
 
 
 def test_map_is_a_matrix_product():
-    resize = Resize(ResizeConfig("linear", student_width=16, teacher_width=24))
+    resize = Resize("linear", student_width=16, teacher_width=24)
     teacher = resize(states(1, 24))
     torch.testing.assert_close(teacher, states(1, 24) @ resize.weight.T)
 
 
 def test_map_takes_states_of_another_precision():
-    resize = Resize(ResizeConfig("linear", student_width=16, teacher_width=24))
+    resize = Resize("linear", student_width=16, teacher_width=24)
     teacher = resize(states(1, 24).bfloat16())
     assert teacher.dtype == torch.float32
 
 
 def test_map_is_the_same_whatever_the_generator_and_leaves_it_as_found():
-    config = ResizeConfig("linear", student_width=16, teacher_width=24)
+    sizes = {"student_width": 16, "teacher_width": 24}
     torch.manual_seed(1)
-    first = Resize(config).weight
+    first = Resize("linear", **sizes).weight
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    second = Resize(config).weight
+    second = Resize("linear", **sizes).weight
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_map_keeps_the_size_of_what_it_maps():
     """Variance of the output is that of the input, within 10 % at width 512."""
-    resize = Resize(ResizeConfig("linear", student_width=512, teacher_width=512))
+    resize = Resize("linear", student_width=512, teacher_width=512)
     teacher = resize(states(1, 512))
     assert teacher.std().item() == pytest.approx(1.0, rel=0.1)

@@ -28,7 +28,8 @@ from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.models.gpt import default_layer_spec
 
 from megatron_let.losses.attach import Alignment
-from megatron_let.losses.resize import ResizeConfig
+from megatron_let.losses.resize import Resize
+from megatron_let.losses.table import cosine
 from megatron_let.training import arguments, command_line
 from megatron_let.upstream.aligned_layer import aligned_block_spec, aligned_layer_class
 from tests.support.testing import forget_last_run
@@ -38,8 +39,8 @@ LAYER = 2
 STEPS = "--mock-data --train-iters 10 --eval-interval 5".split()
 STUDENT = (*MODEL, *STEPS, *"--num-layers 3 --padded-vocab-size 256".split())
 EXTRA = {
-    "alignment": Alignment(),
-    "resize": ResizeConfig("interpolate", student_width=32, teacher_width=48),
+    "alignment": Alignment(cosine),
+    "resize": functools.partial(Resize, "interpolate", student_width=32, teacher_width=48),
 }
 Words = tuple[str, ...]
 
