@@ -4,6 +4,8 @@ The loss never travels to the last stage: layer K's activation is handed on unch
 gradient comes back, the scaled gradient of the alignment loss is added to it. The same idea as
 Megatron's `MoEAuxLossAutoScaler`, but the scale belongs to the micro-batch, not to a class, and the
 gradient is computed at once, so that neither teacher states nor a graph wait for the backward pass.
+
+Shapes: S sequence, B batch, H student's width, T teacher's width.
 """
 
 from collections import deque
@@ -12,9 +14,44 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from megatron_let.losses.resize import Resize
 from megatron_let.losses.table import Loss
+
+
+def interpolate(states_SBH: torch.Tensor, width: int) -> torch.Tensor:
+    """1-D linear interpolation along the feature axis, `[S, B, width]` (method.md, 2.4)."""
+    if states_SBH.size(-1) == width:
+        return states_SBH
+    return F.interpolate(states_SBH, size=width, mode="linear", align_corners=False)
+
+
+class Resize(torch.nn.Module):
+    """`[S, B, T]` to `[S, B, H]`; a `linear` one owns its map, the only weights LET ever trains.
+
+    The map starts from a generator of its own, so that a run with it and a run without draw the
+    same student weights, and every tensor-parallel rank the same map.
+
+    Args:
+        kind: `interpolate` (no parameters) or `linear` (a learned map).
+        student_width: H.
+        teacher_width: T.
+    """
+
+    def __init__(self, kind: str, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self._width = student_width
+        self.weight: torch.nn.Parameter | None = None
+        if kind == "linear":
+            generator = torch.Generator().manual_seed(0)
+            weight_HT = torch.randn(student_width, teacher_width, generator=generator)
+            self.weight = torch.nn.Parameter(weight_HT / teacher_width**0.5)
+
+    def forward(self, teacher_SBT: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's states in the student's width."""
+        if self.weight is not None:
+            return F.linear(teacher_SBT.to(self.weight.dtype), self.weight)
+        return interpolate(teacher_SBT, self._width)
 
 
 @dataclass

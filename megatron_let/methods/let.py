@@ -18,8 +18,7 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.errors import UsageError
-from megatron_let.losses.attach import Alignment, Target
-from megatron_let.losses.resize import Resize
+from megatron_let.losses.attach import Alignment, Resize, Target
 from megatron_let.losses.table import LOSSES
 from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.signal import Signal
@@ -95,8 +94,7 @@ class Let(Signal):
         if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
             raise UsageError(
                 f"--let-layer {args.let_layer} is outside the model: --num-layers "
-                f"{args.num_layers} allows 1 to {args.num_layers} (an early layer is meant, such "
-                "as 2 or 3)."
+                f"{args.num_layers} allows 1 to {args.num_layers}."
             )
         if not (args.let_weight > 0 and math.isfinite(args.let_weight)):
             raise UsageError(
@@ -135,13 +133,8 @@ class Let(Signal):
         resize = functools.partial(Resize, self.flags.let_resize, *widths)
 
         def spec(config: Any, vp_stage: int | None = None) -> Any:
-            block, owns = aligned_block_spec(
-                config,
-                vp_stage,
-                layer_number=self.flags.let_layer,
-                alignment=self.alignment,
-                resize=resize,
-            )
+            layer = self.flags.let_layer
+            block, owns = aligned_block_spec(config, vp_stage, layer, self.alignment, resize)
             if owns:
                 self.owner_chunks.add(vp_stage)
             return block

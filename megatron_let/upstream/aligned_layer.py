@@ -21,8 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_let.losses.attach import Alignment
-from megatron_let.losses.resize import Resize
+from megatron_let.losses.attach import Alignment, Resize
 
 
 @functools.cache
@@ -81,7 +80,6 @@ def aligned_layer_class(layer_class: type) -> type:
 def aligned_block_spec(
     config: GPTModelConfig,
     vp_stage: int | None,
-    *,
     layer_number: int,
     alignment: Alignment,
     resize: Callable[[], Resize],

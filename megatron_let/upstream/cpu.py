@@ -38,28 +38,65 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, int) or str(device).startswith("cuda")
 
 
-def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(factory)
-    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if "device" in kwargs and _names_cuda(kwargs["device"]):
-            kwargs["device"] = CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return factory(*args, **kwargs)
+def _given(change: Callable[[tuple, dict[str, Any]], tuple]) -> Callable[[Any], Any]:
+    """A redirect to upstream's own, given other arguments: `change` returns the positional ones."""
 
-    return on_cpu
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            args = change(args, kwargs)
+            return original(*args, **kwargs)
+
+        return changed
+
+    return make
 
 
-def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(to)
-    def on_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and not isinstance(args[0], (int, torch.Tensor)) and _names_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if "device" in kwargs and _names_cuda(kwargs["device"]):
-            kwargs["device"] = CPU
-        return to(self, *args, **kwargs)
+@_given
+def _factory_on_cpu(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    if "device" in kwargs and _names_cuda(kwargs["device"]):
+        kwargs["device"] = CPU
+    if kwargs.get("pin_memory"):
+        kwargs["pin_memory"] = False
+    return args
 
-    return on_cpu
+
+@_given
+def _to_on_cpu(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    if "device" in kwargs and _names_cuda(kwargs["device"]):
+        kwargs["device"] = CPU
+    this, *others = args
+    if others and not isinstance(others[0], (int, torch.Tensor)) and _names_cuda(others[0]):
+        others[0] = CPU
+    return (this, *others)
+
+
+@_given
+def _without_nccl(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    for device in ("device_id", "device_ids"):
+        kwargs.pop(device, None)
+    if kwargs.get("backend") == "nccl":
+        kwargs["backend"] = "gloo"
+    return args
+
+
+@_given
+def _loader_with_generator(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """`DataLoader.__init__` that seeds its workers from a generator of its own.
+
+    By default each iterator draws a seed from the CPU generator. That one stands in for the GPU's
+    here, so a resumed run, which makes its iterators after loading the state, would drop out
+    other activations than the uninterrupted run.
+    """
+    kwargs.setdefault("generator", torch.Generator())
+    return args
+
+
+@_given
+def _says_process(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Each process is a GPU to Megatron, whose log says so."""
+    text = args[0].replace("per GPU (TFLOP/s/GPU)", "per process (TFLOP/s/process)")
+    return (text.replace("TFLOP/s/GPU", "TFLOP/s/process"), *args[1:])
 
 
 def _type_as_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,18 +106,6 @@ def _type_as_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
     return as_cuda
-
-
-def _without_nccl(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def without_nccl(*args: Any, **kwargs: Any) -> Any:
-        for device in ("device_id", "device_ids"):
-            kwargs.pop(device, None)
-        if kwargs.get("backend") == "nccl":
-            kwargs["backend"] = "gloo"
-        return function(*args, **kwargs)
-
-    return without_nccl
 
 
 def _on_one_device(group_class: type) -> type:
@@ -107,33 +132,6 @@ def _on_one_device(group_class: type) -> type:
             super().__init__(store, rank, size, options)
 
     return OnOneDevice
-
-
-def _loader_with_generator(init: Callable[..., None]) -> Callable[..., None]:
-    """`DataLoader.__init__` that seeds its workers from a generator of its own.
-
-    By default each iterator draws a seed from the CPU generator. That one stands in for the GPU's
-    here, so a resumed run, which makes its iterators after loading the state, would drop out
-    other activations than the uninterrupted run.
-    """
-
-    @functools.wraps(init)
-    def with_generator(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("generator", torch.Generator())
-        init(self, *args, **kwargs)
-
-    return with_generator
-
-
-def _says_process(tell: Callable[..., None]) -> Callable[..., None]:
-    """Each process is a GPU to Megatron, whose log says so."""
-
-    @functools.wraps(tell)
-    def says_process(text: str, *args: Any, **kwargs: Any) -> None:
-        text = text.replace("per GPU (TFLOP/s/GPU)", "per process (TFLOP/s/process)")
-        tell(text.replace("TFLOP/s/GPU", "TFLOP/s/process"), *args, **kwargs)
-
-    return says_process
 
 
 def _without_cuda(initialize: Callable[..., Any]) -> Callable[..., Any]:

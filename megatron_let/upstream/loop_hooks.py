@@ -144,8 +144,8 @@ class LoopHooks:
         """Give each listener back what it had in the checkpoint with these arguments."""
         states = vars(saved).get("listener_states", {})
         for listener in self.listeners:
-            if name_of(listener) in states:
-                listener.on_load(states[name_of(listener)])
+            if (state := states.get(type(listener).__name__)) is not None:
+                listener.on_load(state)
 
     def _tell(self, event: str, *values: Any) -> None:
         for listener in self.listeners:
@@ -193,7 +193,7 @@ class LoopHooks:
             folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
             self._folder = folder if is_lasting else None
             self._tell("before_save", Save(step, chunks, optimizer, self._folder))
-            states = {name_of(listener): listener.state() for listener in self.listeners}
+            states = {type(one).__name__: one.state() for one in self.listeners}
             self.args.listener_states = {name: state for name, state in states.items() if state}
             save_checkpoint(step, chunks, optimizer, *others, **named)
             if self._folder and not self.args.async_save:
@@ -210,8 +210,3 @@ class LoopHooks:
             schedule(snapshot(request))
 
         return wrapped
-
-
-def name_of(listener: Listener) -> str:
-    """What a checkpoint calls a listener's state."""
-    return type(listener).__name__

@@ -29,7 +29,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_let.losses.resize import interpolate
+from megatron_let.losses.attach import interpolate
 from megatron_let.methods.table import build_method
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
 from megatron_let.training import command_line

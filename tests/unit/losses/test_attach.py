@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_let.losses.attach import Alignment, Target
-from megatron_let.losses.resize import Resize, interpolate
+from megatron_let.losses.attach import Alignment, Resize, Target, interpolate
 
 S, B, H, T = 5, 2, 8, 12
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_let.losses.resize import Resize, interpolate
+from megatron_let.losses.attach import Resize, interpolate
 
 
 def states(seed, width):

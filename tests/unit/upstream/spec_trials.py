@@ -27,8 +27,7 @@ from megatron.training import arguments as megatron_arguments
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron_let.losses.attach import Alignment
-from megatron_let.losses.resize import Resize
+from megatron_let.losses.attach import Alignment, Resize
 from megatron_let.losses.table import cosine
 from megatron_let.training import arguments, command_line
 from megatron_let.upstream.aligned_layer import aligned_block_spec, aligned_layer_class
