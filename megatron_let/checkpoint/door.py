@@ -16,7 +16,7 @@ from megatron_let.checkpoint import sums
 from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting
 from megatron_let.checkpoint.folder import step_of
 from megatron_let.errors import MachineError, UsageError
-from megatron_let.upstream import loading, safe_loading
+from megatron_let.upstream import safe_loading
 from megatron_let.upstream.table import apply
 
 
@@ -32,7 +32,7 @@ class Door:
     def install(self) -> None:
         """Replace Megatron's ways; before it parses its command line."""
         safe_loading.install()
-        apply(loading.redirects(self._load_base, self._holds, self._load))
+        apply(safe_loading.redirects(self._load_base, self._holds, self._load))
 
     def settle(self, args: Namespace) -> None:
         """Choose a whole checkpoint; called on every rank when the groups are there.
@@ -114,10 +114,10 @@ class Door:
         """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
         folder = self._folder(args, load)
         if folder is None:
-            return loading.NOTHING
+            return safe_loading.NOTHING
         if not rank0:
-            return loading.whole_state(folder, step_of(folder), args, states)
-        found = loading.common_state(folder, step_of(folder))
+            return safe_loading.whole_state(folder, step_of(folder), args, states)
+        found = safe_loading.common_state(folder, step_of(folder))
         _check_spec(args, found[0])
         return found
 

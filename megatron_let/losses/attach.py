@@ -10,7 +10,7 @@ Shapes: S sequence, B batch, H student's width, T teacher's width.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,31 +67,18 @@ class Target:
     recorded, and nothing is added."""
 
 
-@dataclass
-class Record:
-    """Sums over the micro-batches of a step, on this rank; read and reset once a step."""
-
-    micro_batches: int = 0
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, **values: torch.Tensor) -> None:
-        """Add detached scalars to their sums."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-
-
 class _AddGradient(torch.autograd.Function):
     """Identity whose backward adds a ready gradient: to the activation, and to map weights."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        record: Record,
+        queue: "Queue[Any]",
         activation: torch.Tensor,
         gradient: torch.Tensor,
         *weights_then_gradients: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.record = record
+        ctx.queue = queue
         ctx.num_weights = len(weights_then_gradients) // 2
         ctx.save_for_backward(gradient, *weights_then_gradients[ctx.num_weights :])
         return activation.view_as(activation)
@@ -99,7 +86,7 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
         gradient, *weight_gradients = ctx.saved_tensors
-        ctx.record.add(
+        ctx.queue.add(
             lm_gradient_square=upstream.float().square().sum(),
             let_gradient_square=gradient.float().square().sum(),
         )
@@ -108,23 +95,31 @@ class _AddGradient(torch.autograd.Function):
 
 
 class Queue[T]:
-    """What is kept of the micro-batches that have not had their loss with the teacher yet."""
+    """Micro-batches that wait for their loss with the teacher, and sums over those that had it."""
 
     def __init__(self) -> None:
         self.targets: deque[T] = deque()
-        self.record = Record()
+        self.start_step()
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def start_step(self) -> None:
+        """Forget the last step's sums, and what an interrupted one may have left."""
+        self.targets.clear()
+        self.micro_batches = 0
+        """With a loss in this step."""
+        self.sums: dict[str, torch.Tensor] = {}
+        """Scalars of this step, on this rank."""
 
     def push(self, target: T) -> None:
         """Queue the target of the micro-batch whose forward pass comes next."""
         self.targets.append(target)
 
-    def start_step(self) -> None:
-        """Forget what an interrupted step may have left."""
-        self.targets.clear()
-        self.record = Record()
+    def add(self, **values: torch.Tensor) -> None:
+        """Add detached scalars to their sums."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
 
 class Alignment(Queue[Target]):
@@ -151,7 +146,7 @@ class Alignment(Queue[Target]):
             target = self.targets.popleft()
             gradient, *others = self._gradients(activation_SBH, target, resize, weights)
             if target.scale is not None:
-                return _AddGradient.apply(self.record, activation_SBH, gradient, *weights, *others)
+                return _AddGradient.apply(self, activation_SBH, gradient, *weights, *others)
         return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
 
     def _gradients(
@@ -163,7 +158,7 @@ class Alignment(Queue[Target]):
     ) -> list[torch.Tensor]:
         leaf = activation_SBH.detach().requires_grad_()
         total = (self._loss(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
-        self.record.micro_batches += 1
-        self.record.add(loss=total, tokens=target.mask_SB.sum())
+        self.micro_batches += 1
+        self.add(loss=total, tokens=target.mask_SB.sum())
         scale = 0.0 if target.scale is None else target.scale
         return list(torch.autograd.grad(total * scale, [leaf, *weights]))

@@ -170,9 +170,8 @@ class Distill(Signal):
             self.weight,
             mpu.get_tensor_model_parallel_group(),
         )
-        record = self.queue.record
-        record.micro_batches += 1
-        record.add(loss=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())
+        self.queue.micro_batches += 1
+        self.queue.add(loss=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())
         if self.is_control:
             return plain(labels_BS, logits_SBV)
         self._lm_losses = losses.lm.transpose(0, 1)

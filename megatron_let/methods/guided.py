@@ -57,7 +57,13 @@ class TeacherMethod(Method):
         args.teacher_fingerprint = None  # saved in checkpoints
         config = _read_config(args)
         self.signals = [signal(args, config) for signal in signals]
-        self.host = TeacherHost(args, config, _common_layer(self.signals))
+        layer, *others = {signal.teacher_layer() for signal in self.signals}
+        if others:
+            raise UsageError(
+                "Distillation needs the teacher's last layer, so --method let+salt aligns with it "
+                "too: remove --let-teacher-layer."
+            )
+        self.host = TeacherHost(args, config, layer)
         self._transformer: TransformerConfig
 
     @classmethod
@@ -66,8 +72,7 @@ class TeacherMethod(Method):
         if args.teacher_model is None:
             raise UsageError(
                 f"--method {args.method} needs a teacher. Add --teacher-model with the folder or "
-                "hub id of a small Hugging Face causal language model that has the student's "
-                "tokenizer."
+                "hub id of a small causal language model that has the student's tokenizer."
             )
 
     @property
@@ -197,7 +202,7 @@ class TeacherMethod(Method):
         zero, values = torch.zeros((), device=torch.cuda.current_device()), []
         for signal in guided:
             self.check_every_micro_batch(signal)
-            found = signal.queue.record.sums
+            found = signal.queue.sums
             values += [found.get(name, zero).float() for name in signal.recorded]
         sums = torch.stack([*values, zero + self.host.clock.read(), zero + float(works)])
         torch.distributed.all_reduce(sums)
@@ -216,7 +221,7 @@ class TeacherMethod(Method):
             RuntimeError: its losses in this step are not one for each micro-batch.
         """
         expected = get_num_microbatches() if signal.owner_chunks else 0
-        used = signal.queue.record.micro_batches
+        used = signal.queue.micro_batches
         if used != expected:
             raise RuntimeError(
                 f"Step {self.args.curr_iteration + 1}: --method {self.args.method} recorded "
@@ -247,16 +252,6 @@ class TeacherMethod(Method):
     def summary(self) -> list[str]:
         """The signals and the teacher."""
         return [*(signal.summary() for signal in self.signals), *self.host.summary()]
-
-
-def _common_layer(signals: list[Signal]) -> int | None:
-    layers = {signal.teacher_layer() for signal in signals}
-    if len(layers) > 1:
-        raise UsageError(
-            "Distillation needs the teacher's last layer, so --method let+salt aligns with it too: "
-            "remove --let-teacher-layer."
-        )
-    return layers.pop()
 
 
 def _read_config(args: Namespace) -> TeacherConfig:

@@ -83,7 +83,14 @@ class Let(Signal):
     recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
-        _resolve_teacher_layer(args, teacher.num_layers)
+        if args.let_teacher_layer is None:
+            args.let_teacher_layer = teacher.num_layers
+        if not 1 <= args.let_teacher_layer <= teacher.num_layers:
+            raise UsageError(
+                f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "
+                f"{teacher.name}, which has layers 1 to {teacher.num_layers}. Leave it out for the "
+                "last."
+            )
         super().__init__(args, teacher)
         self.queue = self.alignment = Alignment(LOSSES[self.flags.let_loss])
         self._transformer: TransformerConfig
@@ -191,17 +198,6 @@ class Let(Signal):
             f"LET: layer {flags.let_layer} of {self.args.num_layers} with the teacher's layer "
             f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, weight "
             f"{flags.let_weight} {course}"
-        )
-
-
-def _resolve_teacher_layer(args: Namespace, num_layers: int) -> None:
-    """Turn the default, the last layer, into its number."""
-    if args.let_teacher_layer is None:
-        args.let_teacher_layer = num_layers
-    if not 1 <= args.let_teacher_layer <= num_layers:
-        raise UsageError(
-            f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "
-            f"{args.teacher_model}, which has layers 1 to {num_layers}. Leave it out for the last."
         )
 
 

@@ -25,8 +25,6 @@ def distillation_weight(weight: float, done: int, stop: int | None, decay: str) 
         decay: a key of `DECAYS`, or `ratio-linear`: the ratio of distillation to language-model
             loss, weight / (1 - weight), falls linearly to zero at the stop.
     """
-    if stop is None:
-        return weight
     if decay != "ratio-linear":
         return weight * guidance_factor(done, stop, decay)
     ratio = weight / (1.0 - weight) * guidance_factor(done, stop, "linear")
@@ -38,12 +36,11 @@ def guidance_factor(done: int, stop: int | None, decay: str) -> float:
 
     Args:
         done: steps (or samples) completed before this one, 0 at the first.
-        stop: step (or sample) from which on the factor is zero; None with decay `constant`.
-        decay: a key of `DECAYS`, or `constant` for one during the whole run.
+        stop: step (or sample) from which on the factor is zero; None for one during the whole run.
+        decay: a key of `DECAYS`; any without a stop.
     """
-    if decay == "constant":
+    if stop is None:
         return 1.0
-    assert stop is not None
     return DECAYS[decay](done / stop) if done < stop else 0.0
 
 

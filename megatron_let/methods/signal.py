@@ -36,7 +36,7 @@ class Signal(Hooks):
     recorded: ClassVar[tuple[str, ...]] = ("loss", "tokens")
     """Names of the scalars that are recorded of a step."""
     queue: Queue[Any]
-    """The teacher's states that wait for their use, and the record of the current step."""
+    """The teacher's states that wait for their use, and the sums of the current step."""
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         self.args = args

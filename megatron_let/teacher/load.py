@@ -156,9 +156,9 @@ def check_token_ids(student: dict[str, int], teacher: dict[str, int], teacher_na
             raise UsageError(
                 f"Student and teacher number tokens differently: {token!r} is {index} in the "
                 f"student's tokenizer and {teacher.get(token, 'absent')} in that of "
-                f"--teacher-model {teacher_name}. Train the student with the teacher's tokenizer "
-                f"(--tokenizer-type HuggingFaceTokenizer --tokenizer-model {teacher_name}) on "
-                "data that was preprocessed with it, or choose another teacher."
+                f"--teacher-model {teacher_name}. Choose another teacher, or train with its "
+                "tokenizer: --tokenizer-type HuggingFaceTokenizer --tokenizer-model "
+                f"{teacher_name}."
             )
 
 

@@ -69,10 +69,8 @@ def aligned_layer_class(layer_class: type) -> type:
             layer only, so it must not be stacked.
             """
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-            own = f"{prefix}let_resize."
-            state = {key: value for key, value in state.items() if not key.startswith(own)}
-            weights = self.let_resize.state_dict(prefix="", keep_vars=True)
-            return state | make_sharded_tensors_for_checkpoint(weights, own)
+            weights = self.let_resize.state_dict(keep_vars=True)
+            return state | make_sharded_tensors_for_checkpoint(weights, f"{prefix}let_resize.")
 
     return AlignedTransformerLayer
 

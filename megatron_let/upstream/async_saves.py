@@ -29,8 +29,7 @@ def redirects(args: Namespace, results: Any) -> list[Redirect]:
             f"{_STRATEGIES}.filesystem_async",
             "_results_queue",
             instead(results),
-            "upstream's lives in a process that imports the whole program once more: on CPU ten "
-            "seconds at a run's first save",
+            "lives in a process that imports the whole program: ten seconds on CPU",
         )
     ]
     if args.async_save:

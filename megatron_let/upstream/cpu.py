@@ -270,7 +270,12 @@ def activate() -> None:
     # a cached set: it must hold the originals, or every model is built, and initialised, for real.
     _device_constructors()
     apply(TORCH_REDIRECTS)
-    quieten()
+    # What is true of every CPU run, and nobody can act on; before Megatron's import.
+    nobodys = ".*(pin_memory|Apex (is|are) not installed|[Tt]ransformer[ -][Ee]ngine)"
+    warnings.filterwarnings("ignore", message=nobodys)
+    # Forks of the CPU generator stand in for the GPU's, so a draw "changes the CPU RNG state".
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     apply(MEGATRON_REDIRECTS)
 
 
@@ -291,12 +296,3 @@ def activate_if_wanted(argv: list[str] | None = None, work: str = "training") ->
         if not {"-h", "--help"} & set(argv):
             gpus.fall_back(f"no GPU: {work} on CPU")
         activate()
-
-
-def quieten() -> None:
-    """Silence what is true of every CPU run and nobody can act on; before Megatron's import."""
-    nobodys = ".*(pin_memory|Apex (is|are) not installed|[Tt]ransformer[ -][Ee]ngine)"
-    warnings.filterwarnings("ignore", message=nobodys)
-    # Forks of the CPU generator stand in for the GPU's, so a draw "changes the CPU RNG state".
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"

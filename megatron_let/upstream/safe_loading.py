@@ -3,20 +3,24 @@
 Two parts of a `torch_dist` checkpoint are pickles, which torch loads as the programs that they are:
 `.metadata`, and the entries that are no tensors. `install` puts loaders of data alone in their
 place. They also tell damage from any other failure: what cannot be read when tried once more, by
-itself, is damaged.
+itself, is damaged. `redirects` are the functions that the door stands in.
 """
 
 import functools
 import io
 import os
 import pickle
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.safe_globals import SAFE_GLOBALS, _reconstruct
+from megatron.training import checkpointing
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -26,9 +30,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from megatron_let.errors import UsageError
 from megatron_let.upstream.inert import MetadataUnpickler, why
 from megatron_let.upstream.table import Redirect, apply, instead
-
-NUMPY_1 = (_reconstruct, "numpy.core.multiarray._reconstruct")
-"""Its name in random states that were saved with NumPy 1."""
 
 
 class DamagedCheckpoint(UsageError):
@@ -124,8 +125,53 @@ REDIRECTS = [
 ]
 
 
+Loaded = tuple[Any, str, bool, Any]
+"""As `_load_base_checkpoint` returns it: state, folder, whether it is a `release`, format."""
+NOTHING: Loaded = (None, "", False, None)
+
+
+def redirects(
+    load_base: Callable[..., Loaded],
+    holds: Callable[[str | None], bool],
+    load: Callable[..., tuple[int, int]],
+) -> list[Redirect]:
+    """The ways by which a checkpoint comes in; `load` is given upstream's function first."""
+    checkpointing_, reason = "megatron.training.checkpointing", "loads what its tracker names"
+    return [
+        Redirect(checkpointing_, "_load_base_checkpoint", instead(load_base), reason),
+        Redirect(checkpointing_, "checkpoint_exists", instead(holds), reason),
+        Redirect(
+            "megatron.training.training",
+            "load_checkpoint",
+            lambda upstreams: functools.partial(load, upstreams),
+            "ends where an older checkpoint would do",
+        ),
+    ]
+
+
+def common_state(folder: Path, step: int) -> Loaded:
+    """Read what is no tensor."""
+    checkpointing.set_loaded_iteration(step)
+    with agreed_damage():
+        state = load_common_state_dict(str(folder))
+    return state, str(folder), folder.name == "release", checkpointing.CheckpointType.GLOBAL
+
+
+def whole_state(folder: Path, step: int, args: Namespace, states: dict[str, Any]) -> Loaded:
+    """Read all of a checkpoint into the tensors that `states` lays out."""
+    checkpointing.set_loaded_iteration(step)
+    # The sums were compared when it was chosen.
+    args = Namespace(**vars(args) | {"verify_integrity": False})
+    states.pop("gpt_compat_layer_maps")  # of another format
+    layout = states.pop("sharded_state_dict")
+    return checkpointing._load_global_dist_base_checkpoint(
+        str(folder.parent), args, False, layout, step, folder.name == "release", **states
+    )
+
+
 def install() -> None:
     """Have torch and Megatron read checkpoints by this module."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # it would execute a common.pt
-    torch.serialization.add_safe_globals([*SAFE_GLOBALS, NUMPY_1])
+    of_numpy_1 = (_reconstruct, "numpy.core.multiarray._reconstruct")  # in older random states
+    torch.serialization.add_safe_globals([*SAFE_GLOBALS, of_numpy_1])
     apply(REDIRECTS)

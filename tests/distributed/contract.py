@@ -134,7 +134,7 @@ def recorded_in_a_repeated_step(flags: list[str], global_batch: int) -> tuple[in
     [signal] = student.method.signals
     if not signal.owner_chunks:
         return 0, 0
-    return signal.queue.record.micro_batches, get_num_microbatches()
+    return signal.queue.micro_batches, get_num_microbatches()
 
 
 def _precision(flags: list[str]) -> torch.dtype:

@@ -128,8 +128,8 @@ def test_recomputation_counts_the_loss_once():
     alignment = make_alignment(target)
     attached_gradients(alignment, make_resize(), [x_SBH], use_checkpoint=True)
     expected = loss_by_hand(Student().hidden(x_SBH), target, make_resize()) / target.scale
-    assert alignment.record.micro_batches == 1
-    torch.testing.assert_close(alignment.record.sums["loss"], expected.detach())
+    assert alignment.micro_batches == 1
+    torch.testing.assert_close(alignment.sums["loss"], expected.detach())
 
 
 def test_values_are_unchanged_bit_for_bit():
@@ -175,13 +175,13 @@ def test_record_sums_losses_tokens_and_both_gradients():
         by_hand = loss_by_hand(x_SBH, target, resize)
         losses.append(by_hand / target.scale)
         squares.append(torch.autograd.grad(by_hand, x_SBH)[0].square().sum())
-    record = alignment.record
-    assert record.micro_batches == 2
-    assert record.sums["tokens"] == sum(target.mask_SB.sum() for target in targets)
-    assert record.sums["lm_gradient_square"] == 2 * S * B * H
-    torch.testing.assert_close(record.sums["loss"], sum(losses).detach())
+
+    assert alignment.micro_batches == 2
+    assert alignment.sums["tokens"] == sum(target.mask_SB.sum() for target in targets)
+    assert alignment.sums["lm_gradient_square"] == 2 * S * B * H
+    torch.testing.assert_close(alignment.sums["loss"], sum(losses).detach())
     torch.testing.assert_close(
-        record.sums["let_gradient_square"], sum(squares), check_dtype=False, rtol=1e-5, atol=0
+        alignment.sums["let_gradient_square"], sum(squares), check_dtype=False, rtol=1e-5, atol=0
     )
 
 
@@ -189,7 +189,7 @@ def test_start_of_a_step_forgets_what_an_interrupted_one_left():
     alignment = make_alignment(make_target(), make_target())
     alignment.attach(randn(2, S, B, H).requires_grad_(), make_resize())
     alignment.start_step()
-    assert (len(alignment), alignment.record.micro_batches, alignment.record.sums) == (0, 0, {})
+    assert (len(alignment), alignment.micro_batches, alignment.sums) == (0, 0, {})
 
 
 def test_teacher_states_of_the_student_cost_nothing():
@@ -202,7 +202,7 @@ def test_teacher_states_of_the_student_cost_nothing():
         Target(own_SBH, ones, scale), Target(own_SBH.roll(1, 0), ones, scale)
     )
     alignment.attach(x_SBH, resize)
-    assert alignment.record.sums["loss"].abs() < 1e-12
+    assert alignment.sums["loss"].abs() < 1e-12
     alignment.attach(x_SBH, resize)
-    assert alignment.record.sums["loss"] > 0.5 * S * B
+    assert alignment.sums["loss"] > 0.5 * S * B
     assert interpolate(own_SBH, H) is own_SBH

@@ -15,7 +15,7 @@ from collections import Counter
 from megatron_let.upstream import cpu
 cpu.activate()
 from megatron_let.checkpoint.door import Door
-from megatron_let.upstream import async_saves, loading, loop_hooks, mended, safe_loading
+from megatron_let.upstream import async_saves, loop_hooks, mended, safe_loading
 from pkgutil import resolve_name
 
 args = Namespace(
@@ -26,7 +26,7 @@ tables = {
     "cpu": cpu.TORCH_REDIRECTS + cpu.MEGATRON_REDIRECTS,
     "mended": mended.REDIRECTS,
     "safe_loading": safe_loading.REDIRECTS,
-    "loading": loading.redirects(None, None, None),
+    "loading": safe_loading.redirects(None, None, None),
     "async_saves": async_saves.redirects(args, None),
     "loop_hooks": loop_hooks.LoopHooks(args).redirects(),
 }
