@@ -9,7 +9,6 @@ Shapes: S sequence, B batch, H student's width, T teacher's width.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,21 +143,12 @@ class Alignment(Queue[Target]):
         weights = list(resize.parameters())
         if self.targets:
             target = self.targets.popleft()
-            gradient, *others = self._gradients(activation_SBH, target, resize, weights)
+            leaf = activation_SBH.detach().requires_grad_()
+            total = (self._loss(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
+            self.micro_batches += 1
+            self.add(loss=total, tokens=target.mask_SB.sum())
+            scale = 0.0 if target.scale is None else target.scale
+            gradient, *others = torch.autograd.grad(total * scale, [leaf, *weights])
             if target.scale is not None:
                 return _AddGradient.apply(self, activation_SBH, gradient, *weights, *others)
         return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
-
-    def _gradients(
-        self,
-        activation_SBH: torch.Tensor,
-        target: Target,
-        resize: Resize,
-        weights: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        leaf = activation_SBH.detach().requires_grad_()
-        total = (self._loss(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
-        self.micro_batches += 1
-        self.add(loss=total, tokens=target.mask_SB.sum())
-        scale = 0.0 if target.scale is None else target.scale
-        return list(torch.autograd.grad(total * scale, [leaf, *weights]))

@@ -17,6 +17,10 @@ class Hooks(Listener):
     flag_group: ClassVar[type[Flags]] = Flags
     """The flags of its own, a dataclass; without further word a resumed run must share them."""
 
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.flags: Any = self.flag_group.of(args)
+
     @classmethod
     def check_flags(cls, args: Namespace) -> None:
         """Check its own flags, and fill in defaults that depend on others; called twice.
@@ -60,10 +64,6 @@ class Method(Hooks):
     A method never touches the training loop: it changes the model's configuration before it is
     built, reads each training micro-batch before its forward pass, and reports once a step.
     """
-
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
-        self.flags: Any = self.flag_group.of(args)
 
     def check_tokens(self, student_ids: dict[str, int]) -> None:
         """Check the student's token -> id map (empty if unknown) against the method's models."""

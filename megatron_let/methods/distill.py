@@ -21,10 +21,9 @@ from megatron.training import get_tokenizer
 
 from megatron_let.data.selection import SelectedFirst, load_selection, number_wanted
 from megatron_let.errors import UsageError
-from megatron_let.losses.attach import Queue
 from megatron_let.losses.distilled_cross_entropy import TeacherHead, distilled_cross_entropy
+from megatron_let.methods.guided import Signal
 from megatron_let.methods.schedules import distillation_weight, run_length
-from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import KD_STOP_SHARE, Flags, method_row
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
@@ -64,13 +63,11 @@ class Distill(Signal):
     # Paths of Megatron that compute the loss elsewhere, or were never run with a distilled one.
     refused_flags = Signal.refused_flags | {"context_parallel_size": (1,), "use_mup": (False,)}
     danger = "the loss could be computed without the teacher."
-    name = "kd"
+    logged = ("kd loss", "kd weight")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
         self._head: TeacherHead | None = None
-        self.queue: Queue[tuple[torch.Tensor, torch.Tensor]] = Queue()
-        """The teacher's states and the loss mask."""
         self._lm_losses: torch.Tensor | None = None
         chosen = self.flags.kd_selection
         self._selection = None if chosen is None else load_selection(Path(chosen))
@@ -143,7 +140,7 @@ class Distill(Signal):
     # --- during the run -----------------------------------------------------------------------
 
     def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
-        """Queue the teacher's states for the loss."""
+        """Queue the teacher's states for the loss, and the loss mask."""
         for batch, states in zip(batches, states_SBD, strict=True):
             self.queue.push((states, batch["loss_mask"].float()))
 

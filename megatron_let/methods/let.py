@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Resize, Target
 from megatron_let.losses.table import LOSSES
+from megatron_let.methods.guided import Signal
 from megatron_let.methods.schedules import guidance_factor, run_length
-from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, Flags
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.upstream.aligned_layer import aligned_block_spec
@@ -79,7 +79,7 @@ class Let(Signal):
         "experimental_attention_variant": (None,),
     }
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
-    name = "let"
+    logged = ("let loss", "let weight")
     recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
@@ -161,6 +161,8 @@ class Let(Signal):
             scale = self.weight * self._loss_scale(mask_SB.sum())
             if self.slices_sequence():
                 mask_SB = scatter_to_sequence_parallel_region(mask_SB)
+                if len(states_SBT) > len(mask_SB):  # another signal wants the whole sequence
+                    states_SBT = scatter_to_sequence_parallel_region(states_SBT)
             self.alignment.push(Target(states_SBT, mask_SB, None if self.is_control else scale))
 
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:

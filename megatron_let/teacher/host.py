@@ -82,8 +82,8 @@ class TeacherHost:
                 f"the student {get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
             )
 
-    def load(self, student_dtype: torch.dtype) -> Teacher:
-        """Load the model on this rank's device; returns it."""
+    def load(self, student_dtype: torch.dtype) -> None:
+        """Load the model on this rank's device."""
         dtype = DTYPES.get(self.args.teacher_dtype, student_dtype)
         control = self.args.teacher_control
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
@@ -96,7 +96,6 @@ class TeacherHost:
             "fingerprint": fingerprint(model),
             "flops_per_token": self.teacher.forward_flops(length, length) / length,
         }
-        return self.teacher
 
     def score(self, train_dataset: Any) -> None:
         """Note the model's own loss on the first micro-batch, where this rank holds the data.

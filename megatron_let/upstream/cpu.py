@@ -209,6 +209,7 @@ _FACTORIES = (
 )
 _MEMORY = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
 _MOVED, _CUDA, _DATA = "torch.Tensor torch.nn.Module", "torch.cuda", "torch.utils.data.DataLoader"
+_C10D = "torch.distributed.distributed_c10d"
 _RANDOM, _TRAINING = "megatron.core.tensor_parallel.random", "megatron.training.training"
 
 TORCH_REDIRECTS: list[Redirect] = [
@@ -241,12 +242,7 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect(_DATA, "__init__", _loader_with_generator, "draws from dropout's generator"),
     *alike("torch.distributed", "init_process_group new_group", _without_nccl, "names nccl"),
     Redirect("torch.distributed", "barrier", _without_nccl, "device_ids is for nccl"),
-    Redirect(
-        "torch.distributed.distributed_c10d",
-        "ProcessGroupGloo",
-        _on_one_device,
-        "each group has a device, whose thread never rests",
-    ),
+    Redirect(_C10D, "ProcessGroupGloo", _on_one_device, "each group has a thread that never rests"),
 ]
 
 MEGATRON_REDIRECTS: list[Redirect] = [

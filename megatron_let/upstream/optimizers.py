@@ -71,9 +71,10 @@ def _of_torch_adam(upstreams: type) -> type:
     return upstreams if distrib_optimizer.HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
 
 
+_OPTIMIZER = "megatron.core.optimizer"
 REDIRECTS = [
     *alike(
-        "megatron.core.optimizer.optimizer megatron.core.optimizer.distrib_optimizer",
+        f"{_OPTIMIZER}.optimizer {_OPTIMIZER}.distrib_optimizer",
         "param_group_identifier_keys",
         _without_rates,
         "another --lr would find no group of its own in the checkpoint",
@@ -90,10 +91,5 @@ REDIRECTS = [
         _schedule_goes_on,
         "with --no-load-optim the schedule starts anew",
     ),
-    Redirect(
-        "megatron.core.optimizer",
-        "DistributedOptimizer",
-        _of_torch_adam,
-        "cannot load the state of PyTorch's Adam",
-    ),
+    Redirect(_OPTIMIZER, "DistributedOptimizer", _of_torch_adam, "cannot load PyTorch's Adam"),
 ]
