@@ -16,7 +16,7 @@ from megatron.training.utils import print_rank_0
 
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
-from megatron_let.training.arguments import add_method_flags, check_flags, import_methods
+from megatron_let.training import arguments
 from megatron_let.training.micro_batches import MicroBatches
 from megatron_let.upstream.loop_hooks import LoopHooks
 from megatron_let.upstream.mended import token_ids
@@ -27,8 +27,9 @@ Provider = Callable[[ArgumentParser], ArgumentParser]
 
 def flags(yours: Provider | None = None) -> Provider:
     """Return an `extra_args_provider` with the methods' flags, after those of `yours`."""
-    import_methods(sys.argv)
-    return lambda parser: add_method_flags(yours(parser) if yours else parser)
+    arguments.import_methods(sys.argv)
+    groups = arguments.method_groups()
+    return lambda parser: arguments.add_groups(yours(parser) if yours else parser, groups)
 
 
 class Guidance:
@@ -43,7 +44,7 @@ class Guidance:
     """
 
     def __init__(self, args: Namespace, model_config: Any) -> None:
-        check_flags(args, sys.argv)
+        arguments.check_flags(args, sys.argv)
         if args.context_parallel_size > 1:
             raise UsageError(
                 f"--context-parallel-size {args.context_parallel_size}: a script's get_batch hands "

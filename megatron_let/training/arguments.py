@@ -6,6 +6,7 @@ ours are left, since checkpoints save them and load them again with `weights_onl
 
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -42,6 +43,8 @@ class MethodArguments(Flags):
 class CheckpointArguments(Flags):
     """Which checkpoints stay."""
 
+    title = "checkpoints"
+
     save_keep_last: int | None = None
     """Keep this many of the newest checkpoints; older ones are removed, except at multiples of
     --save-retain-interval. The default keeps what Megatron keeps."""
@@ -50,6 +53,8 @@ class CheckpointArguments(Flags):
 @dataclass(frozen=True)
 class InitFlags(Flags):
     """A student that starts from a small model, where --load holds no checkpoint yet."""
+
+    title = "growth"
 
     init_from: str | None = None
     """Folder or hub id of a small Llama or Qwen2 with the student's tokenizer."""
@@ -66,24 +71,29 @@ class InitFlags(Flags):
     layer."""
 
 
-GROWTH, CHECKPOINTS = "megatron_let: growth", "megatron_let: checkpoints"
+def flag(name: str, value: object = True) -> str:
+    """Return how a command line says an argument of this name and value."""
+    word = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return f"no {word}"
+    return word if value is True else f"{word} {value}"
 
 
-def groups() -> dict[str, type[Flags]]:
-    """The groups of our flags by title; a method of the user's may have brought one."""
-    return method_groups() | {GROWTH: InitFlags, CHECKPOINTS: CheckpointArguments}
+def groups() -> list[type[Flags]]:
+    """The groups of our flags; a method of the user's may have brought one."""
+    return [*method_groups(), InitFlags, CheckpointArguments]
 
 
-def method_groups() -> dict[str, type[Flags]]:
-    """The groups of the flags of all methods, by title."""
-    parts = [part.flag_group for part in every_part() if part.flag_group is not Flags]
-    return {f"megatron_let: {group.title}": group for group in (MethodArguments, *parts)}
+def method_groups() -> list[type[Flags]]:
+    """The groups of the flags of all methods, one for each title."""
+    parts = (part.flag_group for part in every_part() if part.flag_group is not Flags)
+    return list({group.title: group for group in (MethodArguments, *parts)}.values())
 
 
-def add_method_flags(parser: ArgumentParser) -> ArgumentParser:
-    """Add the methods' groups."""
-    for title, group in method_groups().items():
-        ArgumentGroupFactory(group).build_group(parser, title=title)
+def add_groups(parser: ArgumentParser, groups: Iterable[type[Flags]]) -> ArgumentParser:
+    """Add groups of our flags, the methods' among them."""
+    for group in groups:
+        ArgumentGroupFactory(group).build_group(parser, title=f"megatron_let: {group.title}")
     action = next(action for action in parser._actions if action.dest == "method")
     action.help = ". ".join(f"{name}: {row.help}" for name, row in METHODS.items())
     return parser
@@ -98,9 +108,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     # The synopsis that argparse makes of 900 flags hides what follows it: help, or an error.
     parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
     upstream = list(parser._action_groups)
-    add_method_flags(parser)
-    ArgumentGroupFactory(InitFlags).build_group(parser, title=GROWTH)
-    ArgumentGroupFactory(CheckpointArguments).build_group(parser, title=CHECKPOINTS)
+    add_groups(parser, groups())
     ours = [group for group in parser._action_groups if group not in upstream]
     parser._action_groups[:] = ours + upstream
     for action in parser._actions:  # a bare % in a help text of Megatron's ends --help
@@ -125,28 +133,21 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
         UsageError: naming the flag, its value and the way out.
     """
     parts = method_row(args.method).parts()
-    _refuse_others(args.method, argv)
+    known = {name: _flags_of(row.parts()) for name, row in METHODS.items()}
+    for word in (word.split("=")[0] for word in argv):
+        able = [name for name in METHODS if word in known[name]]
+        if able and args.method not in able:
+            guided = " to train with a teacher" * all(METHODS[name].has_teacher for name in able)
+            raise UsageError(
+                f"{word} has no effect with --method {args.method}. "
+                f"Remove it, or add --method {' or '.join(able)}{guided}."
+            )
     for part in parts:
         part.check_flags(args)
 
 
-def _refuse_others(method: str, argv: list[str]) -> None:
-    """Refuse flags of other methods."""
-    known = {name: _flags_of(row.parts()) for name, row in METHODS.items()}
-    every = set().union(*known.values())
-    for flag in (word.split("=")[0] for word in argv):
-        if flag in every - known[method]:
-            able = [name for name in METHODS if flag in known[name]]
-            guided = " to train with a teacher" * all(METHODS[name].has_teacher for name in able)
-            raise UsageError(
-                f"{flag} has no effect with --method {method}. "
-                f"Remove it, or add --method {' or '.join(able)}{guided}."
-            )
-
-
 def _flags_of(parts: list[Any]) -> set[str]:
-    names = (field.name for part in parts for field in fields(part.flag_group))
-    return {f"--{name.replace('_', '-')}" for name in names}
+    return {flag(field.name) for part in parts for field in fields(part.flag_group)}
 
 
 def check_keep_last(args: Namespace) -> None:
@@ -172,16 +173,12 @@ def check_init(args: Namespace) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    if args.init_from is None:
-        for field in fields(InitFlags):
-            if getattr(args, field.name) != field.default:
-                flag = f"--{field.name.replace('_', '-')}"
-                raise UsageError(f"{flag} has no effect without --init-from.")
-        return
+    given = [f.name for f in fields(InitFlags) if getattr(args, f.name) != f.default]
+    if given and args.init_from is None:
+        raise UsageError(f"{flag(given[0])} has no effect without --init-from.")
     for name in ("init_model_with_meta_device", "use_megatron_fsdp", "use_torch_fsdp2"):
-        if getattr(args, name):
-            flag = f"--{name.replace('_', '-')}"
+        if given and getattr(args, name):
             raise UsageError(
-                f"{flag} is not supported with --init-from, which fills weights before they are "
-                "wrapped. Use tools/convert_checkpoint.py grow and from-hf, and --load."
+                f"{flag(name)} is not supported with --init-from, which fills weights before they "
+                "are wrapped. Use tools/convert_checkpoint.py grow and from-hf, and --load."
             )

@@ -1,12 +1,13 @@
 """Resuming: a run goes on as it began, or the user hears why it cannot.
 
-Megatron compares the student's shape with the checkpoint's and knows nothing of our flags.
+Megatron compares four flags with the checkpoint's and knows nothing of ours; where another one
+differs it ends in a traceback, or trains another model unsaid.
 """
 
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,12 +15,36 @@ from megatron_let.checkpoint.door import Door
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 from megatron_let.methods.table import BASELINE
-from megatron_let.training.arguments import InitFlags, groups
-from megatron_let.training.resume_flags import check_flags
+from megatron_let.training.arguments import InitFlags, flag, groups
 from megatron_let.upstream.loop_hooks import LoopHooks
 
 REMOVED = {"let_resize_side": "teacher", "kd_temperature_side": "teacher"}
 """Arguments that older checkpoints hold, and the only value that this version still means."""
+SHAPES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "position_embedding_type normalization swiglu add_bias_linear add_qkv_bias qk_layernorm "
+    "untie_embeddings_and_output_weights num_experts moe_ffn_hidden_size multi_latent_attention"
+).split()
+"""What the weights have their shapes from; the rows of the embedding may be others."""
+FUNCTION = "rotary_base rotary_percent rotary_interleaved use_rope_scaling norm_epsilon".split()
+"""What the model computes besides."""
+OPTIMIZER = (
+    "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer "
+    "expert_model_parallel_size"
+).split()
+"""What the optimizer's state has its form from."""
+SCHEDULED = (
+    "lr min_lr lr_decay_style weight_decay start_weight_decay end_weight_decay "
+    "weight_decay_incr_style"
+).split()
+SAMPLES = (
+    "train_iters train_samples global_batch_size lr_decay_iters lr_decay_samples lr_warmup_iters "
+    "lr_warmup_samples lr_warmup_fraction"
+).split()
+"""What says at which sample the learning rate and the weight decay have which value."""
+
+ANEW = "Resume with the checkpoint's, or start a new run, with another --save,"
+FROM_THE_WEIGHTS = f"{ANEW} from the weights: --finetune."
 
 
 def resume_check(
@@ -31,7 +56,10 @@ def resume_check(
         door.settle(args)
         saved = door.saved_args(args)
         if saved is not None:
-            check_resume(args, saved, method)
+            method.check_checkpoint(saved)
+            if not args.finetune:  # that is a run of its own, which takes the weights only
+                _check_ours(args, saved, method)
+            check_flags(args, saved)
             if not args.finetune:
                 hooks.on_load(saved)
         return chunks
@@ -39,62 +67,92 @@ def resume_check(
     return check
 
 
-def check_resume(args: Namespace, saved: Namespace, method: Method) -> None:
-    """Compare this run with the one that saved the checkpoint of `--load`, by its arguments.
-
-    Another method may go on from a checkpoint; the same one must go on with the same flags.
-
-    Raises:
-        UsageError: naming both values and the way out.
-    """
-    method.check_checkpoint(saved)
-    if args.finetune:  # a run of its own, which takes the weights only
-        return check_flags(args, saved)
+def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
+    """Another method may go on from a checkpoint; the same one must go on with the same flags."""
+    ours = {field.name: field.default for group in groups() for field in fields(group)}
+    if args.init_from:  # the flags of growth stay on a requeued command line
+        way_out = "It goes on from its own weights. Leave it out, or start a new run with another "
+        names = [field.name for field in fields(InitFlags)]
+        _compare(args, saved, names, f"{way_out}--save and without --load.", ours)
     saved_method = vars(saved).get("method", BASELINE)  # Megatron-LM's own checkpoints have none
-    _check_init(args, saved)
-    if saved_method == args.method:
-        _check_flags(args, saved, method)
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
-    return check_flags(args, saved)
-
-
-def _check_init(args: Namespace, saved: Namespace) -> None:
-    """The flags of growth stay on a requeued command line; then they must be those of its start."""
-    names = [field.name for field in fields(InitFlags)] if args.init_from else []
-    for name in names:
-        value, before = vars(args)[name], vars(saved).get(name)
-        if value != before:
-            raise UsageError(
-                f"This run has {_flag(name, value)}, but the checkpoint in {args.load} began with "
-                f"{_flag(name, before)}, and goes on from its own weights. Leave it out, or start "
-                "a new run with another --save and without --load."
-            )
-
-
-def _check_flags(args: Namespace, saved: Namespace, method: Method) -> None:
+    if saved_method != args.method:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
+        return
     for name, kept in REMOVED.items():
         before = vars(saved).get(name, kept)
         if before != kept:
             raise UsageError(
-                f"The checkpoint in {args.load} was saved with {_flag(name, before)}, which this "
-                "version has no more. Resume with the version that saved it, or start a new run "
-                "from its weights: --finetune, with another --save."
+                f"The checkpoint in {args.load} was saved with {flag(name, before)}, which this "
+                "version has no more. Resume with the version that saved it, or start a new run, "
+                "with another --save, from the weights: --finetune."
             )
     given = {word.partition("=")[0] for word in sys.argv}
-    defaults = {field.name: field.default for g in groups().values() for field in fields(g)}
-    for name in method.same_on_resume:
-        if name not in saved and _flag(name, None).split()[-1] not in given:
-            continue  # older code's, which did what is the default now
-        value, before = vars(args)[name], vars(saved).get(name, defaults[name])
-        if value != before:
+    # Older code did what is the default now: it need not be that of this command line.
+    same = [name for name in method.same_on_resume if name in saved or flag(name) in given]
+    _compare(args, saved, same, FROM_THE_WEIGHTS, ours)
+
+
+def check_flags(args: Namespace, saved: Namespace) -> None:
+    """Compare Megatron's arguments with a checkpoint's; one that it lacks is as it is now.
+
+    Raises:
+        UsageError: naming both values and the flag that helps.
+    """
+    _compare(args, saved, SHAPES, f"{ANEW} without --load.")
+    if args.finetune:
+        return
+    _compare(args, saved, FUNCTION, FROM_THE_WEIGHTS)
+    where = f"the checkpoint in {args.load} was saved with"
+    tokenizers = [vars(a).get("tokenizer_fingerprint") for a in (args, saved)]
+    if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+        raise UsageError(
+            f"--tokenizer-model {args.tokenizer_model} numbers tokens in another way than that of "
+            f"{saved.tokenizer_model} did: {where} it. {FROM_THE_WEIGHTS}"
+        )
+    for name in ("optim", "rng"):
+        if vars(saved).get(f"no_save_{name}") and not vars(args)[f"no_load_{name}"]:
+            raise UsageError(f"Add --no-load-{name}: {where} --no-save-{name}.")
+    if args.no_load_optim:
+        return
+    way_out = "Resume with the checkpoint's, or add --no-load-optim for a fresh optimizer."
+    _compare(args, saved, OPTIMIZER, way_out)
+    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+        samples = [name for name in SAMPLES if vars(args)[name] is not None]
+        _compare(
+            args,
+            saved,
+            SCHEDULED + samples * (_samples(args) != _samples(saved)),
+            "Learning rate and weight decay follow a schedule over the run's samples. Add "
+            "--override-opt-param-scheduler to follow this command's from here on, or "
+            "--use-checkpoint-opt-param-scheduler to keep the checkpoint's.",
+        )
+
+
+def _compare(
+    args: Namespace,
+    saved: Namespace,
+    names: Iterable[str],
+    way_out: str,
+    older: Mapping[str, object] | None = None,
+) -> None:
+    """Refuse other values than the checkpoint's; `older` are those of one that lacks a name."""
+    for name in names:
+        now = vars(args).get(name)
+        before = vars(saved).get(name, (older or {}).get(name, now))
+        if now != before:
+            if name == "add_bias_linear":
+                name, now, before = "disable_bias_linear", not now, not before
             raise UsageError(
-                f"This run has {_flag(name, value)}, the checkpoint in {args.load} was saved with "
-                f"{_flag(name, before)}. Resume with the checkpoint's, or start a new run from "
-                "its weights: --finetune, with another --save."
+                f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "
+                f"{flag(name, before)}. {way_out}"
             )
 
 
-def _flag(name: str, value: object) -> str:
-    flag = f"--{name.replace('_', '-')}"
-    return f"no {flag}" if value is None else f"{flag} {value}"
+def _samples(args: Namespace) -> list[Any]:
+    """The samples of the whole run, of the decay and of the warm-up, as Megatron counts them."""
+    batch = args.global_batch_size or 1
+    total = args.train_samples or (args.train_iters or 0) * batch
+    decay = args.lr_decay_samples or (args.lr_decay_iters or 0) * batch or total
+    warmup = args.lr_warmup_samples or (args.lr_warmup_iters or 0) * batch
+    return [total, decay, args.lr_warmup_fraction and args.lr_warmup_fraction * decay or warmup]

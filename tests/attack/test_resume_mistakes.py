@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.training.resume_flags import check_flags
+from megatron_let.training.resume import check_flags
 from tests.distributed.training import run, series
 from tests.support.tiny_run import checkpoint
 

@@ -85,7 +85,7 @@ def test_it_starts_at_the_small_models_loss_and_goes_on_from_its_own(corpus, sma
     assert series(tmp_path, "lm loss")[5] == pytest.approx(loss[4], abs=0.5)
     assert series(tmp_path, "lm loss")[5] != pytest.approx(loss[1], abs=1e-4)
     error = run(1, *flags, "--init-depth", "stack")
-    assert "--init-depth stack, but the checkpoint" in error
+    assert "--init-depth stack, the checkpoint" in error and "--init-depth identity" in error
 
 
 @pytest.mark.parametrize(

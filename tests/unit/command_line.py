@@ -72,7 +72,7 @@ def parser_facts() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="pretrain_let.py", allow_abbrev=False)
     arguments.add_arguments(add_megatron_arguments(parser))
     flags = {action.dest: (action.option_strings, action.default) for action in parser._actions}
-    ours = {f for group in arguments.groups().values() for f in inspect.get_annotations(group)}
+    ours = {f for group in arguments.groups() for f in inspect.get_annotations(group)}
     return {
         "help": parser.format_help(),
         "flags": {name: flags[name] for name in flags if name in REFUSED_FLAGS},
