@@ -22,17 +22,9 @@ from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
 from megatron_let.training import arguments
-from megatron_let.training.ignored_flags import refuse_ignored
+from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupported
 from megatron_let.training.tracking import tracker_defaults
 from megatron_let.upstream.mended import gpt_config, token_ids
-
-# Modes of `pretrain_gpt.py` that need batches of another form than documents packed to sequences,
-# the file that replaces the command line, ours included, and files that lie in no folder.
-UNSUPPORTED_FLAGS = (
-    "sft fim_data logits_load_dir logits_save_dir hybrid_context_parallel perform_rl_step "
-    "dataloader_inter_document_masking yaml_cfg enable_msc"
-).split()
-
 
 LOOKED_AT = 1 << 20
 """Token ids of each dataset that are compared with the model's rows before the first step."""
@@ -47,7 +39,7 @@ def parse_arguments() -> Namespace:
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    _refuse_unsupported(sys.argv)
+    refuse_unsupported(sys.argv)
     arguments.import_methods(sys.argv)
     flags = parse_args(arguments.add_arguments)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
@@ -66,17 +58,6 @@ def parse_arguments() -> Namespace:
     if args.save_keep_last is not None:  # then it is ours to remove checkpoints
         args.save_retain_interval = None
     return args
-
-
-def _refuse_unsupported(argv: list[str]) -> None:
-    given = {word.split("=")[0] for word in argv}
-    for flag in (f"--{name.replace('_', '-')}" for name in UNSUPPORTED_FLAGS):
-        if flag in given:
-            raise UsageError(
-                f"{flag} is not supported: pretrain_let.py trains on documents packed to "
-                "sequences, with its flags on the command line and its files in folders. Use "
-                f"Megatron-LM's pretrain_gpt.py for {flag}."
-            )
 
 
 def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
@@ -139,7 +120,7 @@ def _check_needed(args: Namespace) -> None:
         value = vars(args)[name]
         if value is not None and value < 1:
             raise UsageError(
-                f"--{name.replace('_', '-')} {value} must be at least 1 step. (No evaluation: "
+                f"{arguments.flag(name, value)} must be at least 1 step. (No evaluation: "
                 "--eval-iters 0; no checkpoints: leave --save out.)"
             )
     if args.save is not None and args.save_interval is None:

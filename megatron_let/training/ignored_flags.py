@@ -1,7 +1,6 @@
-"""Flags that Megatron parses and then forgets here: each is refused, with what helps instead."""
+"""Flags that Megatron has and that do nothing here: each is refused, with what helps instead."""
 
 from argparse import Namespace
-from collections.abc import Iterable
 
 from megatron_let.errors import UsageError
 from megatron_let.upstream import cpu
@@ -30,6 +29,11 @@ IGNORED = {
     "apply-residual-connection-post-layernorm dist-ckpt-save-pre-mcore-014 config-logger-dir "
     "exit-signal-handler-for-dataloader": "Megatron-Core 0.19 has no working code for it.",
 }
+UNSUPPORTED = (
+    "sft fim-data logits-load-dir logits-save-dir hybrid-context-parallel perform-rl-step "
+    "dataloader-inter-document-masking yaml-cfg enable-msc"
+)
+"""Batches of another form, the file that replaces the command line, files that lie in no folder."""
 NEEDS_TRANSFORMER_ENGINE = "fp8- fp4- save-dgrads-interval save-activations-interval"
 NEEDS_GPU = (
     "record-memory-history memory-snapshot-path log-memory-to-tensorboard log-device-memory-used "
@@ -38,30 +42,43 @@ NEEDS_GPU = (
 )
 
 
+def refuse_unsupported(argv: list[str]) -> None:
+    """Look for modes of `pretrain_gpt.py` that are none here, before Megatron follows them.
+
+    Raises:
+        UsageError: naming one.
+    """
+    _refuse(
+        argv,
+        UNSUPPORTED,
+        "is not supported: pretrain_let.py trains on documents packed to sequences, with its flags "
+        "on the command line and its files in folders. Use Megatron-LM's pretrain_gpt.py for it.",
+    )
+
+
 def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     """Look for flags without effect on a command line.
 
     Raises:
         UsageError: naming one, and what helps.
     """
-    given = [word for word in argv if word.startswith("--")]
     for names, way_out in IGNORED.items():
-        _refuse(given, names, "here", way_out)
+        _refuse(argv, names, f"has no effect here. {way_out}")
     if args.non_persistent_ckpt_type == "local":
         way_out = IGNORED["non-persistent-local- replication replication-"]
-        _refuse(given, "non-persistent-ckpt-type", "with local", way_out)
+        _refuse(argv, "non-persistent-ckpt-type", f"has no effect with local. {way_out}")
     if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
         way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
-        _refuse(given, "async-save", "alone", way_out)
+        _refuse(argv, "async-save", f"has no effect alone. {way_out}")
     if args.transformer_impl != "transformer_engine":
-        way_out = "Install it (docs/install.md), or leave the flag out."
-        _refuse(given, NEEDS_TRANSFORMER_ENGINE, "without Transformer Engine", way_out)
+        where = "without Transformer Engine. Install it (docs/install.md), or leave the flag out."
+        _refuse(argv, NEEDS_TRANSFORMER_ENGINE, f"has no effect {where}")
     if cpu.is_active():
-        _refuse(given, NEEDS_GPU, "without a GPU", "Leave it out.")
+        _refuse(argv, NEEDS_GPU, "has no effect without a GPU. Leave it out.")
 
 
-def _refuse(given: Iterable[str], names: str, where: str, way_out: str) -> None:
-    for flag in given:
-        name = flag.split("=")[0].removeprefix("--").removeprefix("no-")
+def _refuse(argv: list[str], names: str, what: str) -> None:
+    for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
+        name = flag.removeprefix("--").removeprefix("no-")
         if any(name.startswith(n) if n.endswith("-") else name == n for n in names.split()):
-            raise UsageError(f"{flag.split('=')[0]} has no effect {where}. {way_out}")
+            raise UsageError(f"{flag} {what}")

@@ -14,7 +14,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_let.errors import UsageError
 from megatron_let.methods import distill, let
 from megatron_let.methods.table import build_method
-from megatron_let.training import arguments, command_line
+from megatron_let.training import arguments, command_line, ignored_flags
 from megatron_let.training.log import count_parameters
 from megatron_let.upstream.mended import mend_megatron
 from tests.support.testing import forget_last_run
@@ -77,7 +77,7 @@ def parser_facts() -> dict[str, Any]:
         "help": parser.format_help(),
         "flags": {name: flags[name] for name in flags if name in REFUSED_FLAGS},
         "refused": REFUSED_FLAGS,
-        "unsupported": command_line.UNSUPPORTED_FLAGS,
+        "unsupported": ignored_flags.UNSUPPORTED.split(),
         "options": [option for options, _ in flags.values() for option in options],
         "ours": sorted(ours),
     }
