@@ -3,6 +3,8 @@
 import resource
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from megatron.training.utils import is_last_rank, print_rank_0
 
 from megatron_let.checkpoint.finite import ranks_with
 from megatron_let.methods.base import Method
-from megatron_let.training.metrics import MetricsFile
-from megatron_let.training.speed import Speed, speed_line
+from megatron_let.training.metrics import MetricsFile, Totals
 from megatron_let.training.tracking import record_start
+from megatron_let.upstream import cpu
 from megatron_let.upstream.loop_hooks import Listener, Step
+
+TOKENS, TFLOPS = "tokens per second", "TFLOP/s per GPU"
+TEACHER_SHARE, SECONDS_LEFT = "teacher share", "seconds left"
 
 
 class RunLog(Listener):
@@ -38,9 +43,7 @@ class RunLog(Listener):
         self.method = method
         self.file = MetricsFile(None, 0)
         self._num_parameters = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._num_steps = 0
-        self._speed = Speed(self.file.totals, 1)
+        self._interval = Interval(self.file.totals)
         self._count_bad_losses = count_bad_losses
         self._iteration = 0
         self._evaluated: set[int] = set()
@@ -51,10 +54,13 @@ class RunLog(Listener):
         path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._record_start(path.parent)
+            try:
+                record_start(path.parent, args)
+            except OSError as error:  # it is no reason not to train
+                print(f"> this start is not recorded: {error}", flush=True)
         self._iteration = args.iteration
         self.file = MetricsFile(path, args.iteration)
-        self._speed = Speed(self.file.totals, torch.distributed.get_world_size())
+        self._interval = Interval(dict(self.file.totals))
         facts = self.method.describe()
         self.file.write(
             "start",
@@ -73,12 +79,6 @@ class RunLog(Listener):
             **facts,
         )
         print_rank_0(self._summary(facts))
-
-    def _record_start(self, save: Path) -> None:
-        try:
-            record_start(save, self.args)
-        except OSError as error:  # it is no reason not to train
-            print(f"> this start is not recorded: {error}", flush=True)
 
     def on_end(self, is_complete: bool) -> None:
         """Note how it ended: a run that was killed has no such line at its end."""
@@ -130,10 +130,7 @@ class RunLog(Listener):
         before = self.method.flops_once() if self.file.totals["tokens"] == 0 else 0.0
         teacher = self.method.extra_flops(tokens)
         self.file.add_step(tokens, before + student + teacher)
-        self._speed.add_step(student, teacher)
-        self._num_steps += bool(losses)
-        for key, value in losses.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value.detach().float().sum()
+        self._interval.add_step(student, teacher, losses)
 
     def _tell_skipped(self, iteration: int) -> None:
         """Say which ranks' losses made Megatron skip a step's update; called on every rank."""
@@ -147,31 +144,26 @@ class RunLog(Listener):
 
     def after_log(self, step: Step) -> None:
         """Write what an interval was like at its end."""
-        if step.number % self.args.log_interval == 0:
-            self._write_interval(step.number, step.learning_rate)
-
-    def _write_interval(self, iteration: int, learning_rate: float | None) -> None:
-        means = {key: value.item() / max(self._num_steps, 1) for key, value in self._sums.items()}
-        speed = self._speed.end_interval(self.file.totals, self.args.train_iters - iteration)
-        self.file.write("train", iteration, **means, **speed, **{"learning-rate": learning_rate})
+        if step.number % self.args.log_interval:
+            return
+        means, totals = self._interval.means(), self.file.totals
+        speed = self._interval.speed(
+            totals, torch.distributed.get_world_size(), self.args.train_iters - step.number
+        )
+        rate = {"learning-rate": step.learning_rate}
+        self.file.write("train", step.number, **means, **speed, **rate)
         if is_last_rank():
-            self._tell_speed(iteration, speed)
-        self._sums, self._num_steps = {}, 0
-
-    def _tell_speed(self, iteration: int, speed: dict[str, float]) -> None:
-        print(speed_line(speed), flush=True)
-        for key, value in speed.items():
-            if writer := get_tensorboard_writer():
-                writer.add_scalar(key, value, iteration)
-        if wandb := get_wandb_writer():
-            wandb.log(speed, iteration)
+            print(speed_line(speed), flush=True)
+            for key, value in speed.items():
+                if writer := get_tensorboard_writer():
+                    writer.add_scalar(key, value, step.number)
+            if wandb := get_wandb_writer():
+                wandb.log(speed, step.number)
+        self._interval = Interval(dict(totals))
 
     def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
         """Write the validation loss."""
-        self._write_evaluation(losses, _peak_memory())
-        self.file.restart_clock()
-
-    def _write_evaluation(self, losses: dict[str, torch.Tensor], peak_memory: float) -> None:
+        peak_memory = _peak_memory()
         # After training Megatron evaluates the validation set once more, then the test set, at
         # the same iteration: the first evaluation of an iteration is the one that counts.
         if losses and self._iteration not in self._evaluated:
@@ -179,6 +171,69 @@ class RunLog(Listener):
             values = {key: value.item() for key, value in losses.items()}
             values["peak memory"] = peak_memory
             self.file.write("valid", self._iteration, **values)
+        self.file.restart_clock()
+
+
+# --- an interval of the log ---------------------------------------------------------------------
+
+
+@dataclass
+class Interval:
+    """What the steps since `start` were like; evaluations are left out, as in `MetricsFile`."""
+
+    start: Totals
+    student_flops: float = 0.0
+    teacher_flops: float = 0.0
+    """In steps: what was computed before the run (scoring) is in no interval."""
+    num_steps: int = 0
+    num_updates: int = 0
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums over the updates."""
+
+    def add_step(
+        self, student_flops: float, teacher_flops: float, losses: dict[str, torch.Tensor]
+    ) -> None:
+        """Count a step; one without losses made no update."""
+        self.student_flops += student_flops
+        self.teacher_flops += teacher_flops
+        self.num_steps += 1
+        self.num_updates += bool(losses)
+        for key, value in losses.items():
+            self.losses[key] = self.losses.get(key, 0.0) + value.detach().float().sum()
+
+    def means(self) -> dict[str, float]:
+        """The mean losses; this waits for the device."""
+        return {key: value.item() / max(self.num_updates, 1) for key, value in self.losses.items()}
+
+    def speed(self, totals: Totals, num_ranks: int, steps_left: int) -> dict[str, float]:
+        """Return tokens, FLOPs and the time that is left, at the rate of the interval.
+
+        Args:
+            totals: where it ends.
+            num_ranks: GPUs that share the work; on CPU processes.
+            steps_left: of the run.
+        """
+        seconds = max(totals["seconds"] - self.start["seconds"], 1e-9)
+        flops = self.student_flops + self.teacher_flops
+        return {
+            TOKENS: (totals["tokens"] - self.start["tokens"]) / seconds,
+            tflops_name(): flops / seconds / num_ranks / 1e12,
+            TEACHER_SHARE: self.teacher_flops / flops if flops else 0.0,
+            SECONDS_LEFT: steps_left * seconds / max(self.num_steps, 1),
+        }
+
+
+def tflops_name() -> str:
+    """What the computing rate is called: a process on CPU is no GPU."""
+    return TFLOPS.replace("GPU", "process") if cpu.is_active() else TFLOPS
+
+
+def speed_line(speed: dict[str, float]) -> str:
+    """Return the console's line on an interval."""
+    share = f", teacher {100 * speed[TEACHER_SHARE]:.1f} %" if speed[TEACHER_SHARE] else ""
+    left = timedelta(seconds=round(speed[SECONDS_LEFT]))
+    tokens, rate = speed[TOKENS], f"{speed[tflops_name()]:.3g} {tflops_name()}"
+    return f"> {tokens:,.0f} tokens/s | {rate}{share} | {left} left"
 
 
 def _peak_memory() -> float:

@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_let.training.speed import SECONDS_LEFT, TEACHER_SHARE, TOKENS
+from megatron_let.training.log import SECONDS_LEFT, TEACHER_SHARE, TOKENS
 from tests.distributed.training import records, run
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, STEPS
