@@ -5,7 +5,6 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_tokenizer
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_let.checkpoint import choice
 from megatron_let.data.checked import check_ids
@@ -26,6 +26,10 @@ from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupport
 from megatron_let.training.tracking import tracker_defaults
 from megatron_let.upstream.mended import gpt_config, token_ids
 
+DATA_FLAGS = (
+    "data_args_path per_split_data_args_path data_path train_data_path valid_data_path "
+    "test_data_path"
+).split()
 LOOKED_AT = 1 << 20
 """Token ids of each dataset that are compared with the model's rows before the first step."""
 
@@ -75,35 +79,31 @@ def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
         raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
 
 
-def _data_prefixes(args: Namespace) -> Iterator[str]:
-    given = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+def _data_prefixes(args: Namespace) -> list[str]:
     try:
-        if args.data_args_path is not None:
-            given.append(Path(args.data_args_path).read_text().split())
-        if args.per_split_data_args_path is not None:
-            given += json.loads(Path(args.per_split_data_args_path).read_text()).values()
-    except (AttributeError, OSError, ValueError, RecursionError) as error:
-        flag = "--data-args-path" if args.data_args_path else "--per-split-data-args-path"
-        path = args.data_args_path or args.per_split_data_args_path
-        raise UsageError(f"{flag} {path} cannot be read: {error}") from error
-    return (word for paths in given for word in paths or [] if not _is_number(word))
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except Exception as error:  # a damaged list can raise anything
+        values = {name: vars(args)[name] for name in DATA_FLAGS if vars(args)[name] is not None}
+        given = " ".join(arguments.flag(name, value) for name, value in values.items())
+        why = str(error) or "give one list, with a weight before each path or before none"
+        raise UsageError(f"{given} cannot be read: {why}") from error
+    return [prefix for part in (blend, *(per_split or ())) if part for prefix in part[0]]
 
 
 def _check_data_paths(args: Namespace) -> None:
     for prefix in _data_prefixes(args):
         files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if all(file.exists() for file in files):
-            try:
-                start = first_tokens(prefix, 1)
-            except ValueError as error:
-                raise UsageError(f"The data is damaged: {error}. Write it again.") from error
-            if not len(start):
-                raise UsageError(f"{prefix} holds no token: leave it out.")
-            continue
-        raise UsageError(
-            f"No data at {prefix}: {files[0].name} and {files[1].name} must both exist there. "
-            "Write them with tools/preprocess_data.py, and give their path without the ending."
-        )
+        if not all(file.exists() for file in files):
+            raise UsageError(
+                f"No data at {prefix}: {files[0].name} and {files[1].name} must both exist there. "
+                "Write them with tools/preprocess_data.py, and give their path without the ending."
+            )
+        try:
+            start = first_tokens(prefix, 1)
+        except ValueError as error:
+            raise UsageError(f"The data is damaged: {error}. Write it again.") from error
+        if not len(start):
+            raise UsageError(f"{prefix} holds no token: leave it out.")
 
 
 def _check_needed(args: Namespace) -> None:
@@ -153,15 +153,6 @@ def _check_sidecar(args: Namespace, prefix: str, sidecar: Path, own: str) -> Non
             f"--tokenizer-model {args.tokenizer_model or args.vocab_file} ({own[:12]}). Use that "
             "tokenizer, or preprocess again."
         )
-
-
-def _is_number(word: str) -> bool:
-    """Whether a word of a blend is a weight."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def model_config(args: Namespace, method: Method) -> Any:

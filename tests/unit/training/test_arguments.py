@@ -151,6 +151,10 @@ MISTAKES = {
         f"{STEPS} --data-args-path TMP/absent.txt",
         "--data-args-path TMP/absent.txt cannot be read: .*No such file",
     ),
+    "weights before some paths": (
+        f"{STEPS} --data-path 0.5 TMP/one TMP/one TMP/one",
+        "--data-path .*'0.5', .*cannot be read: .*with a weight before each path or before none",
+    ),
     "data of another tokenizer": (
         f"{STEPS} --data-path TMP/one --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model TMP/tokenizer",
