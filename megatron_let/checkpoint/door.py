@@ -4,6 +4,7 @@ Megatron's own ways (its tracker, the older formats, whatever a file makes of it
 from the parsing of the command line on, so that every flag that loads leads through here.
 """
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,8 @@ class Door:
     def __init__(self) -> None:
         self._args: Namespace | None = None
         """Of the run that has chosen; another one in this process chooses for itself."""
-        self._chosen: Path | None = None
+        self.chosen: Path | None = None
+        """The checkpoint that the run goes on from; None if it starts from scratch."""
         self._damaged: dict[Path, str] = {}
 
     def install(self) -> None:
@@ -40,47 +42,19 @@ class Door:
         Raises:
             UsageError: as `choose` and `refuse_overwriting` do.
         """
-        if not (args.load or args.pretrained_checkpoint or args.save):
-            return
+        alone = args.fake_process_group
+        rank = 0 if alone else torch.distributed.get_rank()
+        ranks = 1 if alone else torch.distributed.get_world_size()
         while True:
-            self._chosen, args.finetune = self._agreed_decision(args)
-            found = self._differing_file(args)
-            if self._chosen is None or found is None:
+            decided = _agreed(ranks, lambda: self._decide(args) if rank == 0 else None)
+            self.chosen, args.finetune = decided[0]
+            if self.chosen is None:
                 break
-            self._damaged[self._chosen] = found
+            found = _agreed(ranks, functools.partial(sums.differing, self.chosen, rank, ranks))
+            if not any(found):
+                break
+            self._damaged[self.chosen] = next(filter(None, found))
         self._args = args
-
-    def _agreed_decision(self, args: Namespace) -> tuple[Path | None, bool]:
-        verdict: list[Any] = [None]
-        if args.fake_process_group or torch.distributed.get_rank() == 0:
-            try:
-                verdict = [self._decide(args)]
-            except (UsageError, OSError) as error:  # or the other ranks would wait for ever
-                verdict = [error if isinstance(error, UsageError) else MachineError(str(error))]
-        if not args.fake_process_group:
-            torch.distributed.broadcast_object_list(verdict)
-        if isinstance(verdict[0], UsageError):
-            raise verdict[0]
-        return verdict[0]
-
-    def _differing_file(self, args: Namespace) -> str | None:
-        """Compare the chosen one's files with their sums, each rank a share; all hear of it."""
-        if self._chosen is None:
-            return None
-        rank, ranks = 0, 1
-        if not args.fake_process_group:
-            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        try:
-            found: Any = sums.differing(self._chosen, rank, ranks)
-        except OSError as error:
-            found = MachineError(f"{self._chosen} cannot be read now: {error}")
-        every = [found] * ranks
-        if ranks > 1:
-            torch.distributed.all_gather_object(every, found)
-        found = next(filter(None, every), None)
-        if isinstance(found, UsageError):
-            raise found
-        return found
 
     def _decide(self, args: Namespace) -> tuple[Path | None, bool]:
         """Return the checkpoint, and whether its weights alone are taken."""
@@ -101,7 +75,7 @@ class Door:
 
     def _folder(self, args: Namespace, load: str) -> Path | None:
         # --use-checkpoint-args comes before there is a process group to agree in.
-        return self._chosen if self._args is args else choose(args, load, {})
+        return self.chosen if self._args is args else choose(args, load, {})
 
     def _holds(self, load: str | None) -> bool:
         """`checkpoint_exists`."""
@@ -121,19 +95,12 @@ class Door:
         _check_spec(args, found[0])
         return found
 
-    @property
-    def chosen(self) -> Path | None:
-        """The checkpoint that the run goes on from; None if it starts from scratch."""
-        return self._chosen
-
     def saved_args(self, args: Namespace) -> Namespace | None:
         """Return the arguments saved in the checkpoint that a run goes on from, None without one.
 
         Every rank reads them, as Megatron does with --use-checkpoint-args: it is the small part of
         a checkpoint that holds no tensors.
         """
-        if args.load is None and args.pretrained_checkpoint is None:
-            return None
         state, _, is_release, _ = self._load_base(args.load, args, rank0=True)
         return None if is_release or not state else state.get("args")
 
@@ -145,13 +112,30 @@ class Door:
                 loaded = load(*model, **kwargs)
                 break
             except safe_loading.DamagedCheckpoint as error:
-                if self._args is not args or self._chosen is None:
+                if self._args is not args or self.chosen is None:
                     raise
-                self._damaged[self._chosen] = str(error)
+                self._damaged[self.chosen] = str(error)
                 self.settle(args)
-        if self._args is args and self._chosen and torch.distributed.get_rank() == 0:
-            mend(args, self._chosen, self._damaged)
+        if self._args is args and self.chosen and torch.distributed.get_rank() == 0:
+            mend(args, self.chosen, self._damaged)
         return loaded
+
+
+def _agreed(ranks: int, find: Callable[[], Any]) -> list[Any]:
+    """What each rank finds; the error of one is raised on all, or they would wait for ever."""
+    try:
+        found = find()
+    except UsageError as error:
+        found = error
+    except OSError as error:
+        found = MachineError(str(error))
+    every = [found] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(every, found)
+    for found in every:
+        if isinstance(found, UsageError):
+            raise found
+    return every
 
 
 def _check_spec(args: Namespace, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_let.errors import MachineError
 from megatron_let.upstream.loop_hooks import Listener, Save
 
 FILE = "integrity.json"
@@ -56,7 +57,11 @@ class Sums(Listener):
 
 
 def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Compare files with their sums, where there are any: this rank's share of them."""
+    """Compare files with their sums, where there are any: this rank's share of them.
+
+    Raises:
+        MachineError: a file is there and cannot be read now.
+    """
     if not (folder / FILE).is_file():
         return None
     try:
@@ -65,8 +70,11 @@ def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     except (ValueError, KeyError, TypeError) as error:
         return f"{FILE} is no list of sums: {error}"
     present = [path for path in expected if path.is_file()]
-    with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
-        found = dict(zip(present, pool.map(sha256, present), strict=True))
+    try:
+        with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
+            found = dict(zip(present, pool.map(sha256, present), strict=True))
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be read now: {error}") from error
     others = [path.name for path in expected if found.get(path) != expected[path]]
     return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
 

@@ -47,9 +47,9 @@ def settle(folder: Path, step: int | None = None, own: bool = True, **flags: obj
     args.fake_process_group = True  # alone
     door = Door()
     door.settle(args)
-    if door._chosen is not None:
-        mend(args, door._chosen, door._damaged)
-    return door._chosen
+    if door.chosen is not None:
+        mend(args, door.chosen, door._damaged)
+    return door.chosen
 
 
 def data(save: Path, step: int) -> Path:
