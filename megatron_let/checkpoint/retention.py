@@ -6,9 +6,9 @@ damaged, the run falls back by a whole interval.
 
 import os
 import shutil
-import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_let.checkpoint.folder import is_written, iteration_folders, step_of
@@ -29,36 +29,28 @@ class Retention(Listener):
         self._save = Path(args.save or "")
         self._keep_last = args.save_keep_last
         self._keep_every = args.save_keep_every
-        self._newest: int | None = None
-        self._removing: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1)  # the interpreter waits for it at its end
 
     def after_save(self, folder: Path) -> None:
         """Remove, in a thread, what a new checkpoint has made superfluous.
 
         A folder that cannot be removed is told of, and the run goes on.
         """
-        if self._keep_last is None or os.environ.get("RANK", "0") != "0":
-            return
-        self._newest = step_of(folder)
-        if self._removing is None or not self._removing.is_alive():
-            self._remove()
+        if self._keep_last is not None and os.environ.get("RANK", "0") == "0":
+            self._pool.submit(self._remove, step_of(folder), self._keep_last)
 
     def on_end(self, is_complete: bool) -> None:
-        """Wait for what is being removed, and remove the rest."""
-        if self._newest is not None:
-            if self._removing is not None:
-                self._removing.join()
-            self._remove()
+        """Wait for what is being removed."""
+        self._pool.shutdown()
 
-    def _remove(self) -> None:
-        assert self._newest is not None
+    def _remove(self, newest: int, keep_last: int) -> None:
         try:
-            for folder in superfluous(self._save, self._newest, self._keep_last, self._keep_every):
+            for folder in superfluous(self._save, newest, keep_last, self._keep_every):
                 os.replace(folder, folder.with_name(f"{LEAVING}{folder.name}.{time.time_ns()}"))
         except OSError as error:
             print(f"> --save-keep-last: {error}", flush=True)
-        self._removing = threading.Thread(target=_remove, args=(self._save,))
-        self._removing.start()  # the interpreter waits for it at its end
+        for folder in self._save.glob(f"{LEAVING}*"):  # by an earlier start too
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
@@ -77,9 +69,3 @@ def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None)
     oldest_kept = whole[keep_last - 1]
     old = sorted(step for step in found if step < oldest_kept)
     return [found[step] for step in old if keep_every is None or step % keep_every]
-
-
-def _remove(save: Path) -> None:
-    """Remove what was renamed, by an earlier start too."""
-    for folder in save.glob(f"{LEAVING}*"):
-        shutil.rmtree(folder, ignore_errors=True)
