@@ -46,17 +46,18 @@ class FiniteCheck(Listener):
         weights = [named for chunk in save.chunks for named in chunk.named_parameters()]
         saved = [*weights, *_optimizer_state(save.optimizer)]
         largest = torch.nn.utils.get_total_norm([tensor.detach() for _, tensor in saved], math.inf)
-        ranks = ranks_with(not math.isfinite(largest))
-        if not ranks:
-            return
-        bad = (name for name, tensor in saved if not tensor.isfinite().all())
-        names: list[str] = [""] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(names, next(bad, "").replace("module.", ""))
-        end_run(
-            f"step {save.step}: {names[ranks[0]]} on rank {ranks[0]} is not finite, so the step is "
-            "not saved: start again to go on from the newest checkpoint, perhaps with a smaller "
-            "--lr."
-        )
+        bad = ""
+        if not math.isfinite(largest):
+            bad = next((n for n, tensor in saved if not tensor.isfinite().all()), "a weight")
+        found = [bad.replace("module.", "")] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, found[0])
+        for rank, name in enumerate(found):
+            if name:
+                end_run(
+                    f"step {save.step}: {name} on rank {rank} is not finite, so the step is not "
+                    "saved: start again to go on from the newest checkpoint, perhaps with a "
+                    "smaller --lr."
+                )
 
 
 def _optimizer_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
