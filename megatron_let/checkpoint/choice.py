@@ -22,6 +22,7 @@ from megatron_let.checkpoint.folder import (
     iteration_folders,
     listed,
     step_of,
+    write_whole,
 )
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.errors import MachineError, UsageError
@@ -168,9 +169,7 @@ def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
         for path in filter(Path.exists, damaged):
             path.rename(_free_name(path.with_name(f"damaged_{path.name}")))
         if not is_tracked and step != RELEASE:
-            partial = load / f"{TRACKER}.partial"
-            partial.write_text(str(step))
-            os.replace(partial, load / TRACKER)
+            write_whole(load / TRACKER, str(step))
     except OSError as error:
         print(f"> {args.load} is left as it is: {error}", flush=True)
 

@@ -1,6 +1,7 @@
 """A folder of checkpoints: their names, and whether all their bytes are there."""
 
 import json
+import os
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -26,10 +27,10 @@ def iteration_folders(load: Path) -> dict[int, Path]:
 
     Only a name that Megatron gives counts: `iter_0000005.mine` is its owner's.
     """
-    named = {p.name.removeprefix("iter_"): p for p in load.glob("iter_*") if p.is_dir()}
-    steps = {int(word): path for word, path in named.items() if word.isdecimal()}
-    steps = {step: load / step_name(step) for step in sorted(steps)}
-    return {step: path for step, path in steps.items() if path.name.removeprefix("iter_") in named}
+    names = (path.name.removeprefix("iter_") for path in load.glob("iter_*"))
+    steps = sorted({int(name) for name in names if name.isdecimal()})
+    folders = {step: load / step_name(step) for step in steps}
+    return {step: folder for step, folder in folders.items() if folder.is_dir()}
 
 
 def listed(load: Path) -> str:
@@ -88,8 +89,11 @@ def is_written(folder: Path) -> bool:
 
 def cut(folder: Path) -> str | None:
     """Compare the files' sizes with what `.metadata` says of them; say what is wrong."""
+    needed: dict[str, int] = {}
     try:
-        needed = stored_bytes(folder)
+        for stored in read_metadata(folder).storage_data.values():
+            name, end = stored.relative_path, stored.offset + stored.length
+            needed[name] = max(end, needed.get(name, 0))
     except UsageError as error:
         return str(error)
     for name, size in needed.items():
@@ -99,19 +103,6 @@ def cut(folder: Path) -> str | None:
         if path.stat().st_size < size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
     return None
-
-
-def stored_bytes(folder: Path) -> dict[str, int]:
-    """Return the least size in bytes of every data file of a checkpoint, by its `.metadata`.
-
-    Raises:
-        UsageError: the folder has no readable `.metadata`.
-    """
-    sizes: dict[str, int] = {}
-    for stored in read_metadata(folder).storage_data.values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    return sizes
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -133,3 +124,10 @@ def read_metadata(folder: Path) -> Metadata:
             raise  # the disk's fault
         raise UsageError(f"{path} cannot be read: {error}") from error
     return metadata
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file in one go: a kill leaves the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -13,10 +13,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_let.checkpoint.folder import write_whole
 from megatron_let.errors import MachineError
 from megatron_let.upstream.loop_hooks import Listener, Save
 
@@ -85,7 +85,8 @@ def _sum_after(before: threading.Thread | None, folder: Path, rank: int, ranks: 
         if before is not None:
             before.join()
         own = sorted(folder.glob(f"*__{rank}_*.distcp"))
-        _write(folder / PARTS.format(rank), {path.name: sha256(path) for path in own})
+        part = {path.name: sha256(path) for path in own}
+        write_whole(folder / PARTS.format(rank), json.dumps(part))
         if rank == 0:
             _put_together(folder, [folder / PARTS.format(other) for other in range(ranks)])
     except Exception as error:  # a full disk, or a checkpoint that has been removed
@@ -103,16 +104,11 @@ def _put_together(folder: Path, parts: list[Path]) -> None:
     for path in folder.iterdir():  # what all ranks share, and files of an older layout
         if path.is_file() and path.name not in sums and path not in parts and path.name != FILE:
             sums[path.name] = sha256(path)
-    _write(folder / FILE, {"algorithm": "sha256", "files": dict(sorted(sums.items()))})
+    manifest = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
+    write_whole(folder / FILE, json.dumps(manifest, indent=2))
     for part in parts:
         with contextlib.suppress(OSError):
             part.unlink()
-
-
-def _write(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2))
-    os.replace(partial, path)
 
 
 def sha256(path: Path) -> str:

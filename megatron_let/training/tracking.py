@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from megatron_let.checkpoint.folder import write_whole
 from megatron_let.errors import UsageError
 from megatron_let.upstream.secrets import scrubbed
 
@@ -87,9 +88,7 @@ def _wandb_id(save: Path) -> str:
     path = save / WANDB_ID_FILE
     if not path.is_file() or not path.read_text().strip():
         save.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(uuid.uuid4().hex[:12])
-        os.replace(partial, path)
+        write_whole(path, uuid.uuid4().hex[:12])
     return path.read_text().strip()
 
 
