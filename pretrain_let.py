@@ -6,6 +6,7 @@
 Without a GPU everything runs on CPU with gloo.
 """
 
+import functools
 import sys
 
 from megatron_let.upstream import cpu
@@ -27,7 +28,7 @@ from megatron_let.checkpoint.sums import Sums  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods.table import build_method  # noqa: E402
 from megatron_let.training.log import RunLog  # noqa: E402
-from megatron_let.training.resume import resume_check  # noqa: E402
+from megatron_let.training.resume import check_resume  # noqa: E402
 from megatron_let.training.run import Run  # noqa: E402
 from megatron_let.upstream.loop_hooks import LISTENERS, LoopHooks  # noqa: E402
 from megatron_let.upstream.mended import mend_megatron  # noqa: E402
@@ -56,17 +57,18 @@ def train() -> None:
     checks = [] if args.fake_process_group else [FiniteCheck(run.bad_losses)]
     own = [make(args) for make in LISTENERS]
     hooks.listeners = [*method.listeners(), *checks, log, Retention(args), Sums(), *own]
-    model_config.pre_wrap_hooks.insert(0, resume_check(door, hooks, args, method))
+    check = functools.partial(check_resume, door, hooks, args, method)
+    model_config.pre_wrap_hooks.insert(0, check)
     if args.init_from is not None:
-        from megatron_let.training.init_from import growing
+        from megatron_let.training.init_from import grow
 
-        model_config.pre_wrap_hooks.append(growing(args, door))
+        model_config.pre_wrap_hooks.append(functools.partial(grow, args, door))
     model_config.pre_wrap_hooks.append(log.count_model)
 
     with hooks.installed():
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            run.datasets_provider(),
+            run.datasets,
             ModelType.encoder_or_decoder,
             run.forward_step,
             get_embedding_ranks=command_line.embedding_ranks(args),

@@ -5,11 +5,12 @@ Each rank makes a layer's tensors of the small model's and keeps its own slices,
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.training import get_tokenizer
 
 from megatron_let.checkpoint.door import Door
@@ -28,23 +29,14 @@ Read = Callable[[str, int | None], torch.Tensor]
 """Of a tensor of Megatron's by its name and, if it is stacked, the layer: the whole tensor."""
 
 
-def growing(args: Namespace, door: Door) -> Callable[[list[Any]], list[Any]]:
-    """Return the hook for `pre_wrap_hooks`; it must come after the one that settles `door`."""
-
-    def grow(chunks: list[Any]) -> list[Any]:
-        if args.init_from is not None and door.chosen is None:
-            grow_into(args, chunks)
-        return chunks
-
-    return grow
-
-
-def grow_into(args: Namespace, chunks: list[Any]) -> None:
-    """Fill this rank's model chunks.
+def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
+    """Fill this rank's chunks, unless there is a checkpoint: a hook after `door` is settled.
 
     Raises:
         UsageError: the small model does not fit into the student, or has another tokenizer.
     """
+    if door.chosen is not None:
+        return chunks
     small, flags = open_small(args.init_from), InitFlags.of(args)
     growth = Growth(width=flags.init_width, depth=flags.init_depth, symmetry=flags.init_symmetry)
     grown, config, _ = grown_model(
@@ -60,9 +52,12 @@ def grow_into(args: Namespace, chunks: list[Any]) -> None:
     shape = configs.model_shape(args, small.config.vocab_size)
     rules = {rule.megatron: rule for rule in small.family.rules}
     for chunk in chunks:
-        for tensor in _sharded(chunk.sharded_state_dict()):
-            if tensor.key in rules:
+        state = chunk.sharded_state_dict()
+        apply_factories(state)  # composed tensors become views of their parts
+        for tensor in nested_values(state):
+            if isinstance(tensor, ShardedTensor) and tensor.key in rules:
                 _fill(tensor, lambda name, layer: rules[name].join(grown.read, layer, shape))
+    return chunks
 
 
 def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> None:
@@ -84,17 +79,6 @@ def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> No
         ids = read_token_ids(str(small.folder), None)
         if ids:
             check_token_ids(token_ids(get_tokenizer()), ids, args.init_from)
-
-
-def _sharded(state: Any) -> Iterator[ShardedTensor]:
-    """The tensors of a state dict, parts of composed ones as views."""
-    if isinstance(state, ShardedTensorFactory):
-        state = state.build()
-    if isinstance(state, ShardedTensor):
-        yield state
-    elif isinstance(state, dict | list):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _sharded(value)
 
 
 def _fill(tensor: ShardedTensor, read: Read) -> None:

@@ -7,7 +7,7 @@ differs it ends in a traceback, or trains another model unsaid.
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -47,24 +47,24 @@ ANEW = "Resume with the checkpoint's, or start a new run, with another --save,"
 FROM_THE_WEIGHTS = f"{ANEW} from the weights: --finetune."
 
 
-def resume_check(
-    door: Door, hooks: LoopHooks, args: Namespace, method: Method
-) -> Callable[[list[Any]], list[Any]]:
-    """Return the hook that Megatron calls before it loads: on every rank, with the groups there."""
+def check_resume(
+    door: Door, hooks: LoopHooks, args: Namespace, method: Method, chunks: list[Any]
+) -> list[Any]:
+    """A hook before Megatron loads, on every rank with the groups there: `chunks` stay as they are.
 
-    def check(chunks: list[Any]) -> list[Any]:
-        door.settle(args)
-        saved = door.saved_args(args)
-        if saved is not None:
-            method.check_checkpoint(saved)
-            if not args.finetune:  # that is a run of its own, which takes the weights only
-                _check_ours(args, saved, method)
-            check_flags(args, saved)
-            if not args.finetune:
-                hooks.on_load(saved)
-        return chunks
-
-    return check
+    Raises:
+        UsageError: there is nothing to go on from, or another run's.
+    """
+    door.settle(args)
+    saved = door.saved_args(args)
+    if saved is not None:
+        method.check_checkpoint(saved)
+        if not args.finetune:  # that is a run of its own, which takes the weights only
+            _check_ours(args, saved, method)
+        check_flags(args, saved)
+        if not args.finetune:
+            hooks.on_load(saved)
+    return chunks
 
 
 def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:

@@ -62,12 +62,6 @@ class Run:
 
     # --- data ---------------------------------------------------------------------------------
 
-    def datasets_provider(self) -> Callable[..., tuple[Any, Any, Any]]:
-        """Return the function that builds the train, validation and test datasets."""
-        provide = functools.partial(self._datasets)
-        provide.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
-        return provide
-
     def build_datasets(
         self, num_samples: list[int], vp_stage: int | None = None
     ) -> tuple[Any, Any, Any]:
@@ -75,15 +69,14 @@ class Run:
         builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
-            functools.partial(self._needs_data, vp_stage),
+            lambda: self._holds_data() and self._reads(vp_stage),
             self._dataset_config(),
         )
         train, valid, test = builder.build()
         return train, valid, test
 
-    def _datasets(
-        self, num_samples: list[int], vp_stage: int | None = None
-    ) -> tuple[Any, Any, Any]:
+    def datasets(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        """Build the three, and tell method and hooks (`train_valid_test_datasets_provider`)."""
         datasets = self.build_datasets(num_samples, vp_stage)
         if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
             self.args.do_train = not self.args.skip_train
@@ -107,8 +100,7 @@ class Run:
                 print(f"> {rank} alone: but for time and memory its numbers mean nothing")
         return datasets
 
-    def _needs_data(self, vp_stage: int | None) -> bool:
-        return self._holds_data() and self._reads(vp_stage)
+    datasets.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
 
     def _holds_data(self) -> bool:
         """Whether this rank reads the files, for itself and those that share its micro-batches."""
