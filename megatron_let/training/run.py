@@ -4,6 +4,7 @@ import functools
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,6 @@ from megatron_let.upstream.loop_hooks import LoopHooks
 
 Report = dict[str, torch.Tensor]
 
-SAME_IN_DATASET_CONFIG = (
-    "split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files "
-    "reset_position_ids reset_attention_mask eod_mask_loss object_storage_cache_path "
-    "mid_level_dataset_surplus allow_ambiguous_pad_tokens context_parallel_size data_parallel_size"
-).split()
-"""Arguments that `GPTDatasetConfig` calls the same."""
 SPIKY_LOSS_FACTOR = 10
 """With --check-for-spiky-loss: a loss this many times the largest so far is suspicious."""
 
@@ -129,6 +124,7 @@ class Run:
     def _dataset_config(self) -> GPTDatasetConfig:
         args = self.args
         blend, blend_per_split = get_blend_and_blend_per_split(args)
+        same = {field.name for field in fields(GPTDatasetConfig)} & vars(args).keys()
         sequences = None
         if args.per_dataset_sequences_path is not None:
             try:
@@ -149,7 +145,7 @@ class Run:
             sequences_per_dataset=sequences,
             defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
             sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-            **{name: getattr(args, name) for name in SAME_IN_DATASET_CONFIG},
+            **{name: vars(args)[name] for name in same},
         )
 
     # --- a micro-batch ------------------------------------------------------------------------
