@@ -132,22 +132,19 @@ class Checkpoint:
 
     def _piece(self, item: ReadItem) -> torch.Tensor:
         """Return what an item reads of a saved piece of a tensor."""
+        stored = self._metadata.storage_data[item.storage_index]
         with self._told(item.storage_index.fqn):
             entry = self._mapped(item.storage_index)
-            stand_in = self._stand_in(item.storage_index)
+            with (self.folder / stored.relative_path).open("rb") as file:
+                view: Any = _create_file_view(file, stored.offset, stored.length)
+                stand_in = torch.load(view, map_location="meta", weights_only=True)
+            # It has no data; its storage tells where in the entry that is.
             storage = stand_in.untyped_storage()
             start: int = storage._checkpoint_offset  # type: ignore[assignment]
             # Entries start anywhere, so the data may not be aligned; CPUs do not mind.
             data = torch.frombuffer(entry[start : start + storage.nbytes()], dtype=stand_in.dtype)
             piece = data.as_strided(stand_in.shape, stand_in.stride(), stand_in.storage_offset())
             return _narrow(piece, item.storage_offsets, item.lengths)
-
-    def _stand_in(self, index: MetadataIndex) -> torch.Tensor:
-        """Return a piece without data (on `meta`); its storage tells where in the entry that is."""
-        stored = self._metadata.storage_data[index]
-        with (self.folder / stored.relative_path).open("rb") as file:
-            entry: Any = _create_file_view(file, stored.offset, stored.length)
-            return torch.load(entry, map_location="meta", weights_only=True)
 
     def _mapped(self, index: MetadataIndex) -> memoryview:
         """Return the bytes of one entry, which `torch.save` wrote, mapped from its file.

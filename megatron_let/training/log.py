@@ -118,19 +118,16 @@ class RunLog(Listener):
     def after_step(self, step: Step) -> None:
         """Count it."""
         self._iteration = step.number
-        losses = step.losses | (step.reported if is_last_rank() else {})
-        self._count_step({} if step.is_skipped else losses)
-        if step.is_skipped:
-            self._tell_skipped(step.number)
-
-    def _count_step(self, losses: dict[str, torch.Tensor]) -> None:
         samples = get_current_running_global_batch_size()
         tokens = samples * self.args.seq_length
         student = training.num_floating_point_operations(self.args, samples)
         before = self.method.flops_once() if self.file.totals["tokens"] == 0 else 0.0
         teacher = self.method.extra_flops(tokens)
         self.file.add_step(tokens, before + student + teacher)
-        self._interval.add_step(student, teacher, losses)
+        losses = step.losses | (step.reported if is_last_rank() else {})
+        self._interval.add_step(student, teacher, {} if step.is_skipped else losses)
+        if step.is_skipped:
+            self._tell_skipped(step.number)
 
     def _tell_skipped(self, iteration: int) -> None:
         """Say which ranks' losses made Megatron skip a step's update; called on every rank."""

@@ -4,6 +4,7 @@ Megatron opens both by itself. What is added here: TensorBoard is always on besi
 a W&B run keeps its id when a job is requeued, and works without network.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -98,11 +99,9 @@ def _reachable() -> bool:
         return True
     url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST))
     address = (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443))
-    try:
-        with socket.create_connection(address, timeout=CONNECT_SECONDS):
-            return True
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), socket.create_connection(address, CONNECT_SECONDS):
+        return True
+    return False
 
 
 # --- a record of each start --------------------------------------------------------------------
@@ -141,10 +140,8 @@ def _versions() -> dict[str, str | None]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
