@@ -152,7 +152,7 @@ MISTAKES = {
         "--data-args-path TMP/absent.txt cannot be read: .*No such file",
     ),
     "weights before some paths": (
-        f"{STEPS} --data-path 0.5 TMP/one TMP/one TMP/one",
+        f"{STEPS} --data-path TMP/one TMP/one 0.5 TMP/one",
         "--data-path .*'0.5', .*cannot be read: .*with a weight before each path or before none",
     ),
     "data of another tokenizer": (
