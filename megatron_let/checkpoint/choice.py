@@ -202,14 +202,14 @@ def explain_failed_save(error: BaseException) -> str | None:
     """
     if isinstance(error, RuntimeError) and "Worker failure" not in str(error):
         return None  # a lost peer, or no memory left
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name in ("save_checkpoint", "maybe_finalize_async_save"):
-            says = next(iter(str(error).splitlines()), type(error).__name__)
-            return (
-                f"a checkpoint could not be written to {get_args().save}. A full disk or quota is "
-                "the usual reason: make room and start again; earlier checkpoints are as they "
-                f"were. Megatron says: {says}"
-            )
+    called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if called & {"save_checkpoint", "maybe_finalize_async_save"}:
+        says = next(iter(str(error).splitlines()), type(error).__name__)
+        return (
+            f"a checkpoint could not be written to {get_args().save}. A full disk or quota is the "
+            "usual reason: make room and start again; earlier checkpoints are as they were. "
+            f"Megatron says: {says}"
+        )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}."
     return None

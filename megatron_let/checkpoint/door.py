@@ -15,6 +15,7 @@ from megatron.training import get_args
 
 from megatron_let.checkpoint import sums
 from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting
+from megatron_let.checkpoint.finite import gathered
 from megatron_let.checkpoint.folder import step_of
 from megatron_let.errors import MachineError, UsageError
 from megatron_let.upstream import safe_loading
@@ -107,15 +108,14 @@ class Door:
     def _load(self, load: Callable[..., Any], *model: Any, **kwargs: Any) -> tuple[int, int]:
         """`load_checkpoint`, again from an older one where the load itself finds damage."""
         args: Namespace = get_args()
-        while True:
-            try:
-                loaded = load(*model, **kwargs)
-                break
-            except safe_loading.DamagedCheckpoint as error:
-                if self._args is not args or self.chosen is None:
-                    raise
-                self._damaged[self.chosen] = str(error)
-                self.settle(args)
+        try:
+            loaded = load(*model, **kwargs)
+        except safe_loading.DamagedCheckpoint as error:
+            if self._args is not args or self.chosen is None:
+                raise
+            self._damaged[self.chosen] = str(error)
+            self.settle(args)
+            return self._load(load, *model, **kwargs)
         if self._args is args and self.chosen and torch.distributed.get_rank() == 0:
             mend(args, self.chosen, self._damaged)
         return loaded
@@ -129,9 +129,7 @@ def _agreed(ranks: int, find: Callable[[], Any]) -> list[Any]:
         found = error
     except OSError as error:
         found = MachineError(str(error))
-    every = [found] * ranks
-    if ranks > 1:
-        torch.distributed.all_gather_object(every, found)
+    every = gathered(found) if ranks > 1 else [found]
     for found in every:
         if isinstance(found, UsageError):
             raise found

@@ -49,15 +49,14 @@ class FiniteCheck(Listener):
         bad = ""
         if not math.isfinite(largest):
             bad = next((n for n, tensor in saved if not tensor.isfinite().all()), "a weight")
-        found = [bad.replace("module.", "")] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, found[0])
-        for rank, name in enumerate(found):
-            if name:
-                end_run(
-                    f"step {save.step}: {name} on rank {rank} is not finite, so the step is not "
-                    "saved: start again to go on from the newest checkpoint, perhaps with a "
-                    "smaller --lr."
-                )
+        found = [(rank, name) for rank, name in enumerate(gathered(bad)) if name]
+        if found:
+            rank, name = found[0]
+            end_run(
+                f"step {save.step}: {name.replace('module.', '')} on rank {rank} is not finite, so "
+                "the step is not saved: start again to go on from the newest checkpoint, perhaps "
+                "with a smaller --lr."
+            )
 
 
 def _optimizer_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,11 +71,16 @@ def _optimizer_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"the optimizer's {name}", value
 
 
+def gathered(value: Any) -> list[Any]:
+    """What each rank has; called on every rank."""
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, value)
+    return every
+
+
 def ranks_with(count: int) -> list[int]:
     """The ranks whose count is not zero; called on every rank."""
-    counts: list[int] = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, int(count))
-    return [rank for rank, found in enumerate(counts) if found]
+    return [rank for rank, found in enumerate(gathered(int(count))) if found]
 
 
 def end_run(message: str) -> None:

@@ -18,6 +18,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_let.checkpoint.finite import gathered
 from megatron_let.data.checked import check_loss_mask
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
@@ -89,7 +90,7 @@ class Run:
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
             if self.hooks is not None:
-                self.hooks.on_start(_known_to_all(data))
+                self.hooks.on_start(next(filter(None, gathered(data)), None))  # some rank knows it
             if self._is_alone:
                 rank = f"rank {self.args.rank} of {self.args.world_size}"
                 print(f"> {rank} alone: but for time and memory its numbers mean nothing")
@@ -238,10 +239,3 @@ class Run:
             when = f"step {step}" if loss.requires_grad else f"validation after step {step}"
             print(f"> {when}, rank {rank}: {message}", flush=True)
         return rejected
-
-
-def _known_to_all(text: str | None) -> str | None:
-    """What some rank knows, on every rank."""
-    gathered: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, text)
-    return next((found for found in gathered if found is not None), None)
