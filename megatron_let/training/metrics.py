@@ -32,7 +32,10 @@ class MetricsFile:
         self.totals: Totals = dict.fromkeys(TOTALS, 0)
         if path is not None and path.exists():
             _cut_torn_line(path)
-            self.totals |= _totals_at(path, iteration)
+            for _, record in read_records(path) if iteration else ():
+                if record["iteration"] <= iteration:
+                    found = {name: record.get(name) for name in TOTALS}
+                    self.totals |= {n: v for n, v in found.items() if isinstance(v, int | float)}
         self._clock = time.perf_counter()
 
     def restart_clock(self) -> None:
@@ -61,18 +64,6 @@ def _cut_torn_line(path: Path) -> None:
     text = path.read_bytes()
     if not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _totals_at(path: Path, iteration: int) -> Totals:
-    if iteration == 0:
-        return {}
-    latest: Totals = {}
-    for _, record in read_records(path):
-        if record["iteration"] <= iteration:
-            latest = {
-                name: record[name] for name in TOTALS if isinstance(record.get(name), int | float)
-            }
-    return latest
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
