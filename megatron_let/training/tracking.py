@@ -67,8 +67,7 @@ def _prepare_wandb(args: Namespace) -> None:
     """Set W&B's environment on the rank that opens it; what the user has set stays."""
     if args.save is None:
         raise UsageError(
-            f"--wandb-project {args.wandb_project} needs --save: the run's id is kept there, so "
-            "that a later start goes on with the same W&B run."
+            f"--wandb-project {args.wandb_project} needs --save: a later start finds the id there."
         )
     if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1:
         return
