@@ -18,11 +18,16 @@ from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training import arguments
 from megatron_let.training.micro_batches import MicroBatches
-from megatron_let.upstream.loop_hooks import LoopHooks
+from megatron_let.upstream.loop_hooks import LISTENERS, LoopHooks
 from megatron_let.upstream.mended import token_ids
 from megatron_let.upstream.table import apply
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
+
+OTHER_BATCHES = (
+    "sft dataloader_inter_document_masking hybrid_context_parallel perform_rl_step logits_load_dir "
+    "modelopt_enabled"
+).split()
 
 
 def flags(yours: Provider | None = None) -> Provider:
@@ -50,6 +55,12 @@ class Guidance:
                 f"--context-parallel-size {args.context_parallel_size}: a script's get_batch hands "
                 "on a part of each sequence, and the teacher reads the whole. Use pretrain_let.py."
             )
+        for name in OTHER_BATCHES:
+            if getattr(args, name, None):
+                raise UsageError(
+                    f"{arguments.flag(name)} makes other batches, or another loss, than a method "
+                    f"knows of: leave it out, or --method {args.method}."
+                )
         self.args = args
         self.method = build_method(args)
         is_known = args.tokenizer_type == "HuggingFaceTokenizer"
@@ -57,7 +68,7 @@ class Guidance:
         self.method.configure(model_config)
         self._dataset: Any = None
         hooks = LoopHooks(args)
-        hooks.listeners = self.method.listeners()
+        hooks.listeners = [*self.method.listeners(), *(make(args) for make in LISTENERS)]
         apply(hooks.log_redirects())
 
     def reads_all(self, mtp_on_this_rank: Callable[..., bool]) -> Callable[..., bool]:

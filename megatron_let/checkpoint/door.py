@@ -31,6 +31,8 @@ class Door:
         self.chosen: Path | None = None
         """The checkpoint that the run goes on from; None if it starts from scratch."""
         self._damaged: dict[Path, str] = {}
+        self.on_load: Callable[[Namespace], None] = lambda saved: None
+        """Told the arguments of the checkpoint that was loaded, on every rank."""
 
     def install(self) -> None:
         """Replace Megatron's ways; before it parses its command line."""
@@ -116,8 +118,11 @@ class Door:
             self._damaged[self.chosen] = str(error)
             self.settle(args)
             return self._load(load, *model, **kwargs)
-        if self._args is args and self.chosen and torch.distributed.get_rank() == 0:
-            mend(args, self.chosen, self._damaged)
+        if self._args is args and self.chosen:
+            if torch.distributed.get_rank() == 0:
+                mend(args, self.chosen, self._damaged)
+            if (saved := self.saved_args(args)) is not None and not args.finetune:
+                self.on_load(saved)
         return loaded
 
 

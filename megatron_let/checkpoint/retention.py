@@ -40,8 +40,8 @@ class Retention(Listener):
             self._pool.submit(self._remove, step_of(folder), self._keep_last)
 
     def on_end(self, is_complete: bool) -> None:
-        """Wait for what is being removed."""
-        self._pool.shutdown()
+        """Wait for what is being removed; a stop before the end leaves that to the interpreter."""
+        self._pool.shutdown(wait=is_complete)
 
     def _remove(self, newest: int, keep_last: int) -> None:
         try:

@@ -61,7 +61,7 @@ def import_model(
             f"--output {output} has a blank in its path, which {FLAGS_FILE} cannot hold."
         )
     bars_on_a_terminal_only()
-    source = open_model(hf_model, revision)
+    source = open_model("--hf-model", hf_model, revision)
     reader, rules, shape = source.reader, source.rules, source.shape
     stand_ins = {}
     for rule in rules:
@@ -85,7 +85,7 @@ def import_model(
 # --- what is read ------------------------------------------------------------------------------
 
 
-def local_folder(hf_model: str, revision: str | None) -> Path:
+def local_folder(hf_model: str, revision: str | None, flag: str = "--hf-model") -> Path:
     """Return the model's folder, fetched from the hub if it is none.
 
     Raises:
@@ -99,7 +99,7 @@ def local_folder(hf_model: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         reason = hugging_face.first_line(error)
         raise UsageError(
-            f"--hf-model {hf_model} is no folder, and the hub does not give it: {reason}"
+            f"{flag} {hf_model} is no folder, and the hub does not give it: {reason}"
         ) from error
 
 
@@ -117,14 +117,14 @@ class Source:
     reader: SafetensorsReader
 
 
-def open_model(hf_model: str, revision: str | None = None) -> Source:
-    """Open a folder or hub id.
+def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
+    """Open a folder or hub id, which a flag names.
 
     Raises:
         UsageError: it is none, is of no family, or its tensors are not those of its family.
     """
-    folder = local_folder(hf_model, revision)
-    failure = f"--hf-model {folder} has no configuration to load."
+    folder = local_folder(hf_model, revision, flag)
+    failure = f"{flag} {folder} has no configuration to load."
     config = hugging_face.load(AutoConfig, folder, failure)
     family = configs.family_of_config(config)
     values = configs.megatron_values(family, config) | {"vocab_size": config.vocab_size}

@@ -15,7 +15,7 @@ from megatron_let.conversion import configs, tokenizer_files
 from megatron_let.conversion.from_hf import Source, open_model
 from megatron_let.conversion.growth import Grown, Growth, Read, grown_config
 from megatron_let.conversion.output import check_free, complete_or_absent
-from megatron_let.conversion.safetensors_files import write_safetensors
+from megatron_let.conversion.safetensors_files import check_shard_size, write_safetensors
 from megatron_let.conversion.verify import TEXT
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import from_hf_config
@@ -28,17 +28,17 @@ TOLERANCE = 2e-5
 MAX_TOKENS = 1024
 
 
-def open_small(hf_model: str, revision: str | None = None) -> Source:
-    """Open the model that is to be grown.
+def open_small(flag: str, hf_model: str, revision: str | None = None) -> Source:
+    """Open the model that is to be grown, which a flag names.
 
     Raises:
         UsageError: it cannot be read, or is of a family that is not grown.
     """
-    small = open_model(hf_model, revision)
+    small = open_model(flag, hf_model, revision)
     if small.config.model_type not in MODEL_TYPES:
         raise UsageError(
-            f"{hf_model} is a {small.config.model_type}: only {' and '.join(MODEL_TYPES)} can be "
-            "grown. (LayerNorm subtracts a mean and norms in attention divide by one head's: "
+            f"{flag} {hf_model} is a {small.config.model_type}: only {' and '.join(MODEL_TYPES)} "
+            "can be grown. (LayerNorm subtracts a mean, norms in attention divide by one head's: "
             "neither goes on computing the same when features are added.)"
         )
     return small
@@ -90,8 +90,9 @@ def grow_model(
             large one, grown exactly, computes something else.
     """
     check_free(output)
+    check_shard_size(max_shard_size)
     bars_on_a_terminal_only()
-    small = open_small(hf_model, revision)
+    small = open_small("--hf-model", hf_model, revision)
     given = {name: size for name, size in sizes.items() if size is not None}
     grown, config, is_exact = grown_model(small, given, growth)
     model = configs.empty_model(config)
@@ -99,11 +100,16 @@ def grow_model(
     state = model.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    verdict = _compare(small, config, grown.read, text, exact=is_exact)
+    is_exact = is_exact and config.dtype is torch.float32
+
+    def rounded(name: str) -> torch.Tensor:
+        return grown.read(name).to(config.dtype)
+
+    verdict = _compare(small, config, rounded, text, exact=is_exact)
     with complete_or_absent(output) as folder:
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-        weights = ((name, grown.read(name)) for name in tqdm(state, desc="weights", disable=None))
+        weights = ((name, rounded(name)) for name in tqdm(state, desc="weights", disable=None))
         stand_ins = {name: state[name].to(config.dtype) for name in state}
         write_safetensors(folder, stand_ins, weights, max_shard_size)
         if hugging_face.has_tokenizer(small.folder):
@@ -137,7 +143,8 @@ def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact
         )
     if text is None and (exact or not hugging_face.has_tokenizer(small.folder)):
         return verdict
-    ids = tokenizer_files.load_tokenizer(small.folder)(text.read_text() if text else TEXT)
+    words = text.read_text(errors="replace") if text else TEXT
+    ids = tokenizer_files.load_tokenizer(small.folder)(words)
     ids_BS = torch.tensor([ids["input_ids"][: min(MAX_TOKENS, config.max_position_embeddings)]])
     before, after = (
         F.cross_entropy(streamed_logits(c, r, ids_BS)[0, :-1], ids_BS[0, 1:]).item()

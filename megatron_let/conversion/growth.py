@@ -281,12 +281,12 @@ def check(old: ModelShape, new: ModelShape, growth: Growth) -> None:
         ),
         (
             is_clone and (width % old.hidden_size or width == old.hidden_size),
-            f"--width clone repeats the small model's {old.hidden_size} features: --hidden-size "
-            f"{width} is no multiple. Choose one, or --width pad.",
+            f"clone repeats the small model's {old.hidden_size} features: --hidden-size {width} "
+            "is no multiple. Choose one, or pad.",
         ),
         (
             is_clone and new.tied,
-            "--width clone needs --untie-embeddings-and-output-weights: the output layer reads "
+            "clone needs --untie-embeddings-and-output-weights: the output layer reads "
             "what the embedding writes several times, and must divide.",
         ),
         (
@@ -296,7 +296,7 @@ def check(old: ModelShape, new: ModelShape, growth: Growth) -> None:
         ),
         (
             growth.symmetry != "none" and not is_clone,
-            f"--symmetry {growth.symmetry} has no effect with --width pad, which makes no copies: "
+            f"symmetry {growth.symmetry} has no effect with pad, which makes no copies: "
             "what is new there is random. Leave it out.",
         ),
     ):

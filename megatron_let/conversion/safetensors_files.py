@@ -8,6 +8,7 @@ The library reads single tensors, but writes whole files from memory.
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,16 @@ def _weight_map(folder: Path) -> dict[str, str]:
         f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "
         "are not read: load the model with transformers and save it with save_pretrained."
     )
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Refuse what is no size.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
+        raise UsageError(f"--max-shard-size {max_shard_size} is not a size such as 5GB or 500MB.")
 
 
 def write_safetensors(

@@ -4,7 +4,6 @@ It goes layer by layer from disk to disk: the largest thing in memory is one lay
 embedding.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion import checks, configs, tokenizer_files
 from megatron_let.conversion.family import ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
-from megatron_let.conversion.safetensors_files import write_safetensors
+from megatron_let.conversion.safetensors_files import check_shard_size, write_safetensors
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
 
@@ -49,8 +48,7 @@ def export(
             what the run's model does, its tensors are not those of its family, or the tokenizer is
             not the run's.
     """
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
-        raise UsageError(f"--max-shard-size {max_shard_size} is not a size such as 5GB or 500MB.")
+    check_shard_size(max_shard_size)
     check_free(output)
     checkpoint = Checkpoint(find_checkpoint(load, ckpt_step))
     args = checkpoint.args()

@@ -142,11 +142,13 @@ def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | N
     return token_ids if token_ids.keys() - tokenizer.get_added_vocab().keys() else None
 
 
-def check_token_ids(student: dict[str, int], teacher: dict[str, int], teacher_name: str) -> None:
+def check_token_ids(
+    student: dict[str, int], teacher: dict[str, int], flag: str, teacher_name: str
+) -> None:
     """Check that every token of the student has the same id in the teacher.
 
     The map is compared, not its size: both models read the same ids. A teacher that knows more
-    tokens, or whose table is padded, is fine.
+    tokens, or whose table is padded, is fine. `flag` names it.
 
     Raises:
         UsageError: naming a token and its two ids.
@@ -156,7 +158,7 @@ def check_token_ids(student: dict[str, int], teacher: dict[str, int], teacher_na
             raise UsageError(
                 f"Student and teacher number tokens differently: {token!r} is {index} in the "
                 f"student's tokenizer and {teacher.get(token, 'absent')} in that of "
-                f"--teacher-model {teacher_name}. Choose another teacher, or train with its "
+                f"{flag} {teacher_name}. Choose another model, or train with its "
                 "tokenizer: --tokenizer-type HuggingFaceTokenizer --tokenizer-model "
                 f"{teacher_name}."
             )

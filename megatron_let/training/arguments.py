@@ -147,7 +147,8 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
 
 
 def _flags_of(parts: list[Any]) -> set[str]:
-    return {flag(field.name) for part in parts for field in fields(part.flag_group)}
+    names = [field.name for part in parts for field in fields(part.flag_group)]
+    return {flag(prefix + name) for prefix in ("", "no_", "disable_") for name in names}
 
 
 def check_keep_last(args: Namespace) -> None:
@@ -176,7 +177,12 @@ def check_init(args: Namespace) -> None:
     given = [f.name for f in fields(InitFlags) if getattr(args, f.name) != f.default]
     if given and args.init_from is None:
         raise UsageError(f"{flag(given[0])} has no effect without --init-from.")
-    for name in ("init_model_with_meta_device", "use_megatron_fsdp", "use_torch_fsdp2"):
+    for name in ("pretrained_checkpoint", "finetune"):
+        if given and getattr(args, name):
+            raise UsageError(f"{flag(name)} and --init-from both say where weights come from.")
+    for name in (
+        "init_model_with_meta_device use_megatron_fsdp use_torch_fsdp2 fp8_param_gather"
+    ).split():
         if given and getattr(args, name):
             raise UsageError(
                 f"{flag(name)} is not supported with --init-from, which fills weights before they "

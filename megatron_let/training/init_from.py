@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.training import get_tokenizer
 
 from megatron_let.checkpoint.door import Door
-from megatron_let.conversion import configs
+from megatron_let.conversion import checks, configs
 from megatron_let.conversion.from_hf import Source
 from megatron_let.conversion.grow import grown_model, open_small
 from megatron_let.conversion.growth import Growth
@@ -24,6 +24,12 @@ from megatron_let.training.arguments import InitFlags
 from megatron_let.upstream.mended import token_ids
 
 SIZES = "hidden_size ffn_hidden_size num_layers num_attention_heads kv_channels".split()
+FREE = (
+    "init_method_std attention_dropout hidden_dropout max_position_embeddings "
+    "group_query_attention num_query_groups"  # the groups are those of `model_shape`
+).split()
+"""Arguments that the student may have as it likes."""
+NO_SCALING = {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}
 
 Read = Callable[[str, int | None], torch.Tensor]
 """Of a tensor of Megatron's by its name and, if it is stacked, the layer: the whole tensor."""
@@ -33,52 +39,62 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
     """Fill this rank's chunks, unless there is a checkpoint: a hook after `door` is settled.
 
     Raises:
-        UsageError: the small model does not fit into the student, or has another tokenizer.
+        UsageError: the small model does not fit into the student, or has another tokenizer; or the
+            checkpoint did not begin so.
     """
     if door.chosen is not None:
+        if getattr(door.saved_args(args), "init_from", None) is None:
+            raise UsageError(
+                f"--init-from {args.init_from} has no effect: the run goes on from {door.chosen}, "
+                "which did not begin so. Leave it out, or --load."
+            )
         return chunks
-    small, flags = open_small(args.init_from), InitFlags.of(args)
+    small, flags = open_small("--init-from", args.init_from), InitFlags.of(args)
     growth = Growth(width=flags.init_width, depth=flags.init_depth, symmetry=flags.init_symmetry)
-    grown, config, _ = grown_model(
-        small,
-        {name: vars(args)[name] for name in SIZES}
-        | {
-            "num_query_groups": configs.model_shape(args, 0).num_query_groups,
-            "tied": not args.untie_embeddings_and_output_weights,
-        },
-        growth,
-    )
-    _check_student(args, small, configs.megatron_values(small.family, config))
     shape = configs.model_shape(args, small.config.vocab_size)
+    sizes = {name: vars(args)[name] for name in SIZES}
+    sizes["num_query_groups"] = shape.num_query_groups
+    sizes["tied"] = not args.untie_embeddings_and_output_weights
+    grown, config, _ = grown_model(small, sizes, growth)
+    _check_student(args, small, configs.megatron_values(small.family, config))
     rules = {rule.megatron: rule for rule in small.family.rules}
+    ours = checks.NOT_WEIGHTS
     for chunk in chunks:
         state = chunk.sharded_state_dict()
         apply_factories(state)  # composed tensors become views of their parts
-        for tensor in nested_values(state):
-            if isinstance(tensor, ShardedTensor) and tensor.key in rules:
-                _fill(tensor, lambda name, layer: rules[name].join(grown.read, layer, shape))
+        tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
+        weights = [tensor for tensor in tensors if not checks.is_not_weight(tensor.key, ours)]
+        if others := sorted({tensor.key for tensor in weights} - rules.keys()):
+            raise UsageError(
+                f"--init-from {args.init_from}: the student has {', '.join(others[:5])}, which no "
+                f"{small.family.name} has."
+            )
+        for tensor in weights:
+            _fill(tensor, lambda name, layer: rules[name].join(grown.read, layer, shape))
     return chunks
 
 
 def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> None:
-    free = ("init_method_std", "attention_dropout", "hidden_dropout", "max_position_embeddings")
+    needed = NO_SCALING | {name: need for name, need in needed.items() if name not in FREE}
     for name, need in needed.items():
         given = vars(args)[name]
         same = math.isclose(given, need, rel_tol=1e-6) if isinstance(need, float) else given == need
-        if name not in free and not same:
+        if not same:
             raise UsageError(
                 f"--init-from {args.init_from}, grown, has {name}={need!r} "
                 f"({configs.FLAG_OF[name]}), the student {name}={given!r}. Give it the same."
             )
-    if args.padded_vocab_size < small.config.vocab_size:
+    for name, word in configs.MUST_BE_OFF.items():
+        if vars(args).get(name):
+            raise UsageError(f"{word} goes with no model of --init-from {args.init_from}.")
+    if get_tokenizer().vocab_size > small.config.vocab_size:
         raise UsageError(
             f"--init-from {args.init_from} has {small.config.vocab_size} rows of tokens, the "
-            f"student {args.padded_vocab_size}: it has another tokenizer."
+            f"student's tokenizer {get_tokenizer().vocab_size} tokens: it is another one."
         )
-    if args.tokenizer_type == "HuggingFaceTokenizer":
-        ids = read_token_ids(str(small.folder), None)
-        if ids:
-            check_token_ids(token_ids(get_tokenizer()), ids, args.init_from)
+    ids = read_token_ids(str(small.folder), None)
+    if args.tokenizer_type == "HuggingFaceTokenizer" and ids:
+        check_token_ids(token_ids(get_tokenizer()), ids, "--init-from", args.init_from)
 
 
 def _fill(tensor: ShardedTensor, read: Read) -> None:

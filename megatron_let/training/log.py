@@ -248,15 +248,11 @@ def count_parameters(chunks: list[torch.nn.Module]) -> int:
     A learned map of LET is none of them: it is trained with the student, but never exported.
     """
     dense_and_expert = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
-    for chunk in chunks:
-        for name, weight in chunk.named_parameters():
-            if (
-                ".let_resize." not in name
-                and param_is_not_shared(weight)
-                and param_is_not_tensor_parallel_duplicate(weight)
-            ):
-                is_expert = not getattr(weight, "allreduce", True)  # Megatron's own mark
-                dense_and_expert[int(is_expert)] += weight.numel()
+    for name, weight in (named for chunk in chunks for named in chunk.named_parameters()):
+        is_first = param_is_not_shared(weight) and param_is_not_tensor_parallel_duplicate(weight)
+        if is_first and ".let_resize." not in name:
+            is_expert = not getattr(weight, "allreduce", True)  # Megatron's own mark
+            dense_and_expert[int(is_expert)] += weight.numel()
     torch.distributed.all_reduce(dense_and_expert)
     dense, expert = dense_and_expert.tolist()
     replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)

@@ -31,7 +31,9 @@ class MetricsFile:
         self.path = path
         self.totals: Totals = dict.fromkeys(TOTALS, 0)
         if path is not None and path.exists():
-            _cut_torn_line(path)
+            text = path.read_bytes()
+            if not text.endswith(b"\n"):  # a killed run's, which would garble the next record
+                os.truncate(path, text.rfind(b"\n") + 1)
             for _, record in read_records(path) if iteration else ():
                 if record["iteration"] <= iteration:
                     found = {name: record.get(name) for name in TOTALS}
@@ -57,13 +59,6 @@ class MetricsFile:
         record = {"kind": kind, "iteration": iteration, **self.totals, **values}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Drop what a killed run left behind the last newline, or it would garble the next record."""
-    text = path.read_bytes()
-    if not text.endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -16,7 +16,6 @@ from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 from megatron_let.methods.table import BASELINE
 from megatron_let.training.arguments import InitFlags, flag, groups
-from megatron_let.upstream.loop_hooks import LoopHooks
 
 REMOVED = {"let_resize_side": "teacher", "kd_temperature_side": "teacher"}
 """Arguments that older checkpoints hold, and the only value that this version still means."""
@@ -26,8 +25,17 @@ SHAPES = (
     "untie_embeddings_and_output_weights num_experts moe_ffn_hidden_size multi_latent_attention"
 ).split()
 """What the weights have their shapes from; the rows of the embedding may be others."""
-FUNCTION = "rotary_base rotary_percent rotary_interleaved use_rope_scaling norm_epsilon".split()
+FUNCTION = (
+    "rotary_base rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor "
+    "rotary_seq_len_interpolation_factor layernorm_epsilon layernorm_zero_centered_gamma "
+    "softmax_type"
+).split()
 """What the model computes besides."""
+FLAG_NAMES = {
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+}
+"""What arguments are called on the command line that are called something else there."""
 OPTIMIZER = (
     "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer "
     "expert_model_parallel_size"
@@ -47,9 +55,7 @@ ANEW = "Resume with the checkpoint's, or start a new run, with another --save,"
 FROM_THE_WEIGHTS = f"{ANEW} from the weights: --finetune."
 
 
-def check_resume(
-    door: Door, hooks: LoopHooks, args: Namespace, method: Method, chunks: list[Any]
-) -> list[Any]:
+def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any]) -> list[Any]:
     """A hook before Megatron loads, on every rank with the groups there: `chunks` stay as they are.
 
     Raises:
@@ -62,8 +68,6 @@ def check_resume(
         if not args.finetune:  # that is a run of its own, which takes the weights only
             _check_ours(args, saved, method)
         check_flags(args, saved)
-        if not args.finetune:
-            hooks.on_load(saved)
     return chunks
 
 
@@ -143,6 +147,7 @@ def _compare(
         if now != before:
             if name == "add_bias_linear":
                 name, now, before = "disable_bias_linear", not now, not before
+            name = FLAG_NAMES.get(name, name)
             raise UsageError(
                 f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "
                 f"{flag(name, before)}. {way_out}"

@@ -59,6 +59,11 @@ REFUSED = {
     "positions": ("--position-embedding-type learned_absolute", "learned_absolute, .* rope"),
     "experts": ("--num-experts 2", "--num-experts 2, .*no --num-experts"),
     "base of the rotation": ("--rotary-base 500000", "--rotary-base 500000, .*10000. .*--finetune"),
+    "epsilon of the norms": ("--norm-epsilon 1e-6", "--norm-epsilon 1e-06, .*1e-05.*--finetune"),
+    "positions made shorter": (
+        "--rotary-seq-len-interpolation-factor 2",
+        "--rotary-seq-len-interpolation-factor 2, .*no --rotary-seq.*--finetune",
+    ),
     "part that rotates": ("--rotary-percent 0.5", "--rotary-percent 0.5, .*--finetune"),
     "tokenizer": ("--tokenizer-model OTHER", "OTHER numbers tokens in another way .*--finetune"),
     "optimizer not saved": ("", "Add --no-load-optim: .*--no-save-optim", "no optimizer"),

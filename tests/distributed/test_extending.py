@@ -92,6 +92,28 @@ def test_a_listener(corpus, files, tmp_path):
     assert (tmp_path / "new" / "heartbeat").read_text().startswith("2 steps")
 
 
+REPORTS = """
+import torch
+from megatron_let.upstream.loop_hooks import LISTENERS, Listener
+
+class Mine(Listener):
+    def __init__(self, args):
+        pass
+
+    def after_step(self, step):
+        step.reported["my value"] = torch.tensor(7.0)
+
+LISTENERS.append(Mine)
+"""
+
+
+def test_what_a_listener_reports_is_recorded(corpus, tmp_path):
+    (tmp_path / "mine.py").write_text(REPORTS)
+    module = ["--method-module", str(tmp_path / "mine.py")]
+    assert not run(1, *corpus.flags, *module, "--save", str(tmp_path), "--exit-interval", "2")
+    assert series(tmp_path, "my value") == {1: 7.0, 2: 7.0}
+
+
 def test_what_is_not_there(corpus, tmp_path):
     error = run(1, *corpus.flags, "--method-module", str(tmp_path / "no.py"))
     assert f"--method-module {tmp_path}/no.py: there is no such Python file" in error

@@ -68,6 +68,25 @@ def test_every_layout_starts_from_the_same(corpus, small, expected, tmp_path, la
     assert weights(tmp_path) == expected[growth]
 
 
+def test_heads_without_groups(corpus, tmp_path):
+    """Megatron leaves a 1 as the number of groups then."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=4, rms_norm_eps=1e-6, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    flags = [*corpus.flags, *STUDENT, *STILL, "--init-from", str(tmp_path / "small")]
+    heads = ["--num-query-groups", "4"]
+    assert not run(1, *flags, *heads, "--save", str(tmp_path / "run"))
+    other = ["--load", str(tmp_path / "plain"), "--save", str(tmp_path / "plain")]
+    assert not run(1, *corpus.flags, *STUDENT, *heads, *STILL, *other)
+    error = run(1, *flags, *heads, *other)
+    assert "no --init-from. It goes on from its own weights" in error
+    import_model(str(tmp_path / "small"), tmp_path / "release")
+    error = run(1, *flags, *heads, "--load", str(tmp_path / "release"))
+    assert "has no effect: the run goes on from" in error
+
+
 def test_it_starts_at_the_small_models_loss_and_goes_on_from_its_own(corpus, small, tmp_path):
     """Tolerance 1e-4. The teacher is the same model, whose loss on the first batch is noted."""
     init = ["--init-from", str(small)]
@@ -101,6 +120,9 @@ def test_it_starts_at_the_small_models_loss_and_goes_on_from_its_own(corpus, sma
         ("--init-from {other} --norm-epsilon 5e-7", "only llama and qwen2 can be grown"),
         ("--init-from /no/such", "is no folder, and the hub does not give it"),
         ("--init-from {small} --init-symmetry noise --norm-epsilon 5e-7", "has no effect with"),
+        ("--init-from {small} --norm-epsilon 5e-7 --use-rope-scaling", "use_rope_scaling=False"),
+        ("--init-from {small} --norm-epsilon 5e-7 --num-experts 2", "--num-experts goes with no"),
+        ("--init-from {small} --pretrained-checkpoint x", "both say where weights come from"),
     ],
 )
 def test_what_cannot_be(corpus, small, tmp_path, flags, words):

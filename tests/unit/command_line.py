@@ -14,7 +14,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_let.errors import UsageError
 from megatron_let.methods import distill, let
 from megatron_let.methods.table import build_method
-from megatron_let.training import arguments, command_line, ignored_flags
+from megatron_let.training import arguments, command_line, ignored_flags, resume
 from megatron_let.training.log import count_parameters
 from megatron_let.upstream.mended import mend_megatron
 from tests.support.testing import forget_last_run
@@ -80,6 +80,8 @@ def parser_facts() -> dict[str, Any]:
         "unsupported": ignored_flags.UNSUPPORTED.split(),
         "options": [option for options, _ in flags.values() for option in options],
         "ours": sorted(ours),
+        "compared": resume.SHAPES + resume.FUNCTION + resume.OPTIMIZER + resume.SCHEDULED,
+        "known": sorted(flags),
     }
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 
+from megatron_let.checkpoint import door as door_module
 from megatron_let.checkpoint.choice import find_damage, mend
 from megatron_let.checkpoint.door import Door
 from megatron_let.errors import UsageError
+from megatron_let.upstream.safe_loading import DamagedCheckpoint
 from tests.unit.conftest import MadeCheckpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -50,6 +53,25 @@ def settle(folder: Path, step: int | None = None, own: bool = True, **flags: obj
     if door.chosen is not None:
         mend(args, door.chosen, door._damaged)
     return door.chosen
+
+
+def test_listeners_get_the_state_of_the_checkpoint_that_is_loaded(monkeypatch):
+    """Not of the newer one, which the load itself finds damaged."""
+    door, told = Door(), []
+    monkeypatch.setattr(door_module, "get_args", lambda: args)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    args = Namespace(finetune=False)
+    door._args, door.chosen, door.on_load = args, Path("iter_0000008"), told.append
+    monkeypatch.setattr(door, "settle", lambda args: setattr(door, "chosen", Path("iter_0000004")))
+    monkeypatch.setattr(door, "saved_args", lambda args: Namespace(step=door.chosen.name))
+
+    def load():
+        if door.chosen.name == "iter_0000008":
+            raise DamagedCheckpoint("torn")
+        return 4, 0
+
+    assert door._load(load) == (4, 0)
+    assert told == [Namespace(step="iter_0000004")]
 
 
 def data(save: Path, step: int) -> Path:

@@ -342,6 +342,11 @@ def test_every_refused_flag_exists_in_megatrons_parser(parser):
         assert default in parser["refused"][name], "would be refused without being given"
 
 
+def test_what_a_resume_compares_exists_in_megatrons_parser(parser):
+    """A name that no argument has would compare nothing."""
+    assert not set(parser["compared"]) - set(parser["known"])
+
+
 def test_every_unsupported_flag_exists_in_megatrons_parser(parser):
     flags = {f"--{name}" for name in parser["unsupported"]}
     assert flags <= set(parser["options"])
