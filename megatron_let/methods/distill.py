@@ -190,7 +190,7 @@ class Distill(Signal):
 
 
 def _check_salt_stop(args: Namespace) -> None:
-    steps = run_length(args, "steps")
+    steps = run_length(args, "step")
     if args.kd_stop_step is None and steps is not None:
         args.kd_stop_step = max(1, round(KD_STOP_SHARE * steps))
     stop = args.kd_stop_step

@@ -88,8 +88,7 @@ class Let(Signal):
         if not 1 <= args.let_teacher_layer <= teacher.num_layers:
             raise UsageError(
                 f"--let-teacher-layer {args.let_teacher_layer} is outside --teacher-model "
-                f"{teacher.name}, which has layers 1 to {teacher.num_layers}. Leave it out for the "
-                "last."
+                f"{teacher.name}, which has layers 1 to {teacher.num_layers}. Leave it out."
             )
         super().__init__(args, teacher)
         self.queue = self.alignment = Alignment(LOSSES[self.flags.let_loss])
@@ -112,9 +111,8 @@ class Let(Signal):
 
     def weight_at(self, step: int, samples: int) -> float:
         """lambda(s), by steps or by samples."""
-        done, stop = step, self.flags.let_stop_step
-        if self.flags.let_stop_samples is not None:
-            done, stop = samples, self.flags.let_stop_samples
+        unit, stop = _stop(self.flags)
+        done = step if unit == "step" else samples
         return self.flags.let_weight * guidance_factor(done, stop, self.flags.let_decay)
 
     def teacher_layer(self) -> int | None:
@@ -189,18 +187,22 @@ class Let(Signal):
 
     def summary(self) -> str:
         """Layers, weight and its course."""
-        flags = self.flags
-        if flags.let_decay == "constant":
-            course = "during the whole run"
-        elif flags.let_stop_samples is not None:
-            course = f"{flags.let_decay} until sample {flags.let_stop_samples}"
-        else:
-            course = f"{flags.let_decay} until step {flags.let_stop_step}"
+        flags, course = self.flags, "during the whole run"
+        unit, stop = _stop(flags)
+        if stop is not None:
+            course = f"{flags.let_decay} until {unit.removesuffix('s')} {stop}"
         return (
             f"LET: layer {flags.let_layer} of {self.args.num_layers} with the teacher's layer "
             f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, weight "
             f"{flags.let_weight} {course}"
         )
+
+
+def _stop(flags: Any) -> tuple[str, Any]:
+    """Where the guidance ends, and in what that is counted; None for nowhere."""
+    if flags.let_stop_samples is not None:
+        return "samples", flags.let_stop_samples
+    return "step", flags.let_stop_step
 
 
 def _resolve_stop(args: Namespace) -> None:
@@ -216,15 +218,13 @@ def _resolve_stop(args: Namespace) -> None:
         raise UsageError("Give --let-stop-step or --let-stop-samples, not both.")
     if not any(given):
         args.let_stop_step = LET_STOP_STEP
-    for name, stop, total in (
-        ("step", args.let_stop_step, run_length(args, "steps")),
-        ("samples", args.let_stop_samples, run_length(args, "samples")),
-    ):
-        if stop is not None and stop < 1:
-            raise UsageError(f"--let-stop-{name} {stop} must be at least 1.")
-        if stop is not None and total is not None and stop > total:
-            raise UsageError(
-                f"The guidance would end after the run: --let-stop-{name} "
-                f"{stop}{'' if any(given) else ' (the default)'} is beyond the run's {total}. "
-                f"Choose a stop of at most {total}, or --let-decay constant for the whole run."
-            )
+    unit, stop = _stop(args)
+    total = run_length(args, unit)
+    if stop < 1:
+        raise UsageError(f"--let-stop-{unit} {stop} must be at least 1.")
+    if total is not None and stop > total:
+        raise UsageError(
+            f"The guidance would end after the run: --let-stop-{unit} "
+            f"{stop}{'' if any(given) else ' (the default)'} is beyond the run's {total}. "
+            f"Choose a stop of at most {total}, or --let-decay constant for the whole run."
+        )

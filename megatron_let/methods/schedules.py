@@ -45,12 +45,12 @@ def guidance_factor(done: int, stop: int | None, decay: str) -> float:
 
 
 def run_length(args: Namespace, unit: str) -> int | None:
-    """Steps or samples of the whole run; None as long as the flags do not tell."""
-    given = {"steps": args.train_iters, "samples": args.train_samples}
+    """The whole run in `step` or `samples`; None as long as the flags do not tell."""
+    given = {"step": args.train_iters, "samples": args.train_samples}
     if given[unit] is not None:
         return given[unit]
     if args.global_batch_size is None or args.step_batch_size_schedule is not None:
         return None
-    if unit == "steps":
+    if unit == "step":
         return args.train_samples and args.train_samples // args.global_batch_size
     return args.train_iters and args.train_iters * args.global_batch_size

@@ -190,10 +190,6 @@ class Stream(torch.cpu.Stream):
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
-    def query(self) -> bool:
-        """Whether all is done: always."""
-        return True
-
 
 _itself = _by(lambda self, *args, **kwargs: self)
 _get_rng_state = _by(lambda *args, **kwargs: torch.get_rng_state())
