@@ -54,9 +54,7 @@ def drawn_batch(
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     if args.context_parallel_size > 1:
-        whole = dict(batch)
-        batch = get_batch_on_this_cp_rank(
-            batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-        )
-        batch[WHOLE] = whole
+        group = mpu.get_context_parallel_group()
+        part = get_batch_on_this_cp_rank(dict(batch), is_hybrid_cp=False, cp_group=group)
+        return part | {WHOLE: batch}
     return batch

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -35,18 +35,15 @@ def apply(redirects: Iterable[Redirect]) -> None:
 
 
 @contextlib.contextmanager
-def applied(redirects: Sequence[Redirect]) -> Iterator[None]:
+def applied(redirects: Iterable[Redirect]) -> Iterator[None]:
     """Replace the names for a while, by what is made of what stands there now."""
-    before = [
-        (resolve_name(r.owner), r.name, getattr(resolve_name(r.owner), r.name)) for r in redirects
-    ]
-    try:
-        for redirect, (owner, name, value) in zip(redirects, before, strict=True):
-            setattr(owner, name, redirect.make(value))
+    with contextlib.ExitStack() as stack:
+        for redirect in redirects:
+            owner = resolve_name(redirect.owner)
+            value = getattr(owner, redirect.name)
+            stack.callback(setattr, owner, redirect.name, value)
+            setattr(owner, redirect.name, redirect.make(value))
         yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 def instead(value: Any) -> Callable[[Any], Any]:
