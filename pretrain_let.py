@@ -57,7 +57,7 @@ def train() -> None:
     checks = [] if args.fake_process_group else [FiniteCheck(run.bad_losses)]
     own = [make(args) for make in LISTENERS]
     hooks.listeners = [*method.listeners(), *checks, *own, log, Sums(), Retention(args)]
-    door.on_load = hooks.on_load
+    door.tell(hooks.on_load)
     check = functools.partial(check_resume, door, args, method)
     model_config.pre_wrap_hooks.insert(0, check)
     if args.init_from is not None:

@@ -5,6 +5,7 @@ from the parsing of the command line on, so that every flag that loads leads thr
 """
 
 import functools
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,19 @@ class Door:
         self.chosen: Path | None = None
         """The checkpoint that the run goes on from; None if it starts from scratch."""
         self._damaged: dict[Path, str] = {}
-        self.on_load: Callable[[Namespace], None] = lambda saved: None
-        """Told the arguments of the checkpoint that was loaded, on every rank."""
+        self._on_load: Callable[[], Callable[[Namespace], None] | None] = lambda: None
 
     def install(self) -> None:
         """Replace Megatron's ways; before it parses its command line."""
         safe_loading.install()
         apply(safe_loading.redirects(self._load_base, self._holds, self._load))
+
+    def tell(self, on_load: Callable[[Namespace], None]) -> None:
+        """Have a method told the arguments of the checkpoint that was loaded, on every rank.
+
+        The door stays in Megatron, and must not keep a run's objects there.
+        """
+        self._on_load = weakref.WeakMethod(on_load)
 
     def settle(self, args: Namespace) -> None:
         """Choose a whole checkpoint; called on every rank when the groups are there.
@@ -122,7 +129,8 @@ class Door:
             if torch.distributed.get_rank() == 0:
                 mend(args, self.chosen, self._damaged)
             if (saved := self.saved_args(args)) is not None and not args.finetune:
-                self.on_load(saved)
+                if tell := self._on_load():
+                    tell(saved)
         return loaded
 
 

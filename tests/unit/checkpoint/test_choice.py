@@ -55,13 +55,25 @@ def settle(folder: Path, step: int | None = None, own: bool = True, **flags: obj
     return door.chosen
 
 
+class Hooks:
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_load(self, saved):
+        self.told.append(saved)
+
+
 def test_listeners_get_the_state_of_the_checkpoint_that_is_loaded(monkeypatch):
     """Not of the newer one, which the load itself finds damaged."""
-    door, told = Door(), []
+    door = Door()
     monkeypatch.setattr(door_module, "get_args", lambda: args)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     args = Namespace(finetune=False)
-    door._args, door.chosen, door.on_load = args, Path("iter_0000008"), told.append
+    hooks = Hooks()
+    door.tell(hooks.on_load)
+    door._args, door.chosen = args, Path("iter_0000008")
     monkeypatch.setattr(door, "settle", lambda args: setattr(door, "chosen", Path("iter_0000004")))
     monkeypatch.setattr(door, "saved_args", lambda args: Namespace(step=door.chosen.name))
 
@@ -71,7 +83,7 @@ def test_listeners_get_the_state_of_the_checkpoint_that_is_loaded(monkeypatch):
         return 4, 0
 
     assert door._load(load) == (4, 0)
-    assert told == [Namespace(step="iter_0000004")]
+    assert hooks.told == [Namespace(step="iter_0000004")]
 
 
 def data(save: Path, step: int) -> Path:
