@@ -170,7 +170,8 @@ def take_turns(method: Any, steps: Steps) -> None:
     for signal in method.signals:
         weight = signal.weight_at(0, 0)
         signal.weight_at = functools.partial(weight_at, signal, weight)
-    method._release = lambda: None  # a step without the teacher is not the end of it
+    for part in (method.host, *method.signals):
+        part.release = lambda: None  # a step without the teacher is not the end of it
 
 
 def main() -> None:

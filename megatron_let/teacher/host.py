@@ -75,7 +75,7 @@ class TeacherHost:
         """Compare the two tokenizers; without one on either side, ids must at least exist."""
         teacher_ids = read_token_ids(self.config.name, self.config.revision)
         if student_ids and teacher_ids:
-            check_token_ids(student_ids, teacher_ids, "--teacher-model", self.config.name)
+            check_token_ids(student_ids, teacher_ids, self.config.name)
         elif self.config.vocab_size < get_tokenizer().vocab_size:
             raise UsageError(
                 f"--teacher-model {self.config.name} knows {self.config.vocab_size} token ids, "

@@ -143,7 +143,10 @@ def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | N
 
 
 def check_token_ids(
-    student: dict[str, int], teacher: dict[str, int], flag: str, teacher_name: str
+    student: dict[str, int],
+    teacher: dict[str, int],
+    teacher_name: str,
+    flag: str = "--teacher-model",
 ) -> None:
     """Check that every token of the student has the same id in the teacher.
 

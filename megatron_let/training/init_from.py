@@ -94,7 +94,7 @@ def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> No
         )
     ids = read_token_ids(str(small.folder), None)
     if args.tokenizer_type == "HuggingFaceTokenizer" and ids:
-        check_token_ids(token_ids(get_tokenizer()), ids, "--init-from", args.init_from)
+        check_token_ids(token_ids(get_tokenizer()), ids, args.init_from, "--init-from")
 
 
 def _fill(tensor: ShardedTensor, read: Read) -> None:

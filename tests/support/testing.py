@@ -277,9 +277,9 @@ def our_flags() -> dict[str, Any]:
     """Our flags and their defaults, from the real parser; run in a worker."""
     from argparse import ArgumentParser
 
-    from megatron_let.training.arguments import add_arguments, groups
+    from megatron_let.training.arguments import add_arguments
 
     parser = add_arguments(ArgumentParser())
-    ours = [group for group in parser._action_groups if group.title in groups()]
+    ours = [g for g in parser._action_groups if (g.title or "").startswith("megatron_let: ")]
     actions = [action for group in ours for action in group._group_actions]
     return {action.option_strings[0]: action.default for action in actions}
