@@ -212,12 +212,31 @@ def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> 
             results.put((rank, False, traceback.format_exc()))
 
 
+def forget_outsiders() -> None:
+    """Forget what a --method-module of the last run added to our tables."""
+    outside = [name for name in sys.modules if name.startswith("your_")]
+    if not outside:
+        return
+    from megatron_let.losses.table import LOSSES
+    from megatron_let.methods.table import METHODS
+    from megatron_let.upstream.loop_hooks import LISTENERS
+
+    for name in outside:
+        del sys.modules[name]
+    LISTENERS.clear()
+    for name in [name for name, row in METHODS.items() if isinstance(row.method, type)]:
+        del METHODS[name]
+    for name in [n for n, loss in LOSSES.items() if loss.__module__ in outside]:
+        del LOSSES[name]
+
+
 def forget_last_run() -> None:
     """Destroy what Megatron left in this worker: global state, models, process groups.
 
     Upstream drops its groups without destroying them, and each gloo group keeps threads alive:
     after some fifty runs a worker would have over a thousand, which hold up the machine.
     """
+    forget_outsiders()
     import torch
     from megatron.training import training
     from torch.distributed import distributed_c10d
