@@ -128,9 +128,9 @@ class Door:
         if self._args is args and self.chosen:
             if torch.distributed.get_rank() == 0:
                 mend(args, self.chosen, self._damaged)
-            if (saved := self.saved_args(args)) is not None and not args.finetune:
-                if tell := self._on_load():
-                    tell(saved)
+            tell = None if args.finetune else self._on_load()
+            if tell and (saved := self.saved_args(args)) is not None:
+                tell(saved)
         return loaded
 
 

@@ -15,7 +15,11 @@ from megatron_let.conversion import configs, tokenizer_files
 from megatron_let.conversion.from_hf import Source, open_model
 from megatron_let.conversion.growth import Grown, Growth, Read, grown_config
 from megatron_let.conversion.output import check_free, complete_or_absent
-from megatron_let.conversion.safetensors_files import check_shard_size, write_safetensors
+from megatron_let.conversion.safetensors_files import (
+    SafetensorsReader,
+    check_shard_size,
+    write_safetensors,
+)
 from megatron_let.conversion.verify import TEXT
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import from_hf_config
@@ -100,22 +104,19 @@ def grow_model(
     state = model.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    is_exact = is_exact and config.dtype is torch.float32
-
-    def rounded(name: str) -> torch.Tensor:
-        return grown.read(name).to(config.dtype)
-
-    verdict = _compare(small, config, rounded, text, exact=is_exact)
     with complete_or_absent(output) as folder:
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-        weights = ((name, rounded(name)) for name in tqdm(state, desc="weights", disable=None))
+        weights = ((name, grown.read(name)) for name in tqdm(state, desc="weights", disable=None))
         stand_ins = {name: state[name].to(config.dtype) for name in state}
         write_safetensors(folder, stand_ins, weights, max_shard_size)
         if hugging_face.has_tokenizer(small.folder):
             tokenizer = tokenizer_files.load_tokenizer(small.folder)
             tokenizer_files.write_tokenizer(str(small.folder), tokenizer, folder)
-    return verdict
+        # What is written is proven, its rounding too, before it has its name.
+        read = SafetensorsReader(folder, model.base_model_prefix).read
+        is_exact = is_exact and config.dtype is torch.float32
+        return _compare(small, config, read, text, exact=is_exact)
 
 
 # --- the proof ---------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class BlockEncoder:
         places = np.flatnonzero(whole | first).tolist()
         checked = [texts[place][: None if whole[place] else VERIFIED_BEGINNING] for place in places]
         for place, text, expected in zip(
-            places, checked, engine.library.encode(checked), strict=True
+            places, checked, engine.reference.encode(checked), strict=True
         ):
             is_cut = len(text) < len(texts[place])
             row = engine.encode([text])[0] if is_cut else rows[place]

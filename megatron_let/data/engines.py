@@ -78,7 +78,7 @@ class Gigatoken:
         normalizer = _take_out_unicode_form(source, tokenizer.fast)
         self._source = orjson.dumps(source)
         self._tokenizer = _gigatoken(self._source)
-        self.library = Library(tokenizer)
+        self.reference = Library(tokenizer)
         self._prefix, self._suffix = _added_around(tokenizer)
         self._memory_at_start = self._unwatched = 0
         added = [token["content"] for token in source["added_tokens"]]
@@ -89,7 +89,7 @@ class Gigatoken:
         self._bound_memory(sum(map(len, texts)))
         admitted = list(map(self._screen.admit, texts))
         left_out = [text for text, seen in zip(texts, admitted, strict=True) if seen is None]
-        others = iter(self.library.encode(left_out))
+        others = iter(self.reference.encode(left_out))
         # Many texts a call would come back in a library's arrays that take long to import.
         return [
             next(others) if text is None else self._around(self._tokenizer.encode(text))

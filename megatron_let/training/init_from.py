@@ -3,6 +3,7 @@
 Each rank makes a layer's tensors of the small model's and keeps its own slices, in any layout.
 """
 
+import functools
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -58,6 +59,11 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
     grown, config, _ = grown_model(small, sizes, growth)
     _check_student(args, small, configs.megatron_values(small.family, config))
     rules = {rule.megatron: rule for rule in small.family.rules}
+
+    @functools.lru_cache(maxsize=1)  # a gated MLP's two halves are asked for one after the other
+    def read(name: str, layer: int | None) -> torch.Tensor:
+        return rules[name].join(grown.read, layer, shape)
+
     ours = checks.NOT_WEIGHTS
     for chunk in chunks:
         state = chunk.sharded_state_dict()
@@ -70,7 +76,7 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
                 f"{small.family.name} has."
             )
         for tensor in weights:
-            _fill(tensor, lambda name, layer: rules[name].join(grown.read, layer, shape))
+            _fill(tensor, read)
     return chunks
 
 
