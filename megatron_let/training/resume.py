@@ -141,9 +141,10 @@ def _compare(
     older: Mapping[str, object] | None = None,
 ) -> None:
     """Refuse other values than the checkpoint's; `older` are those of one that lacks a name."""
+    now_args, saved_args = _as_trained(args), _as_trained(saved)
     for name in names:
-        now = vars(args).get(name)
-        before = vars(saved).get(name, (older or {}).get(name, now))
+        now = now_args.get(name)
+        before = saved_args.get(name, (older or {}).get(name, now))
         if now != before:
             if name == "add_bias_linear":
                 name, now, before = "disable_bias_linear", not now, not before
@@ -152,6 +153,13 @@ def _compare(
                 f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "
                 f"{flag(name, before)}. {way_out}"
             )
+
+
+def _as_trained(args: Namespace) -> dict[str, Any]:
+    """Without query groups Megatron writes the heads in their place, but at the first step only."""
+    own = vars(args)
+    groups = {} if own["group_query_attention"] else {"num_query_groups": own["num_attention_heads"]}
+    return own | groups
 
 
 def _samples(args: Namespace) -> list[Any]:

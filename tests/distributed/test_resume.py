@@ -38,6 +38,26 @@ def resume(corpus, load, save, step, *flags, method=None):
     return run(1, *corpus.flags, *method, *flags, *folders)
 
 
+GPT2 = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --attention-dropout 0 --hidden-dropout 0 "
+    f"--seq-length {SEQ} --max-position-embeddings {SEQ} --make-vocab-size-divisible-by 8 "
+    f"--micro-batch-size 2 --global-batch-size {BATCH} --lr 1e-2 --eval-iters 0 --eval-interval 9 "
+    "--log-interval 1 --num-workers 0 --cpu"
+).split()
+
+
+@pytest.mark.parametrize("length", ["--train-iters 4", f"--train-samples {4 * BATCH}"])
+def test_the_shape_of_megatron_s_defaults_goes_on(corpus, tmp_path, length):
+    """Training itself changes some of the arguments that a checkpoint holds."""
+    flags = [*GPT2, *corpus.flags, *length.split(), *EVERY_2]
+    whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
+    starts = ["--save", whole], ["--load", whole, "--ckpt-step", "2", "--save", resumed]
+    for folders in starts:
+        arguments = [*flags, *folders]
+        assert run_distributed("tests.distributed.training:train", 1, arguments) == [None]
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("step", [2, 4, 6], ids=["before_stop", "at_stop", "after_stop"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_ends_like_the_uninterrupted_one(corpus, whole, tmp_path, kind, step):
