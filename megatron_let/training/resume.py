@@ -158,8 +158,9 @@ def _compare(
 def _as_trained(args: Namespace) -> dict[str, Any]:
     """Without query groups Megatron writes the heads in their place, but at the first step only."""
     own = vars(args)
-    groups = {} if own["group_query_attention"] else {"num_query_groups": own["num_attention_heads"]}
-    return own | groups
+    if not own["group_query_attention"]:
+        own = own | {"num_query_groups": own["num_attention_heads"]}
+    return own
 
 
 def _samples(args: Namespace) -> list[Any]:

@@ -39,7 +39,8 @@ def resume(corpus, load, save, step, *flags, method=None):
 
 
 GPT2 = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --attention-dropout 0 --hidden-dropout 0 "
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 "
+    "--attention-dropout 0 --hidden-dropout 0 "
     f"--seq-length {SEQ} --max-position-embeddings {SEQ} --make-vocab-size-divisible-by 8 "
     f"--micro-batch-size 2 --global-batch-size {BATCH} --lr 1e-2 --eval-iters 0 --eval-interval 9 "
     "--log-interval 1 --num-workers 0 --cpu"
