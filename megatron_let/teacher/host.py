@@ -1,6 +1,7 @@
 """A teacher's life on one rank: loaded, scored, run for the student's micro-batches, released."""
 
 import contextlib
+import gc
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -162,6 +163,7 @@ class TeacherHost:
     def release(self) -> None:
         """Free the model's memory."""
         self.teacher = None
+        gc.collect()  # a compiled layer and what it was compiled to hold each other
         torch.cuda.empty_cache()
 
     # --- what it is ---------------------------------------------------------------------------

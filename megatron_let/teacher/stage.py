@@ -1,17 +1,31 @@
 """The teacher's forward pass on its pipeline stage. Shapes: B rows, S sequence, D width."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
+from megatron_let.teacher.recorded import Recorded
 from megatron_let.teacher.work import window_ends
+from megatron_let.upstream.table import Redirect, applied, instead
 
 Rows = dict[str, torch.Tensor]
 """What a teacher reads, rows first: `tokens` `[B, S]`; where documents are kept apart also
 `position_ids` `[B, S]` and `attention_mask` `[B, 1, S, S]`, True where attention is forbidden."""
+
+UNASKED = (
+    Redirect(
+        "transformers.masking_utils",
+        "find_packed_sequence_indices",
+        instead(lambda position_ids: None),
+        "whether positions begin anew inside a row is read from the device, which the host waits "
+        "for in every pass; without position_ids they cannot",
+    ),
+)
+"""Of transformers, during the pass over whole rows."""
 
 
 class Teacher:
@@ -35,6 +49,7 @@ class Teacher:
         self._layers = decoder_layers(self._base)
         self._layer = layer
         self._shuffled = shuffled
+        self._pass: Recorded | None = None
 
     @torch.no_grad()
     def states_BSD(self, rows: Rows) -> torch.Tensor:
@@ -63,14 +78,9 @@ class Teacher:
         return torch.cat([window[:, start - end :] for window, start, end in spans], dim=1)
 
     def _run(self, rows: Rows) -> torch.Tensor:
-        inputs: dict[str, Any] = {"input_ids": rows["tokens"], "use_cache": False}
-        if "position_ids" in rows:
-            inputs["position_ids"] = rows["position_ids"]
-        if "attention_mask" in rows:
-            dtype = next(self._base.parameters()).dtype
-            forbidden = torch.finfo(dtype).min
-            inputs["attention_mask"] = rows["attention_mask"].to(dtype) * forbidden
-        return self._base(**inputs).last_hidden_state
+        if self._pass is None:  # the layers are those that are kept
+            self._pass = Recorded(partial(_forward, self._base), self._layers)
+        return self._pass(rows)
 
     @torch.no_grad()
     def lm_loss(self, rows: Rows, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> float:
@@ -134,6 +144,19 @@ class Teacher:
         dropped = sum(map(_matrix_weights, self._layers)) - sum(map(_matrix_weights, kept))
         attention = 2 * 2 * len(kept) * self._base.config.hidden_size * length / 2
         return tokens * (2.0 * (_matrix_weights(self._base) - dropped) + attention)
+
+
+def _forward(base_model: Any, rows: Rows) -> torch.Tensor:
+    """The model's last states."""
+    inputs: dict[str, Any] = {"input_ids": rows["tokens"], "use_cache": False}
+    if "position_ids" in rows:
+        inputs["position_ids"] = rows["position_ids"]
+    if "attention_mask" in rows:
+        dtype = next(base_model.parameters()).dtype
+        forbidden = torch.finfo(dtype).min
+        inputs["attention_mask"] = rows["attention_mask"].to(dtype) * forbidden
+    with applied(UNASKED if "position_ids" not in rows else ()):
+        return base_model(**inputs).last_hidden_state
 
 
 def decoder_layers(base_model: Any) -> torch.nn.ModuleList:

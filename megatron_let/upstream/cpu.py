@@ -28,6 +28,8 @@ from megatron_let.upstream import gpus
 from megatron_let.upstream.table import Redirect, alike, apply, instead
 
 CPU = torch.device("cpu")
+GPU_PACKAGES = "transformer_engine transformer_engine_torch apex flash_attn".split()
+"""Not there in a CPU run, whatever is installed."""
 
 
 # --- what a GPU call becomes --------------------------------------------------------------------
@@ -262,6 +264,8 @@ def activate() -> None:
     # a cached set: it must hold the originals, or every model is built, and initialised, for real.
     _device_constructors()
     apply(TORCH_REDIRECTS)
+    for name in GPU_PACKAGES:  # Megatron takes what it can import, and their kernels know no CPU
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     # What is true of every CPU run, and nobody can act on; before Megatron's import.
     nobodys = ".*(pin_memory|Apex (is|are) not installed|[Tt]ransformer[ -][Ee]ngine)"
     warnings.filterwarnings("ignore", message=nobodys)

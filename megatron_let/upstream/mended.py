@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
+from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_let.upstream import datasets, optimizers, secrets
@@ -40,7 +41,34 @@ TORCH_NORM = Redirect(
     "refuses sequence parallelism since it does not mark its weights",
 )
 """For where Transformer Engine and Apex are missing."""
-REDIRECTS = [*secrets.REDIRECTS, *datasets.REDIRECTS, TORCH_NORM, *optimizers.REDIRECTS]
+
+
+def _moving_first(wrap: Any) -> Callable[..., list[torch.nn.Module]]:
+    """The wrapper of the built chunks, which go to the GPU before where they are not yet."""
+
+    def wrap_on_device(chunks: list[torch.nn.Module], config: Any, *rest: Any) -> Any:
+        waits = config.init_model_with_meta_device or get_args().use_torch_fsdp2
+        if config.use_cpu_initialization and not waits:
+            for chunk in chunks:
+                chunk.cuda(torch.cuda.current_device())
+        return wrap(chunks, config, *rest)
+
+    return wrap_on_device
+
+
+CPU_DRAWN = Redirect(
+    "megatron.training.models.dist_utils",
+    "_wrap_with_mp_wrapper",
+    _moving_first,
+    "the builder leaves weights that --use-cpu-initialization drew on the CPU there",
+)
+REDIRECTS = [
+    *secrets.REDIRECTS,
+    *datasets.REDIRECTS,
+    TORCH_NORM,
+    CPU_DRAWN,
+    *optimizers.REDIRECTS,
+]
 
 
 def mend_megatron() -> None:

@@ -30,6 +30,7 @@ METHODS = {
 FP32_TOLERANCE = 1e-4
 """Relative, of a loss: the order of sums differs, TF32 is off."""
 BF16_TOLERANCE = 2e-2
+"""Relative of a loss, and of the alignment's, a cosine's distance from 1, of that 1."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,8 @@ def train(corpus, save, method, *flags):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_gpu_computes_what_the_cpu_does(corpus, tmp_path, method):
-    local = ["--transformer-impl", "local"]
+    # Each device has random numbers of its own.
+    local = ["--transformer-impl", "local", "--use-cpu-initialization"]
     runs = (tmp_path / "gpu", *local), (tmp_path / "cpu", *local, "--cpu")
     gpu, cpu = train_both(corpus, method, *runs)
     for ours, theirs in zip(gpu, cpu, strict=True):
@@ -75,7 +77,7 @@ def test_transformer_engine_agrees_with_the_local_layers(corpus, tmp_path, metho
     runs = (tmp_path / "te", *bf16), (tmp_path / "local", *bf16, "--transformer-impl", "local")
     fused, local = train_both(corpus, method, *runs)
     for ours, theirs in zip(fused, local, strict=True):
-        assert ours == pytest.approx(theirs, rel=BF16_TOLERANCE)
+        assert ours == pytest.approx(theirs, rel=BF16_TOLERANCE, abs=BF16_TOLERANCE)
 
 
 def test_a_resumed_run_goes_on_as_it_would_have(corpus, tmp_path):
