@@ -9,21 +9,19 @@ temperature) and the weight w, per token:
 (method.md, section 3.1; forward KL up to the teacher's entropy, which has no gradient.)
 
 Every tensor-parallel rank holds a slice of the vocabulary. As in Megatron's own cross-entropy only
-maxima and sums travel, `[S, B]` each, float32 logits are overwritten, and one buffer of their size
-is kept for the backward pass: it holds the gradient, where Megatron's holds the softmax. The
-teacher's logits exist for a few tokens at a time. Shapes: S sequence, B batch, V local vocabulary,
-D teacher width.
+maxima and sums travel, two a token each, float32 logits are overwritten, and one buffer of their
+size is kept for the backward pass: it holds the gradient, where Megatron's holds the softmax. The
+teacher's logits exist for a few tokens at a time. Shapes: S sequence, B batch, N some tokens, V
+local vocabulary, D teacher width.
 """
 
-import math
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-
-CHUNK, PARTS = 512, 8
-"""Tokens whose teacher logits exist at once: at most so many, and at most a part of all."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,15 @@ def distilled_cross_entropy(
     head: TeacherHead,
     weight: float,
     group: Any,
+    at_once: int,
 ) -> TokenLosses:
     """Return the losses of each token; only `total` carries a gradient, to the logits alone.
 
-    Float32 logits are overwritten, as by Megatron's cross-entropy. `weight` is w, 0 to 1.
+    Float32 logits are overwritten, as by Megatron's cross-entropy. `weight` is w, 0 to 1; the
+    teacher's logits exist for `at_once` tokens at a time.
     """
-    return TokenLosses(
-        *_DistilledCrossEntropy.apply(logits_SBV, labels_SB, states_SBD, head, weight, group)
-    )
+    inputs = logits_SBV, labels_SB, states_SBD, head, weight, group, at_once
+    return TokenLosses(*_DistilledCrossEntropy.apply(*inputs))
 
 
 class _DistilledCrossEntropy(torch.autograd.Function):
@@ -79,14 +78,14 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         head: TeacherHead,
         weight: float,
         group: Any,
+        at_once: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gradient_NV = logits_SBV.detach().float().flatten(0, 1)
         labels_N, states_ND = labels_SB.flatten(), states_SBD.flatten(0, 1)
-        chunk = min(CHUNK, math.ceil(len(labels_N) / PARTS))
         losses = [
             _chunk(gradient, labels, states, head, weight, group)
             for gradient, labels, states in zip(
-                gradient_NV.split(chunk), labels_N.split(chunk), states_ND.split(chunk), strict=True
+                *(every.split(at_once) for every in (gradient_NV, labels_N, states_ND)), strict=True
             )
         ]
         lm, kd = (torch.cat(parts).view_as(labels_SB) for parts in zip(*losses, strict=True))
@@ -100,7 +99,7 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         [gradient_NV] = ctx.saved_tensors
         gradient_NV *= upstream_SB.flatten()[:, None]
         gradient_SBV = gradient_NV.view(*upstream_SB.shape, -1).to(ctx.dtype)
-        return gradient_SBV, None, None, None, None, None
+        return gradient_SBV, None, None, None, None, None, None
 
 
 def _chunk(
@@ -110,40 +109,63 @@ def _chunk(
     head: TeacherHead,
     weight: float,
     group: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return LM loss and KL of some tokens; put the gradient in the place of their logits."""
-    target_NV, log_target_NV = _teacher_probabilities(states_ND, head, group)
-    entropy_N = -(target_NV * log_target_NV.clamp(min=-1e30)).sum(-1)
-    logits_NV.copy_(_log_softmax(logits_NV, group))  # from here on log-probabilities
-    cross_N = -(target_NV * logits_NV).sum(-1)
-
-    rows = torch.arange(len(labels_N), device=labels_N.device)
-    local_N = labels_N - head.first_id
-    is_here_N = (local_N >= 0) & (local_N < logits_NV.size(1))
-    local_N = local_N.clamp(0, logits_NV.size(1) - 1)
-    lm_N = -logits_NV[rows, local_N] * is_here_N
-    sums = torch.stack([lm_N, cross_N - entropy_N])
-    dist.all_reduce(sums, group=group)
-
-    logits_NV.exp_().sub_(target_NV, alpha=weight)
-    logits_NV[rows, local_N] -= (1 - weight) * is_here_N
-    return sums[0], sums[1]
+) -> torch.Tensor:
+    """Return LM loss and KL of some tokens `[2, N]`; put the gradient in their logits' place."""
+    teacher_NV = torch.nn.functional.linear(states_ND, head.weight_VD, head.bias_V)
+    teacher_NV[:, head.num_tokens :] = -torch.inf
+    both = logits_NV, teacher_NV, head.temperature
+    maxima_2N = _fused(_maxima, *both)
+    dist.all_reduce(maxima_2N, op=dist.ReduceOp.MAX, group=group)
+    sums_2N = _fused(_sums, *both, maxima_2N)
+    dist.all_reduce(sums_2N, group=group)
+    # A number would have the function compiled anew for each of its values.
+    share = torch.full((), weight, device=logits_NV.device)
+    normalizers_2N = maxima_2N + sums_2N.log()
+    losses_2N = _fused(_finish, *both, normalizers_2N, labels_N - head.first_id, share)
+    dist.all_reduce(losses_2N, group=group)
+    return losses_2N
 
 
-def _teacher_probabilities(
-    states_ND: torch.Tensor, head: TeacherHead, group: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_NV = torch.nn.functional.linear(states_ND, head.weight_VD, head.bias_V).float()
-    logits_NV[:, head.num_tokens :] = -torch.inf
-    log_NV = _log_softmax(logits_NV / head.temperature, group)
-    return log_NV.exp(), log_NV
+# --- on this rank's slice: a few passes over the logits where they are compiled, on a GPU ---------
 
 
-def _log_softmax(logits_NV: torch.Tensor, group: Any) -> torch.Tensor:
-    """Log-softmax over the whole vocabulary, of which each rank has a slice."""
-    maximum_N = logits_NV.amax(-1)
-    dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=group)
-    shifted_NV = logits_NV - maximum_N[:, None]
-    sum_N = shifted_NV.exp().sum(-1)
-    dist.all_reduce(sum_N, group=group)
-    return shifted_NV - sum_N.log()[:, None]
+def _maxima(logits_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.stack([logits_NV.amax(-1), teacher_NV.amax(-1).float() / temperature])
+
+
+def _sums(
+    logits_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float, maxima_2N: torch.Tensor
+) -> torch.Tensor:
+    student, teacher = maxima_2N[:, :, None]
+    powers = logits_NV - student, teacher_NV.float() / temperature - teacher
+    return torch.stack([power.exp().sum(-1) for power in powers])
+
+
+def _finish(
+    logits_NV: torch.Tensor,
+    teacher_NV: torch.Tensor,
+    temperature: float,
+    normalizers_2N: torch.Tensor,
+    local_labels_N: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    student, teacher = normalizers_2N[:, :, None]
+    log_NV, log_target_NV = logits_NV - student, teacher_NV.float() / temperature - teacher
+    target_NV = log_target_NV.exp()
+    columns = torch.arange(logits_NV.size(1), device=logits_NV.device)
+    is_label_NV = columns == local_labels_N[:, None]  # nowhere, if another rank has it
+    lm_N = -torch.where(is_label_NV, log_NV, 0.0).sum(-1)
+    kd_N = (target_NV * (log_target_NV.clamp(min=-1e30) - log_NV)).sum(-1)
+    logits_NV.copy_(log_NV.exp() - weight * target_NV - (1 - weight) * is_label_NV)
+    return torch.stack([lm_N, kd_N])
+
+
+def _fused(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """The function of these, compiled on a GPU."""
+    return (_compiled(function) if arguments[0].is_cuda else function)(*arguments)
+
+
+@functools.cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    # The same kernels in every run: a resumed one goes on bit for bit.
+    return torch.compile(function, dynamic=False, options={"deterministic": True})

@@ -27,6 +27,7 @@ from megatron_let.methods.schedules import distillation_weight, run_length
 from megatron_let.methods.table import KD_STOP_SHARE, Flags, method_row
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher
+from megatron_let.teacher.work import logits_at_once
 from megatron_let.upstream.batch import Batch
 
 
@@ -166,6 +167,7 @@ class Distill(Signal):
             self._head,
             self.weight,
             mpu.get_tensor_model_parallel_group(),
+            logits_at_once(labels_BS.numel()),
         )
         self.queue.micro_batches += 1
         self.queue.add(loss=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())

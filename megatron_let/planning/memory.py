@@ -13,7 +13,7 @@ from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import RunShape
 from megatron_let.planning.schedule import most_waiting
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.teacher.work import micro_batches_at_once
+from megatron_let.teacher.work import logits_at_once, micro_batches_at_once
 
 BF16_BYTES = 2
 FP32_BYTES = 4
@@ -170,7 +170,9 @@ def _teacher_bytes(
         width = states * teacher.hidden_size + gradients * student.hidden_size
         per_token += BF16_BYTES * width / layout.sequence_shards
     if distils:
-        # States of one micro-batch, and this rank's part of the vocabulary's logits.
-        per_token += BF16_BYTES * teacher.hidden_size + LOGIT_BYTES * teacher.vocab_size / layout.tp
+        # States of one micro-batch; for a part of it this rank's part of the vocabulary's logits.
+        part = logits_at_once(run.tokens_per_micro_batch) / run.tokens_per_micro_batch
+        logits = part * LOGIT_BYTES * teacher.vocab_size / layout.tp
+        per_token += BF16_BYTES * teacher.hidden_size + logits
     weights = teacher.parameters if distils else teacher.parameters_without_head
     return BF16_BYTES * weights, run.tokens_per_micro_batch * per_token

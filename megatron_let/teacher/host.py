@@ -68,6 +68,7 @@ class TeacherHost:
         self.facts: dict[str, Any] = {}
         """About the teacher, the same on all ranks after `share`; empty if none was loaded."""
         self._layer = layer
+        self._positions_RS: dict[bool, torch.Tensor] = {}
         check_rows(config, args)
 
     # --- before the run -----------------------------------------------------------------------
@@ -142,12 +143,14 @@ class TeacherHost:
         """
         assert self.teacher is not None
         rows, group = self._rows(batches), mpu.get_tensor_and_context_parallel_group()
-        positions_RS = needed_positions(
-            self.args.seq_length,
-            mpu.get_tensor_model_parallel_world_size(),
-            mpu.get_context_parallel_world_size(),
-            sliced,
-        )
+        if sliced not in self._positions_RS:  # a copy to the device is waited for
+            self._positions_RS[sliced] = needed_positions(
+                self.args.seq_length,
+                mpu.get_tensor_model_parallel_world_size(),
+                mpu.get_context_parallel_world_size(),
+                sliced,
+            ).to(_device())
+        positions_RS = self._positions_RS[sliced]
         with self.clock.running():
             states = states_SBD(self.teacher, rows, group, positions_RS)
         return list(states.split(self.args.micro_batch_size, dim=1))
@@ -219,7 +222,7 @@ def states_SBD(
     states_BSD = teacher.states_BSD({key: value[own] for key, value in rows.items()})
     if ranks == 1:
         return states_BSD.transpose(0, 1).contiguous()
-    wanted = states_BSD[:, positions_RS.to(device)].transpose(0, 1).contiguous()
+    wanted = states_BSD[:, positions_RS].transpose(0, 1).contiguous()
     received = torch.empty_like(wanted)  # [rank it comes from, its rows, own positions, D]
     torch.distributed.all_to_all_single(received, wanted, group=group)
     return received.flatten(0, 1)[:number].transpose(0, 1).contiguous()

@@ -1,6 +1,8 @@
-"""How the teacher reads rows: dealt over its stage's tensor-parallel ranks, cut into windows."""
+"""How a teacher works: rows dealt over tensor-parallel ranks, cut into windows; logits in parts."""
 
 from math import ceil, gcd
+
+CHUNK, PARTS = 512, 8
 
 
 def micro_batches_at_once(rows_per_micro_batch: int, ranks: int) -> int:
@@ -27,3 +29,8 @@ def window_ends(length: int, context: int) -> list[int]:
     last one up to the row's end.
     """
     return [*range(context, length, max(1, context // 2)), length]
+
+
+def logits_at_once(tokens: int) -> int:
+    """How many of a micro-batch's tokens have their teacher logits at once."""
+    return min(CHUNK, ceil(tokens / PARTS))

@@ -58,11 +58,22 @@ def train(corpus, save, method, *flags):
     return losses, guided
 
 
+@pytest.fixture(scope="module")
+def start(corpus):
+    """Weights to start from: each device has random numbers of its own."""
+    folder = corpus.folder / "start"
+    train(
+        corpus, folder, "baseline", "--transformer-impl", "local", "--cpu", "--exit-interval", "1"
+    )
+    return ["--load", str(folder), "--finetune", "--transformer-impl", "local"]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_one_gpu_computes_what_the_cpu_does(corpus, tmp_path, method):
-    # Each device has random numbers of its own.
-    local = ["--transformer-impl", "local", "--use-cpu-initialization"]
-    runs = (tmp_path / "gpu", *local), (tmp_path / "cpu", *local, "--cpu")
+def test_one_gpu_computes_what_the_cpu_does(corpus, start, tmp_path, method):
+    runs = (
+        (tmp_path / "gpu", *start, "--use-cpu-initialization"),
+        (tmp_path / "cpu", *start, "--cpu"),
+    )
     gpu, cpu = train_both(corpus, method, *runs)
     for ours, theirs in zip(gpu, cpu, strict=True):
         assert ours == pytest.approx(theirs, rel=FP32_TOLERANCE)

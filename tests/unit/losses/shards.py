@@ -43,7 +43,6 @@ def losses_and_gradient(
     own = leaf * 1.0  # as from a model: it may be overwritten
     number = min(max(known - first, 0), size)
     rows = TeacherHead(head[first : first + size], None, number, first, temperature)
-    module.PARTS, usual = parts, module.PARTS
     kept = [0]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,8 +50,9 @@ def losses_and_gradient(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = module.distilled_cross_entropy(own, labels, states, rows, weight, group)
-    module.PARTS = usual
+        losses = module.distilled_cross_entropy(
+            own, labels, states, rows, weight, group, -(-SEQ * BATCH // parts)
+        )
     losses.total.backward(_upstream())
     assert leaf.grad is not None
     values = {"total": losses.total, "lm": losses.lm, "kd": losses.kd, "gradient": leaf.grad}
@@ -94,17 +94,17 @@ def peak_shards(distilled: bool, dtype: str, tokens: int, vocab: int, parts: int
     rows = TeacherHead(torch.randn(vocab, WIDTH, generator=generator), None, vocab, 0, 1.0)
     weight = torch.randn(vocab, WIDTH, generator=generator).to(getattr(torch, dtype))
     hidden = states.to(weight.dtype).requires_grad_()
-    tracker, usual = MemTracker(), module.PARTS
-    module.PARTS, module.CHUNK = parts, tokens
+    tracker = MemTracker()
     with tracker:
         logits = hidden @ weight.T
         if distilled:
-            losses = module.distilled_cross_entropy(logits, labels, states, rows, 0.5, group)
+            losses = module.distilled_cross_entropy(
+                logits, labels, states, rows, 0.5, group, tokens // parts
+            )
             loss = losses.total
         else:
             loss = vocab_parallel_cross_entropy(logits, labels, tp_group=group)
         del logits
         loss.sum().backward()
-    module.PARTS, module.CHUNK = usual, 512
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     return peak / (4 * tokens * vocab)
