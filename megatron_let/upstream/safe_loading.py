@@ -18,7 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.dist_checkpointing import ShardedObject, load_common_state_dict
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.safe_globals import SAFE_GLOBALS, _reconstruct
 from megatron.training import checkpointing
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -157,13 +158,28 @@ def common_state(folder: Path, step: int) -> Loaded:
     return state, str(folder), folder.name == "release", checkpointing.CheckpointType.GLOBAL
 
 
+def without_new_scales(layout: Any, folder: Path) -> Any:
+    """The layout but for Transformer Engine's scaling states that a checkpoint lacks.
+
+    Layers of Megatron's own have none, and a run with Transformer Engine goes on from theirs.
+    """
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+
+    def is_new(entry: Any) -> bool:
+        is_scale = isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state")
+        return is_scale and entry.unique_key not in saved
+
+    new, rest = extract_matching_values(layout, is_new)
+    return rest if new else layout
+
+
 def whole_state(folder: Path, step: int, args: Namespace, states: dict[str, Any]) -> Loaded:
     """Read all of a checkpoint into the tensors that `states` lays out."""
     checkpointing.set_loaded_iteration(step)
     # The sums were compared when it was chosen.
     args = Namespace(**vars(args) | {"verify_integrity": False})
     states.pop("gpt_compat_layer_maps")  # of another format
-    layout = states.pop("sharded_state_dict")
+    layout = without_new_scales(states.pop("sharded_state_dict"), folder)
     return checkpointing._load_global_dist_base_checkpoint(
         str(folder.parent), args, False, layout, step, folder.name == "release", **states
     )
