@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")  # before any model is loaded
 def device():
     """Skip on a machine without a GPU."""
     if not torch.cuda.is_available():
