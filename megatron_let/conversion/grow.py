@@ -1,6 +1,9 @@
 """Grows a small Hugging Face model into a larger shape: folder to folder, a layer at a time."""
 
-from collections.abc import Mapping
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ MODEL_TYPES = ("llama", "qwen2")
 TOLERANCE = 2e-5
 """Of exact growth: the largest difference of a logit, in units of the largest; float32."""
 MAX_TOKENS = 1024
+AT_ONCE = 4
+"""Tensors that are made, and held, at once."""
 
 
 def open_small(flag: str, hf_model: str, revision: str | None = None) -> Source:
@@ -107,7 +112,8 @@ def grow_model(
     with complete_or_absent(output) as folder:
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-        weights = ((name, grown.read(name)) for name in tqdm(state, desc="weights", disable=None))
+        names = tqdm(state, desc="weights", disable=None)
+        weights = zip(state, _ahead(grown.read, names), strict=True)
         stand_ins = {name: state[name].to(config.dtype) for name in state}
         write_safetensors(folder, stand_ins, weights, max_shard_size)
         if hugging_face.has_tokenizer(small.folder):
@@ -117,6 +123,18 @@ def grow_model(
         read = SafetensorsReader(folder, model.base_model_prefix).read
         is_exact = is_exact and config.dtype is torch.float32
         return _compare(small, config, read, text, exact=is_exact)
+
+
+def _ahead(read: Read, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """The tensors in their order, some made at once: one's random numbers take one core."""
+    workers = min(AT_ONCE, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        begun: deque[Future[torch.Tensor]] = deque()
+        for name in names:
+            begun.append(pool.submit(read, name))
+            if len(begun) > workers:
+                yield begun.popleft().result()
+        yield from (future.result() for future in begun)
 
 
 # --- the proof ---------------------------------------------------------------------------------

@@ -211,14 +211,15 @@ class Grown:
         digest = hashlib.sha256(f"{self._growth.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         rows, columns = (self._axes[axis] for axis in MATRICES[kind])
-        grown = small[rows.source][:, columns.source]
+        grown = self._fill(kind, torch.Size((len(rows.source), len(columns.source))), generator)
+        used, read = ((~axis.is_new).nonzero()[:, 0] for axis in (rows, columns))
+        block = _at(small, rows.source[used], columns.source[read])
         if following is not small:
-            neurons = rows.is_later_copy[:, None] if kind not in WRITERS else columns.is_later_copy
-            grown = torch.where(neurons, following[rows.source][:, columns.source], grown)
-        grown = grown * (self._turned(kind) / columns.copies)
-        is_new = rows.is_new[:, None] | columns.is_new
-        if is_new.any():
-            grown = torch.where(is_new, self._fill(kind, grown.shape, generator), grown)
+            later = _at(following, rows.source[used], columns.source[read])
+            neurons = rows.is_later_copy[used, None], columns.is_later_copy[read]
+            block = torch.where(neurons[kind in WRITERS], later, block)
+        block *= self._turned(kind) / columns.copies
+        grown.index_copy_(0, used, grown[used].index_copy_(1, read, block))
         if self._growth.symmetry == "noise" and columns.copies > 1:
             _add_noise(grown, columns.copies, generator)
         return grown
@@ -232,6 +233,10 @@ class Grown:
             is_used = (keys >= 0).any(dim=1, keepdim=True)
             fill[((keys < 0) & is_used).flatten()] = 0.0
         return fill
+
+
+def _at(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return matrix.index_select(0, rows).index_select(1, columns)
 
 
 def _add_noise(grown: torch.Tensor, copies: int, generator: torch.Generator) -> None:

@@ -1,6 +1,7 @@
 """`--init-from` fills every layout with what `grow` and `from-hf` write, bit for bit."""
 
 import json
+import math
 
 import pytest
 
@@ -8,8 +9,8 @@ from megatron_let.conversion.from_hf import import_model
 from megatron_let.conversion.grow import grow_model
 from megatron_let.conversion.growth import Growth
 from tests.distributed.training import TP2_PP2, run, series
-from tests.support.testing import save_tiny_teacher
-from tests.support.tiny_run import VOCAB, hashes
+from tests.support.testing import run_distributed, save_tiny_teacher
+from tests.support.tiny_run import FLAGS, VOCAB, hashes
 
 STUDENT = "--norm-epsilon 5e-7".split()
 """Half of the small model's, at twice its width; a repeated one keeps it."""
@@ -85,6 +86,29 @@ def test_heads_without_groups(corpus, tmp_path):
     import_model(str(tmp_path / "small"), tmp_path / "release")
     error = run(1, *flags, *heads, "--load", str(tmp_path / "release"))
     assert "has no effect: the run goes on from" in error
+
+
+def test_a_tied_embedding_is_the_head_on_the_last_stage_too(corpus, tmp_path):
+    """Tolerance 1e-5 of the first loss, which a head of its own would change by 0.01 and more."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+    config = LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=True, **sizes, **heads)
+    model = LlamaForCausalLM(config)
+    model.model.embed_tokens.weight.data *= 20  # far from what an untrained head would give
+    model.save_pretrained(tmp_path / "small")
+    tied = [flag for flag in FLAGS if flag != "--untie-embeddings-and-output-weights"]
+    losses = []
+    for ranks, layout in ((1, []), (2, "--pipeline-model-parallel-size 2".split())):
+        save = tmp_path / str(ranks)
+        flags = [*tied, *corpus.flags, *STUDENT, *STILL, *layout]
+        flags += ["--init-from", str(tmp_path / "small"), "--save", str(save)]
+        found = run_distributed("tests.distributed.training:train", ranks, flags)
+        assert found == [None] * ranks
+        losses.append(series(save, "lm loss")[1])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert abs(losses[0] - math.log(VOCAB)) > 0.01
 
 
 def test_it_starts_at_the_small_models_loss_and_goes_on_from_its_own(corpus, small, tmp_path):
