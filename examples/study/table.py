@@ -4,9 +4,9 @@ Parameters are counted as Chinchilla counts them, with the embeddings, which are
 has 0.39 M (0.31 M without them) and reads 8.2 M tokens, 21 a parameter. Three teachers are trained:
 the small one has 0.10 M (ratio 3.7; 5.6 without embeddings) and reads 66 M tokens, 626 a parameter;
 the large one has 0.16 M (2.4; 3.1) and reads 41 M, 249 a parameter. A regime takes the checkpoint
-whose validation loss fits (`REGIMES`), of the first teacher that has one. Plain training passed both
-in the end, so that `ahead` has a third one, declared before any run behind it: 0.26 M (1.5; 1.6),
-66 M tokens, 248 a parameter.
+whose validation loss fits (`REGIMES`), of the first teacher that has one. Plain training passed
+both in the end, so that `ahead` has a third one, declared before any run behind it: 0.26 M (1.5;
+1.6), 66 M tokens, 248 a parameter.
 
 Tuning: each arm gets five runs with seed 1 behind the teacher of `meet`: three peak learning rates
 with its first setting, then its two other settings at the best of these rates (plain training,

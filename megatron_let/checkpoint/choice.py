@@ -96,7 +96,8 @@ def _candidates(args: Namespace, load: Path) -> list[tuple[int, Path]]:
     """The checkpoints that may be loaded with their steps, the newest first."""
     folders = iteration_folders(load)
     tracked, found = read_tracker(load), list(folders.items())
-    if args.non_persistent_ckpt_type == "global" and load == Path(args.load):
+    is_load = args.load is not None and load == Path(args.load)
+    if args.non_persistent_ckpt_type == "global" and is_load:
         extra = args.non_persistent_global_ckpt_dir or load / "non_persistent"
         found += iteration_folders(Path(extra)).items()
     wanted = args.ckpt_step

@@ -5,6 +5,7 @@ from the parsing of the command line on, so that every flag that loads leads thr
 """
 
 import functools
+import traceback
 import weakref
 from argparse import Namespace
 from collections.abc import Callable
@@ -31,6 +32,8 @@ class Door:
         """Of the run that has chosen; another one in this process chooses for itself."""
         self.chosen: Path | None = None
         """The checkpoint that the run goes on from; None if it starts from scratch."""
+        self._from: str | None = None
+        """The flag's folder that it was found by; it may lie elsewhere."""
         self._damaged: dict[Path, str] = {}
         self._on_load: Callable[[], Callable[[Namespace], None] | None] = lambda: None
 
@@ -57,7 +60,7 @@ class Door:
         ranks = 1 if alone else torch.distributed.get_world_size()
         while True:
             decided = _agreed(ranks, lambda: self._decide(args) if rank == 0 else None)
-            self.chosen, args.finetune = decided[0]
+            self.chosen, args.finetune, self._from = decided[0]
             if self.chosen is None:
                 break
             found = _agreed(ranks, functools.partial(sums.differing, self.chosen, rank, ranks))
@@ -66,13 +69,14 @@ class Door:
             self._damaged[self.chosen] = next(filter(None, found))
         self._args = args
 
-    def _decide(self, args: Namespace) -> tuple[Path | None, bool]:
-        """Return the checkpoint, and whether its weights alone are taken."""
-        chosen, finetune = None, args.finetune
+    def _decide(self, args: Namespace) -> tuple[Path | None, bool, str | None]:
+        """Return the checkpoint, whether its weights alone are taken, and which folder gave it."""
+        chosen, finetune, origin = None, args.finetune, args.load
         if args.load is not None:
             chosen = choose(args, args.load, self._damaged)
         if chosen is None and args.pretrained_checkpoint is not None:
-            chosen, finetune = choose(args, args.pretrained_checkpoint, self._damaged), True
+            origin, finetune = args.pretrained_checkpoint, True
+            chosen = choose(args, origin, self._damaged)
         start = 0 if chosen is None or finetune else step_of(chosen)
         if start and args.override_ckpt_iteration is not None:
             start = args.override_ckpt_iteration
@@ -81,7 +85,7 @@ class Door:
             print(f"> {args.load} holds no checkpoint yet: starting from scratch", flush=True)
         if args.verify_integrity and chosen is not None and not (chosen / sums.FILE).is_file():
             print(f"> {chosen} has no sums: nobody can vouch for what is in its files", flush=True)
-        return chosen, finetune
+        return chosen, finetune, origin
 
     def _folder(self, args: Namespace, load: str) -> Path | None:
         # --use-checkpoint-args comes before there is a process group to agree in.
@@ -89,8 +93,10 @@ class Door:
 
     def _holds(self, load: str | None) -> bool:
         """`checkpoint_exists`."""
-        folder = None if load is None else self._folder(get_args(), load)
-        return folder is not None and Path(load or "") in folder.parents
+        args = get_args()
+        if load is None or (self._args is args and load != self._from):
+            return False
+        return self._folder(args, load) is not None
 
     def _load_base(
         self, load: str, args: Namespace, rank0: bool = False, **states: Any
@@ -142,6 +148,9 @@ def _agreed(ranks: int, find: Callable[[], Any]) -> list[Any]:
         found = error
     except OSError as error:
         found = MachineError(str(error))
+    except Exception as error:  # the others would wait for this rank
+        traceback.print_exc()
+        found = UsageError(f"{type(error).__name__}: {error}")
     every = gathered(found) if ranks > 1 else [found]
     for found in every:
         if isinstance(found, UsageError):

@@ -189,7 +189,7 @@ class TeacherMethod(Method):
         """Remember whose guidance the checkpoint has; `on_data` compares."""
         for signal in self.signals:
             signal.check_checkpoint(saved)
-        if not self.args.finetune:
+        if not self.args.finetune and vars(saved).get("method") == self.args.method:
             self.args.teacher_fingerprint = vars(saved).get("teacher_fingerprint")
 
     def configure(self, model_config: Any) -> None:

@@ -20,7 +20,8 @@ from megatron_let.teacher.load import (
     load_causal_lm,
     read_token_ids,
 )
-from megatron_let.teacher.stage import Rows, Teacher, near_random
+from megatron_let.teacher.probe import check_documents, check_states, check_weights
+from megatron_let.teacher.stage import Rows, Teacher, near_random, text_model
 from megatron_let.upstream.batch import WHOLE, Batch
 
 CONTROLS = {
@@ -90,6 +91,7 @@ class TeacherHost:
         control = self.args.teacher_control
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
         length = self.args.seq_length
+        self._probe(model)
         self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
         self.facts = {
             "name": self.config.name,
@@ -98,6 +100,14 @@ class TeacherHost:
             "fingerprint": fingerprint(model),
             "flops_per_token": self.teacher.forward_flops(length, length) / length,
         }
+
+    def _probe(self, model: Any) -> None:
+        name, vocab_size, base = self.config.name, self.config.vocab_size, text_model(model)
+        check_weights(model, name)
+        check_states(base, vocab_size, name)
+        if self.args.reset_attention_mask:
+            length = min(self.args.seq_length, self.config.context)
+            check_documents(base, vocab_size, length, name)
 
     def score(self, train_dataset: Any) -> None:
         """Note the model's own loss on the first micro-batch, where this rank holds the data.

@@ -1,6 +1,7 @@
 """Loads a teacher from a Hugging Face folder or hub id, and checks that it is one."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from megatron_let import hugging_face
 from megatron_let.errors import UsageError
 
+CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
+"""What a configuration calls it; one without has no limit (ALiBi, recurrence)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,15 +72,17 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
             f"--teacher-model {name} is a {' / '.join(named) or config.model_type}, not a causal "
             "language model. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
         )
+    config = config.get_text_config()  # of a model that sees pictures, too
     # OPT projects its states to the embedding's width after the last layer; the others have one.
     last_width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    contexts = [getattr(config, name, None) or 0 for name in CONTEXT_NAMES]
     return TeacherConfig(
         name=name,
         revision=revision,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         last_width=last_width,
-        context=config.max_position_embeddings,
+        context=max(contexts) if max(contexts) > 0 else sys.maxsize,
         vocab_size=config.vocab_size,
     )
 

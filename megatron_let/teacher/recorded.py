@@ -56,7 +56,8 @@ class Recorded:
                 for layer in self._layers:
                     # The same kernels in every run: a resumed one goes on bit for bit.
                     layer.compile(dynamic=False, options={"deterministic": True})
-            self._passes[shapes] = _record(self._forward, inputs)
+            pools = [graph.pool() for graph, *_ in self._passes.values()]
+            self._passes[shapes] = _record(self._forward, inputs, *pools[:1])
         except RuntimeError as error:  # of the compiler too
             self._possible = False
             for layer in self._layers:
@@ -66,17 +67,32 @@ class Recorded:
 
 
 def _record(
-    forward: Callable[[Inputs], torch.Tensor], inputs: Inputs
+    forward: Callable[[Inputs], torch.Tensor], inputs: Inputs, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]:
+    """Passes never overlap, and results are copied: all graphs may share a pool of memory."""
     places = {name: tensor.clone() for name, tensor in inputs.items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             forward(places)
-    torch.cuda.current_stream().wait_stream(stream)
+        _run_without_waits(forward, places)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads (those of data and of NCCL) may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = forward(places)
+    try:
+        # Other threads (those of data and of NCCL) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = forward(places)
+    finally:
+        torch.cuda.set_stream(current)  # a failed capture leaves its own behind
     return graph, places, result
+
+
+def _run_without_waits(forward: Callable[[Inputs], torch.Tensor], places: Inputs) -> None:
+    """A pass that fails where the host waits: inside a capture that would harm the allocator."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward(places)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

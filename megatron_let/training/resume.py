@@ -22,13 +22,17 @@ REMOVED = {"let_resize_side": "teacher", "kd_temperature_side": "teacher"}
 SHAPES = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
     "position_embedding_type normalization swiglu add_bias_linear add_qkv_bias qk_layernorm "
-    "untie_embeddings_and_output_weights num_experts moe_ffn_hidden_size multi_latent_attention"
+    "untie_embeddings_and_output_weights num_experts moe_ffn_hidden_size moe_layer_freq "
+    "moe_shared_expert_intermediate_size mtp_num_layers attention_output_gate "
+    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim"
 ).split()
 """What the weights have their shapes from; the rows of the embedding may be others."""
 FUNCTION = (
     "rotary_base rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor "
     "rotary_seq_len_interpolation_factor layernorm_epsilon layernorm_zero_centered_gamma "
-    "softmax_type"
+    "softmax_type squared_relu quick_geglu openai_gelu window_size window_attn_skip_freq "
+    "no_rope_freq qk_l2_norm rope_type moe_router_topk moe_router_score_function "
+    "moe_router_pre_softmax moe_router_topk_scaling_factor"
 ).split()
 """What the model computes besides."""
 FLAG_NAMES = {
@@ -43,7 +47,8 @@ OPTIMIZER = (
 """What the optimizer's state has its form from."""
 SCHEDULED = (
     "lr min_lr lr_decay_style weight_decay start_weight_decay end_weight_decay "
-    "weight_decay_incr_style"
+    "weight_decay_incr_style lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters "
+    "lr_wsd_decay_samples decoupled_lr decoupled_min_lr"
 ).split()
 SAMPLES = (
     "train_iters train_samples global_batch_size lr_decay_iters lr_decay_samples lr_warmup_iters "
@@ -103,7 +108,8 @@ def check_flags(args: Namespace, saved: Namespace) -> None:
     Raises:
         UsageError: naming both values and the flag that helps.
     """
-    _compare(args, saved, SHAPES, f"{ANEW} without --load.")
+    table = ["max_position_embeddings"] * (args.position_embedding_type == "learned_absolute")
+    _compare(args, saved, [*SHAPES, *table], f"{ANEW} without --load.")
     if args.finetune:
         return
     _compare(args, saved, FUNCTION, FROM_THE_WEIGHTS)

@@ -84,7 +84,9 @@ def test_a_pass_that_waits_for_the_device_runs_as_it_is():
     recorded = Recorded(waits, torch.nn.ModuleList())
     x = torch.arange(4.0, device="cuda")
     with pytest.warns(UserWarning, match="the teacher runs uncompiled"):
+        stream = torch.cuda.current_stream()
         assert recorded({"x": x}).tolist() == [0, 6, 12, 18]
+    assert torch.cuda.current_stream() == stream
     assert recorded({"x": x + 1}).tolist() == [10, 20, 30, 40]
 
 
