@@ -52,6 +52,7 @@ REFUSED = {
     "ZeRO-1 on": ("--use-distributed-optimizer", "no --use-distributed-opt.*--no-load-optim"),
     "bf16": ("--bf16", "This run has --bf16, .*no --bf16. .*--no-load-optim"),
     "fp16": ("--fp16", "This run has --fp16, .*no --fp16. .*--no-load-optim"),
+    "norm of queries": ("--qk-l2-norm", "This run has --qk-l2-norm, .*no --qk-l2-norm. .*finetune"),
     "layers": ("--num-layers 6", "--num-layers 6, .*--num-layers 4. .*without --load"),
     "width": ("--hidden-size 64", "--hidden-size 64, .*without --load"),
     "feed-forward": ("--ffn-hidden-size 96", "--ffn-hidden-size 96, .*without --load"),

@@ -115,6 +115,26 @@ def test_documents_kept_apart_are_read_as_if_alone(folder, reference):
                 )
 
 
+def test_positions_alone_keep_nothing_apart(folder):
+    """As in the student: what is attended to, a mask says."""
+    positions, _ = documents(17, [5, 11])
+    rows = ROWS | {"position_ids": positions.expand(3, 17)}
+    causal = torch.ones(17, 17, dtype=torch.bool).triu(1).expand(3, 1, 17, 17)
+    with_mask = load(folder).states_BSD(rows | {"attention_mask": causal})
+    torch.testing.assert_close(load(folder).states_BSD(rows), with_mask, atol=1e-5, rtol=0)
+
+
+def test_a_mask_alone_leaves_the_positions(folder):
+    _, forbidden = documents(17, [5, 11])
+    rows = ROWS | {"attention_mask": forbidden.expand(3, 1, 17, 17)}
+    with_positions = rows | {"position_ids": torch.arange(17).expand(3, 17)}
+    expected = load(folder).states_BSD(with_positions)
+    assert torch.equal(load(folder).states_BSD(rows), expected)
+    plain = load(folder).states_BSD(ROWS)
+    torch.testing.assert_close(expected[:, :5], plain[:, :5], atol=1e-5, rtol=0)
+    assert (expected[:, 5:] - plain[:, 5:]).abs().max() > 1e-3
+
+
 def test_windows_and_documents_do_not_go_together(folder):
     rows = ROWS | {"position_ids": torch.arange(17).expand(3, 17)}
     with pytest.raises(ValueError, match="17 > 6 tokens"):
