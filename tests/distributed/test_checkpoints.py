@@ -1,5 +1,7 @@
 """What a checkpoint holds, and who can load it."""
 
+import shutil
+
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -132,3 +134,18 @@ def test_validation_is_the_language_model_loss_alone(corpus, tmp_path):
     )
     assert with_teacher["lm loss"] == plain["lm loss"]
     assert not [key for key in with_teacher if key.startswith("let")]
+
+
+def test_a_requeued_run_goes_on_from_its_short_lived_checkpoint_elsewhere(corpus, tmp_path):
+    """Not as a new run from weights, though its `--save` holds nothing yet."""
+    save, base, elsewhere = (tmp_path / name for name in ("save", "base", "elsewhere"))
+    assert not run(1, *corpus.flags, "--save", str(base), "--exit-interval", "1")
+    flags = [*corpus.flags, "--save", str(save), "--load", str(save)]
+    flags += ["--pretrained-checkpoint", str(base), "--non-persistent-ckpt-type", "global"]
+    flags += ["--non-persistent-global-ckpt-dir", str(elsewhere)]
+    flags += ["--non-persistent-save-interval", "2"]
+    assert not run(1, *flags, "--exit-interval", "3")
+    shutil.rmtree(save / "iter_0000003")
+    (save / "latest_checkpointed_iteration.txt").unlink()
+    assert not run(1, *flags, "--exit-interval", "3")
+    assert sorted(records(save, "start")) == [0, 2]
