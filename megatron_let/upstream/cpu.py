@@ -292,3 +292,5 @@ def activate_if_wanted(argv: list[str] | None = None, work: str = "training") ->
         if not {"-h", "--help"} & set(argv):
             gpus.fall_back(f"no GPU: {work} on CPU")
         activate()
+    else:
+        gpus.check_transformer_engine(argv)

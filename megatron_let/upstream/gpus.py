@@ -3,10 +3,12 @@
 Imports torch only to ask why: a tool can use it before it knows whether it needs torch.
 """
 
+import importlib
+import importlib.util
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -77,3 +79,25 @@ def fall_back(line: str, way_out: str = "--cpu", told: TextIO | None = None) -> 
         f"{torch.__version__} cannot use them: {reason()}. Mend that, or add {way_out} to run on "
         "the CPU."
     )
+
+
+def check_transformer_engine(argv: Sequence[str]) -> None:
+    """Load it before Megatron does, which would end in a traceback where it is broken.
+
+    Raises:
+        SystemExit: it is, and nobody has asked for layers without it.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a missing package, another ABI, a driver
+        told = str(error).strip().partition("\n")[0]
+        if "--transformer-impl local" not in " ".join(argv).replace("=", " "):
+            sys.exit(
+                f"{Path(sys.argv[0]).name}: error: Transformer Engine is installed and cannot be "
+                f"loaded ({type(error).__name__}: {told}). Mend or uninstall it, or "
+                "add --transformer-impl local to go on without."
+            )
+        for name in ("transformer_engine", "transformer_engine_torch"):
+            sys.modules[name] = None  # type: ignore[assignment]

@@ -1,9 +1,12 @@
 """What counts as a promise of GPUs, on a root folder of the test's own."""
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 
-from megatron_let.upstream.gpus import promise, reason
+from megatron_let.upstream.gpus import check_transformer_engine, promise, reason
 
 FILES = {
     "device": "dev/nvidia0",
@@ -82,3 +85,29 @@ def test_the_reason_is_the_builds_or_torchs_first_line(monkeypatch):
     assert reason() == "The NVIDIA driver on your system is too old (found 11040)"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert reason() == "it is a build without CUDA"
+
+
+@mock.patch.dict(sys.modules)
+def test_a_broken_transformer_engine_is_named_or_left_alone(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text("import a_package_that_is_missing")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def forget():
+        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+            del sys.modules[name]
+
+    forget()
+    words = (
+        "cannot be loaded .*No module named 'a_package_that_is_missing'.*--transformer-impl local"
+    )
+    with pytest.raises(SystemExit, match=words):
+        check_transformer_engine(["--transformer-impl", "transformer_engine"])
+    check_transformer_engine(["--transformer-impl=local"])
+    assert sys.modules["transformer_engine"] is None
+    (package / "pytorch.py").write_text("")
+    forget()
+    check_transformer_engine([])
+    assert sys.modules["transformer_engine"] is not None
