@@ -96,7 +96,7 @@ def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
         pass
     try:
         # What Megatron's tool reads with: it knows NaN and Infinity, which a meta may hold.
-        return json.loads(content.tobytes().decode())
+        return json.loads(content.tobytes().decode("utf-8-sig"))  # without a mark of byte order
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object in UTF-8: {error}") from error
 

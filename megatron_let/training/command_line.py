@@ -1,10 +1,12 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
+import contextlib
 import json
 import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +67,17 @@ def parse_arguments() -> Namespace:
 
 
 def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
-    """Let Megatron check its flags; what it refuses by an assertion becomes a message."""
+    """Let Megatron check its flags."""
     defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
-    try:
+    with _refusals():
         return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What Megatron refuses by an assertion becomes a message."""
+    try:
+        yield
     except UsageError:
         raise  # a checkpoint's, of --use-checkpoint-args
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
@@ -123,6 +132,11 @@ def _check_needed(args: Namespace) -> None:
                 f"{arguments.flag(name, value)} must be at least 1 step. (No evaluation: "
                 "--eval-iters 0; no checkpoints: leave --save out.)"
             )
+    if args.full_validation != args.multiple_validation_sets:
+        raise UsageError(
+            "--full-validation and --multiple-validation-sets go together: Megatron-LM evaluates "
+            "whole sets one by one, or --eval-iters batches of one blend. Give both, or neither."
+        )
     if args.save is not None and args.save_interval is None:
         raise UsageError(
             f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "
@@ -157,7 +171,8 @@ def _check_sidecar(args: Namespace, prefix: str, sidecar: Path, own: str) -> Non
 
 def model_config(args: Namespace, method: Method) -> Any:
     """Return Megatron's `GPTModelConfig` with what the method changes in it."""
-    config = gpt_config(args)
+    with _refusals():
+        config = gpt_config(args)
     is_known = args.tokenizer_type == "HuggingFaceTokenizer"
     method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
     method.configure(config)

@@ -38,7 +38,7 @@ NEEDS_TRANSFORMER_ENGINE = "fp8- fp4- save-dgrads-interval save-activations-inte
 NEEDS_GPU = (
     "record-memory-history memory-snapshot-path log-memory-to-tensorboard log-device-memory-used "
     "log-energy enable-cuda-graph external-cuda-graph gpu-sniff-test-interval use-nccl-ub "
-    "nvtx-ranges"
+    "nvtx-ranges apply-layernorm-1p"
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class RunLog(Listener):
         self._interval = Interval(self.file.totals)
         self._count_bad_losses = count_bad_losses
         self._iteration = 0
-        self._evaluated: set[int] = set()
+        self._evaluated: dict[int, list[dict[str, float]]] = {}
 
     def on_start(self, data: str | None) -> None:
         """Print what the run will do, and write its facts."""
@@ -159,16 +160,24 @@ class RunLog(Listener):
         self._interval = Interval(dict(totals))
 
     def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
-        """Write the validation loss."""
-        peak_memory = _peak_memory()
-        # After training Megatron evaluates the validation set once more, then the test set, at
-        # the same iteration: the first evaluation of an iteration is the one that counts.
-        if losses and self._iteration not in self._evaluated:
-            self._evaluated.add(self._iteration)
-            values = {key: value.item() for key, value in losses.items()}
-            values["peak memory"] = peak_memory
-            self.file.write("valid", self._iteration, **values)
+        """Write the validation loss; of several sets each one's, and their mean as `valid`."""
+        peak_memory, sets = _peak_memory(), self._validation_sets()
+        seen = self._evaluated.setdefault(self._iteration, [])
+        # After training Megatron evaluates all once more, then the test sets, at the same
+        # iteration: its first evaluations are those that count.
+        if losses and len(seen) < len(sets):
+            seen.append({key: value.item() for key, value in losses.items()})
+            if len(sets) > 1:
+                self.file.write("valid set", self._iteration, set=sets[len(seen) - 1], **seen[-1])
+            if len(seen) == len(sets):
+                means = {key: fmean(values[key] for values in seen) for key in losses}
+                self.file.write("valid", self._iteration, **means, **{"peak memory": peak_memory})
         self.file.restart_clock()
+
+    def _validation_sets(self) -> list[str]:
+        if not self.args.multiple_validation_sets:
+            return ["all"]
+        return self.args.validation_set_names or [str(i) for i in range(len(self.args.eval_iters))]
 
 
 # --- an interval of the log ---------------------------------------------------------------------

@@ -32,7 +32,8 @@ FUNCTION = (
     "rotary_seq_len_interpolation_factor layernorm_epsilon layernorm_zero_centered_gamma "
     "softmax_type squared_relu quick_geglu openai_gelu window_size window_attn_skip_freq "
     "no_rope_freq qk_l2_norm rope_type moe_router_topk moe_router_score_function "
-    "moe_router_pre_softmax moe_router_topk_scaling_factor"
+    "moe_router_pre_softmax moe_router_topk_scaling_factor linear_attention_freq use_mup "
+    "activation_func_clamp_value glu_linear_offset bias_gelu_fusion"
 ).split()
 """What the model computes besides."""
 FLAG_NAMES = {
@@ -40,6 +41,8 @@ FLAG_NAMES = {
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
 }
 """What arguments are called on the command line that are called something else there."""
+NEGATIVE = {"add_bias_linear": "disable_bias_linear", "bias_gelu_fusion": "no_bias_gelu_fusion"}
+"""Arguments that a flag switches off."""
 OPTIMIZER = (
     "optimizer use_distributed_optimizer bf16 fp16 use_precision_aware_optimizer "
     "expert_model_parallel_size"
@@ -152,8 +155,8 @@ def _compare(
         now = now_args.get(name)
         before = saved_args.get(name, (older or {}).get(name, now))
         if now != before:
-            if name == "add_bias_linear":
-                name, now, before = "disable_bias_linear", not now, not before
+            if name in NEGATIVE:
+                name, now, before = NEGATIVE[name], not now, not before
             name = FLAG_NAMES.get(name, name)
             raise UsageError(
                 f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "

@@ -22,7 +22,7 @@ class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> Any:
         """Upstream asserts that a step is there before it makes the state to load into."""
-        if is_loading and not self.optimizer.state:
+        if not self.optimizer.state:
             self.init_state_fn(self.optimizer, self.config)
             for state in self.optimizer.state.values():
                 state["step"] = torch.zeros(())
@@ -37,6 +37,44 @@ class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: Any) -> None:
         """Upstream expects the step, which `load_state_dict` has set, among the sharded tensors."""
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
+
+
+def _with_state(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(sharded_state_dict)
+    def sharded(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if self.init_state_fn is None:
+            self.init_state_fn = _momentum_of_zeros
+        if not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values() if _is_torch_adam(self.optimizer) else ():
+                state["step"] = torch.zeros(())
+        return sharded_state_dict(self, model, is_loading, **kwargs)
+
+    return sharded
+
+
+def _with_step(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        saved = state_dict.get("optimizer", state_dict)["state"]
+        is_counted = "common_step" in saved or any("step" in state for state in saved.values())
+        if _is_torch_adam(self.optimizer) and not is_counted:
+            saved["common_step"] = torch.zeros(())
+        load_state_dict(self, state_dict)
+
+    return load
+
+
+def _momentum_of_zeros(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """What SGD begins with, where it has a momentum."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def _is_torch_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """It keeps a step beside its moments; a saved zero is left out by Megatron."""
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _without_rates(identifiers: tuple[str, ...]) -> tuple[str, ...]:
@@ -72,7 +110,18 @@ def _of_torch_adam(upstreams: type) -> type:
 
 
 _OPTIMIZER = "megatron.core.optimizer"
+_OWNERS = (
+    f"{_OPTIMIZER}.optimizer.FP32Optimizer {_OPTIMIZER}.optimizer.Float16OptimizerWithFloat16Params"
+)
 REDIRECTS = [
+    *alike(
+        _OWNERS,
+        "sharded_state_dict",
+        _with_state,
+        "before a step (fp16 skips the first) nothing is saved that a resume asks for; SGD has "
+        "no function that makes its state",
+    ),
+    *alike(_OWNERS, "load_state_dict", _with_step, "PyTorch's Adam wants the step that was zero"),
     *alike(
         f"{_OPTIMIZER}.optimizer {_OPTIMIZER}.distrib_optimizer",
         "param_group_identifier_keys",

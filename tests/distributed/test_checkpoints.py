@@ -1,5 +1,6 @@
 """What a checkpoint holds, and who can load it."""
 
+import json
 import shutil
 
 import pytest
@@ -149,3 +150,20 @@ def test_a_requeued_run_goes_on_from_its_short_lived_checkpoint_elsewhere(corpus
     (save / "latest_checkpointed_iteration.txt").unlink()
     assert not run(1, *flags, "--exit-interval", "3")
     assert sorted(records(save, "start")) == [0, 2]
+
+
+def test_each_validation_set_has_a_record_and_their_mean_counts(corpus, tmp_path):
+    data = f"{corpus.folder}/text_text_document"
+    at = corpus.flags.index("--data-path")
+    flags = [*corpus.flags[:at], *corpus.flags[at + 4 :], "--train-data-path", data]
+    flags += ["--valid-data-path", data, data, "--full-validation"]
+    error = run(1, *flags, "--save", str(tmp_path))
+    assert error and "--full-validation and --multiple-validation-sets go together" in error
+    flags += ["--multiple-validation-sets", "--validation-set-names", "one", "other"]
+    assert not run(1, *flags, "--save", str(tmp_path), "--exit-interval", "4")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    sets = [line for line in lines if line["kind"] == "valid set" and line["iteration"] == 3]
+    assert [line["set"] for line in sets] == ["one", "other"]
+    mean = sum(line["lm loss"] for line in sets) / 2
+    assert records(tmp_path, "valid")[3]["lm loss"] == pytest.approx(mean)
+    assert [line["kind"] for line in lines if line["iteration"] == 3].count("valid") == 1
