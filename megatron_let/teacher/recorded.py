@@ -8,6 +8,7 @@ each shape of its inputs. SmolLM-135M with 4 rows of 2,048 tokens on an H100: 22
 
 import warnings
 from collections.abc import Callable
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Recorded:
                     layer.compile(dynamic=False, options={"deterministic": True})
             pools = [graph.pool() for graph, *_ in self._passes.values()]
             self._passes[shapes] = _record(self._forward, inputs, *pools[:1])
-        except RuntimeError as error:  # of the compiler too
+        except (RuntimeError, OSError, SubprocessError) as error:  # no C compiler, say
             self._possible = False
             for layer in self._layers:
                 layer._compiled_call_impl = None
