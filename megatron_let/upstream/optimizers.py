@@ -22,10 +22,7 @@ class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> Any:
         """Upstream asserts that a step is there before it makes the state to load into."""
-        if not self.optimizer.state:
-            self.init_state_fn(self.optimizer, self.config)
-            for state in self.optimizer.state.values():
-                state["step"] = torch.zeros(())
+        _make_state(self)
         return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -44,13 +41,19 @@ def _with_state(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
     def sharded(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         if self.init_state_fn is None:
             self.init_state_fn = _momentum_of_zeros
-        if not self.optimizer.state:
-            self.init_state_fn(self.optimizer, self.config)
-            for state in self.optimizer.state.values() if _is_torch_adam(self.optimizer) else ():
-                state["step"] = torch.zeros(())
+        _make_state(self)
         return sharded_state_dict(self, model, is_loading, **kwargs)
 
     return sharded
+
+
+def _make_state(wrapper: Any) -> None:
+    """What a first step would make of the state, if there was none yet."""
+    if wrapper.optimizer.state:
+        return
+    wrapper.init_state_fn(wrapper.optimizer, wrapper.config)
+    for state in wrapper.optimizer.state.values() if _is_torch_adam(wrapper.optimizer) else ():
+        state["step"] = torch.zeros(())
 
 
 def _with_step(load_state_dict: Callable[..., None]) -> Callable[..., None]:

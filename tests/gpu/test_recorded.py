@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_let.teacher.load import load_causal_lm, read_teacher_config
-from megatron_let.teacher.recorded import Recorded
+from megatron_let.teacher.recorded import SHAPES, Recorded
 from megatron_let.teacher.stage import Teacher
 from tests.support.testing import ARCHITECTURES, save_tiny_teacher
 
@@ -94,3 +94,4 @@ def test_shapes_beyond_the_limit_run_as_they_are():
     recorded = Recorded(lambda inputs: inputs["x"] + 1, torch.nn.ModuleList())
     for number in range(1, 8):
         assert recorded({"x": torch.zeros(number, device="cuda")}).sum() == number
+        assert len(recorded._passes) == min(number, SHAPES)
