@@ -14,6 +14,7 @@ import torch
 from megatron.training import get_tokenizer
 from megatron.training.utils import print_rank_0
 
+from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training import arguments
@@ -63,8 +64,14 @@ class Guidance:
                 )
         self.args = args
         self.method = build_method(args)
-        is_known = args.tokenizer_type == "HuggingFaceTokenizer"
+        is_known = args.tokenizer_type in TOKENIZER_TYPES
         self.method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
+        if self.method.translates:
+            raise UsageError(
+                f"--teacher-model {args.teacher_model} has another tokenizer than the student, "
+                "whose rows come with pretrain_let.py's data: use that, or a teacher with the "
+                "student's tokenizer."
+            )
         self.method.configure(model_config)
         self._dataset: Any = None
         hooks = LoopHooks(args)

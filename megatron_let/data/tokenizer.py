@@ -76,6 +76,10 @@ class HuggingFace:
         """Every token's id: what `tokenizer_fingerprint` identifies a tokenizer by."""
         return self._tokenizer.get_vocab()
 
+    def specials(self) -> set[int]:
+        """Ids of tokens that stand for no text."""
+        return set(self._tokenizer.all_special_ids)
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
         if self.include_special_tokens:
@@ -123,6 +127,11 @@ class SentencePiece:
     def ids(self) -> dict[str, int]:  # noqa: D102
         pieces = map(self._model.id_to_piece, range(self._model.get_piece_size()))
         return {piece: index for index, piece in enumerate(pieces)} | self._special
+
+    def specials(self) -> set[int]:  # noqa: D102
+        every = range(self._model.get_piece_size())
+        own = {i for i in every if self._model.is_control(i) or self._model.is_unknown(i)}
+        return own | set(self._special.values())
 
     def tokenize(self, text: str) -> list[int]:  # noqa: D102
         ids: list[int] = []

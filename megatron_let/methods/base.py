@@ -1,6 +1,7 @@
 """What a training method adds to plain pre-training. The defaults of all hooks are the baseline."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -65,12 +66,23 @@ class Method(Hooks):
     built, reads each training micro-batch before its forward pass, and reports once a step.
     """
 
+    translates = False
+    """Whether its batches have keys of their own (`further_keys`)."""
+
     def check_tokens(self, student_ids: dict[str, int]) -> None:
         """Check the student's token -> id map (empty if unknown) against the method's models."""
 
     def reads_batch(self, vp_stage: int | None) -> bool:
         """Whether this rank's model chunk needs tokens, labels and loss mask."""
         return False
+
+    def chunk_data(self, dataset: Any) -> Any:
+        """Return the training stream of a chunk that `reads_batch`, with what it reads besides."""
+        return dataset
+
+    def further_keys(self) -> Mapping[str, int]:
+        """What such a chunk's training batches have besides: names, and lengths of the rows."""
+        return {}
 
     def on_data(self, train_dataset: Any) -> None:
         """Called on every rank once model, checkpoint and data are there, before step 1."""

@@ -1,7 +1,7 @@
 """Methods with a teacher: each signal is a way to guide; `TeacherMethod` runs the teacher."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,10 +29,15 @@ class TeacherFlags(Flags):
     title = "teacher"
 
     teacher_model: str | None = None
-    """Folder or hub id of a Hugging Face causal language model with the student's tokenizer."""
+    """Folder or hub id of a Hugging Face causal language model. --method let takes one with
+    another tokenizer than the student's, too; the others need the student's."""
 
     teacher_revision: str | None = None
     """Branch, tag or commit of a hub id; the default is its main branch."""
+
+    teacher_seq_length: int | None = None
+    """Of a teacher with another tokenizer: tokens that a row may take, what goes beyond is not
+    guided. The default is 1.1 times the longest of the run's first 64 rows."""
 
     teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the teacher's forward pass; the default is the student's."""
@@ -62,6 +67,8 @@ class Signal(Hooks):
     """What the others could do."""
     logged: ClassVar[tuple[str, str]]
     """What the log calls the loss and its weight."""
+    needs_same_tokens: ClassVar[bool] = True
+    """Whether the teacher must have the student's tokenizer."""
     recorded: ClassVar[tuple[str, ...]] = ("loss", "tokens")
     """Names of the scalars that are recorded of a step."""
 
@@ -72,6 +79,8 @@ class Signal(Hooks):
         """The teacher's states that wait for their use, and the sums of the current step."""
         self.weight = 0.0
         """In the current step; 0 once the signal is over."""
+        self.is_translated = False
+        """Whether the teacher reads tokens of its own, and some of the student's have no target."""
         self.owner_chunks: set[int | None] = set()
         """Virtual stages of this rank that use the teacher's states; building the model, as
         `configure` changes it, fills them in."""
@@ -172,7 +181,14 @@ class TeacherMethod(Method):
     @property
     def same_on_resume(self) -> tuple[str, ...]:
         """The teacher itself is known by its weights (`teacher_fingerprint`), wherever it lies."""
-        return sum((s.same_on_resume for s in self.signals), ("teacher_control",))
+        return sum(
+            (s.same_on_resume for s in self.signals), ("teacher_control", "teacher_seq_length")
+        )
+
+    @property
+    def translates(self) -> bool:  # type: ignore[override]
+        """Whether the teacher has another tokenizer."""
+        return self.host.translation is not None
 
     @property
     def _guiding(self) -> list[Signal]:
@@ -182,8 +198,10 @@ class TeacherMethod(Method):
     # --- before the run -----------------------------------------------------------------------
 
     def check_tokens(self, student_ids: dict[str, int]) -> None:
-        """The teacher must have the student's tokenizer."""
-        self.host.check_tokens(student_ids)
+        """The teacher must have the student's tokenizer, or rows of its own."""
+        self.host.check_tokens(student_ids, any(s.needs_same_tokens for s in self.signals))
+        for signal in self.signals:
+            signal.is_translated = self.translates
 
     def check_checkpoint(self, saved: Namespace) -> None:
         """Remember whose guidance the checkpoint has; `on_data` compares."""
@@ -208,6 +226,15 @@ class TeacherMethod(Method):
             dataset = signal.training_data(dataset)
         return dataset
 
+    def chunk_data(self, dataset: Any) -> Any:
+        """With rows for a teacher that has another tokenizer, while it guides."""
+        self._set_weights(self.args.iteration)
+        return self.host.translated(dataset) if self._guiding else dataset
+
+    def further_keys(self) -> Mapping[str, int]:
+        """Those rows, and the index into them."""
+        return self.host.further_keys()
+
     def listeners(self) -> list[Listener]:
         """The signals may keep a state."""
         return [self, *self.signals]
@@ -215,6 +242,7 @@ class TeacherMethod(Method):
     def on_data(self, train_dataset: Any) -> None:
         """Load the teacher on its stages and score it on the run's first micro-batch."""
         self._set_weights(self.args.iteration)
+        self.host.agree(bool(self._guiding))
         if any(signal.owner_chunks for signal in self._guiding):
             self.load()
             self.host.score(train_dataset)
@@ -232,7 +260,8 @@ class TeacherMethod(Method):
         before, now = self.args.teacher_fingerprint, self.host.facts["fingerprint"]
         if before not in (None, now):
             raise UsageError(
-                f"The teacher's weights have the fingerprint {now}, but {before} guided the run "
+                f"The teacher's weights (and tokenizer, where it is another than the student's) "
+                f"have the fingerprint {now}, but {before} guided the run "
                 f"that saved the checkpoint in {self.args.load}. Resume with that teacher, or "
                 "start a new run from the checkpoint's weights: --finetune, with another --save."
             )

@@ -25,7 +25,7 @@ from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, Flags
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.upstream.aligned_layer import aligned_block_spec
-from megatron_let.upstream.batch import Batch
+from megatron_let.upstream.batch import TEACHER_INDEX, Batch
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Let(Signal):
     }
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
     logged = ("let loss", "let weight")
-    recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square")
+    needs_same_tokens = False
+    recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square", "all_tokens")
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         if args.let_teacher_layer is None:
@@ -161,7 +162,17 @@ class Let(Signal):
                 mask_SB = scatter_to_sequence_parallel_region(mask_SB)
                 if len(states_SBT) > len(mask_SB):  # another signal wants the whole sequence
                     states_SBT = scatter_to_sequence_parallel_region(states_SBT)
+            if self.is_translated:
+                self.alignment.add(all_tokens=mask_SB.sum())
+                mask_SB = mask_SB * self._has_target_SB(batch[TEACHER_INDEX])
             self.alignment.push(Target(states_SBT, mask_SB, None if self.is_control else scale))
+
+    def _has_target_SB(self, index_BS: torch.Tensor) -> torch.Tensor:
+        """Which of this rank's tokens have one; they weigh what they would among others."""
+        has_target_SB = (index_BS >= 0).transpose(0, 1).float()
+        if self.slices_sequence():
+            return scatter_to_sequence_parallel_region(has_target_SB)
+        return has_target_SB
 
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """The factor that Megatron puts on the language-model loss's sum over tokens.
@@ -178,10 +189,13 @@ class Let(Signal):
         return scale / (num_tokens.clamp(min=1) * get_num_microbatches())
 
     def report(self, loss: torch.Tensor, tokens: torch.Tensor, *squares: Any) -> dict[str, Any]:
-        """The gradients' ratio, too."""
-        lm_square, let_square = squares
+        """The gradients' ratio, too, and which share of the tokens had a target."""
+        lm_square, let_square, all_tokens = squares
         ratio = (let_square / lm_square.clamp(min=1e-30)).sqrt()
-        return super().report(loss, tokens) | {"let gradient ratio": ratio}
+        report = super().report(loss, tokens) | {"let gradient ratio": ratio}
+        if self.is_translated:
+            report["let guided share"] = tokens / all_tokens.clamp(min=1)
+        return report
 
     # --- what it does -------------------------------------------------------------------------
 

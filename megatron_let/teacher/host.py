@@ -18,17 +18,23 @@ from megatron_let.teacher.load import (
     check_token_ids,
     fingerprint,
     load_causal_lm,
+    numbers_alike,
     read_token_ids,
+    tokenizer_source,
 )
 from megatron_let.teacher.probe import check_documents, check_states, check_weights
 from megatron_let.teacher.stage import Rows, Teacher, near_random, text_model
-from megatron_let.upstream.batch import WHOLE, Batch
+from megatron_let.translation.run import Translation, gathered
+from megatron_let.upstream.batch import TEACHER_INDEX, WHOLE, Batch
 
 CONTROLS = {
     "random": "CONTROL: the teacher is untrained",
     "shuffled": "CONTROL: the teacher's states are those of shuffled positions",
     "zero": "CONTROL: the teacher works, and nothing of it reaches the student",
 }
+
+
+LET_TAKES_IT = " Or --method let, whose teacher may have a tokenizer of its own."
 
 
 class Clock:
@@ -66,31 +72,76 @@ class TeacherHost:
         self.config = config
         self.teacher: Teacher | None = None
         self.clock = Clock()
+        self.translation: Translation | None = None
+        """Where the teacher has another tokenizer."""
         self.facts: dict[str, Any] = {}
         """About the teacher, the same on all ranks after `share`; empty if none was loaded."""
         self._layer = layer
         self._positions_RS: dict[bool, torch.Tensor] = {}
-        check_rows(config, args)
+        check_rows(config, args, args.seq_length)
 
     # --- before the run -----------------------------------------------------------------------
 
-    def check_tokens(self, student_ids: dict[str, int]) -> None:
-        """Compare the two tokenizers; without one on either side, ids must at least exist."""
-        teacher_ids = read_token_ids(self.config.name, self.config.revision)
-        if student_ids and teacher_ids:
-            check_token_ids(student_ids, teacher_ids, self.config.name)
+    def check_tokens(self, student_ids: dict[str, int], same: bool) -> None:
+        """Compare the two tokenizers; without one on either side, ids must at least exist.
+
+        Args:
+            student_ids: token -> id of the student's; empty if unknown.
+            same: whether the teacher must have the student's tokenizer.
+        """
+        name, revision = self.config.name, self.config.revision
+        teacher_ids = read_token_ids(name, revision)
+        if not same and student_ids and teacher_ids and not numbers_alike(student_ids, teacher_ids):
+            try:
+                self.translation = Translation(self.args, tokenizer_source(name), revision)
+            except UsageError as error:
+                raise UsageError(
+                    f"Student and teacher number tokens differently. {error}"
+                ) from error
+        elif self.args.teacher_seq_length is not None:
+            raise UsageError(
+                f"--teacher-seq-length {self.args.teacher_seq_length} has no effect: the teacher "
+                f"{name} reads the student's own tokens. Remove it."
+            )
+        elif student_ids and teacher_ids:
+            check_token_ids(student_ids, teacher_ids, name, also=LET_TAKES_IT)
         elif self.config.vocab_size < get_tokenizer().vocab_size:
             raise UsageError(
                 f"--teacher-model {self.config.name} knows {self.config.vocab_size} token ids, "
                 f"the student {get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
             )
 
+    def translated(self, dataset: Any) -> Any:
+        """Samples as the teacher wants them."""
+        return dataset if self.translation is None else self.translation.dataset(dataset)
+
+    def further_keys(self) -> dict[str, int]:
+        """What batches have of that, see `Translation.keys`."""
+        return {} if self.translation is None else self.translation.keys()
+
+    def agree(self, guides: bool) -> None:
+        """Tell all ranks, of which few hold the data, how long the teacher's rows are.
+
+        Args:
+            guides: whether any rank needs the teacher.
+        """
+        if self.translation is None:
+            return
+        if not guides:
+            self.translation = None
+            return
+        known: list[Any] = [None] * torch.distributed.get_world_size()
+        own = self.translation.share, self.translation.length
+        torch.distributed.all_gather_object(known, own)
+        self.translation.share, self.translation.length = max(known)
+        check_rows(self.config, self.args, self._row_length())
+
     def load(self, student_dtype: torch.dtype) -> None:
         """Load the model on this rank's device."""
         dtype = DTYPES.get(self.args.teacher_dtype, student_dtype)
         control = self.args.teacher_control
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
-        length = self.args.seq_length
+        length = self._row_length()
         self._probe(model)
         self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
         self.facts = {
@@ -98,15 +149,23 @@ class TeacherHost:
             "parameters": self.teacher.parameters,
             "stages": [mpu.get_pipeline_model_parallel_rank()],
             "fingerprint": fingerprint(model),
-            "flops_per_token": self.teacher.forward_flops(length, length) / length,
+            "flops_per_token": self.teacher.forward_flops(length, length) / self.args.seq_length,
         }
+        if self.translation is not None:
+            self.facts["fingerprint"] += f"-{self.translation.fingerprint}"
+            self.facts |= {"row_tokens": length, "guided_share": self.translation.share}
+
+    def _row_length(self) -> int:
+        """Of a row as the teacher reads it, in its tokens."""
+        length = None if self.translation is None else self.translation.length
+        return length or self.args.seq_length
 
     def _probe(self, model: Any) -> None:
         name, vocab_size, base = self.config.name, self.config.vocab_size, text_model(model)
         check_weights(model, name)
         check_states(base, vocab_size, name)
         if self.args.reset_attention_mask:
-            length = min(self.args.seq_length, self.config.context)
+            length = min(self._row_length(), self.config.context)
             check_documents(base, vocab_size, length, name)
 
     def score(self, train_dataset: Any) -> None:
@@ -117,6 +176,8 @@ class TeacherHost:
         if train_dataset is None:  # only tensor-parallel rank 0 of a stage holds the data
             return
         samples = [train_dataset[i] for i in range(self.args.micro_batch_size)]
+        if self.translation is not None:
+            samples = [self.translation.scored(sample) for sample in samples]
         tokens, labels, mask = (
             torch.stack([torch.as_tensor(sample[key]) for sample in samples]).to(_device())
             for key in ("tokens", "labels", "loss_mask")
@@ -152,7 +213,11 @@ class TeacherHost:
             sliced: whether this rank needs its slice under sequence parallelism only.
         """
         assert self.teacher is not None
-        rows, group = self._rows(batches), mpu.get_tensor_and_context_parallel_group()
+        wholes = [batch.get(WHOLE, batch) for batch in batches]
+        rows, group = self._rows(wholes), mpu.get_tensor_and_context_parallel_group()
+        index_BS = None
+        if self.translation is not None:
+            index_BS = torch.cat([whole[TEACHER_INDEX] for whole in wholes])
         if sliced not in self._positions_RS:  # a copy to the device is waited for
             self._positions_RS[sliced] = needed_positions(
                 self.args.seq_length,
@@ -162,15 +227,16 @@ class TeacherHost:
             ).to(_device())
         positions_RS = self._positions_RS[sliced]
         with self.clock.running():
-            states = states_SBD(self.teacher, rows, group, positions_RS)
+            states = states_SBD(self.teacher, rows, group, positions_RS, index_BS)
         return list(states.split(self.args.micro_batch_size, dim=1))
 
-    def _rows(self, batches: Sequence[Batch]) -> Rows:
+    def _rows(self, wholes: Sequence[Batch]) -> Rows:
         """What the teacher reads: the student's documents are the teacher's documents."""
+        if self.translation is not None:
+            return self.translation.rows(wholes)
         keys = ["tokens"]
         keys += ["position_ids"] * self.args.reset_position_ids
         keys += ["attention_mask"] * self.args.reset_attention_mask
-        wholes = [batch.get(WHOLE, batch) for batch in batches]
         return {key: torch.cat([whole[key] for whole in wholes]) for key in keys}
 
     def release(self) -> None:
@@ -195,9 +261,11 @@ class TeacherHost:
         ]
         if self.args.teacher_control != "none":
             lines.append(CONTROLS[self.args.teacher_control])
-        if self.args.seq_length > config.context:
+        if self.translation is not None:
+            lines.append(self.translation.summary())
+        if self._row_length() > config.context:
             lines.append(
-                f"the teacher reads rows of {self.args.seq_length} tokens in windows of "
+                f"the teacher reads rows of {self._row_length()} tokens in windows of "
                 f"{config.context}, its context"
             )
         if near_random(loss, config.vocab_size) and self.args.teacher_control != "random":
@@ -210,7 +278,11 @@ class TeacherHost:
 
 
 def states_SBD(
-    teacher: Teacher, rows: Rows, group: Any, positions_RS: torch.Tensor
+    teacher: Teacher,
+    rows: Rows,
+    group: Any,
+    positions_RS: torch.Tensor,
+    index_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the teacher's states of all rows at this rank's positions, `[own S, rows, D]`.
 
@@ -224,12 +296,16 @@ def states_SBD(
             is filled up, which costs time and nothing else.
         group: the process group.
         positions_RS: the positions that each rank of the group needs, see `needed_positions`.
+        index_BS: for each of the student's tokens the teacher's that has its states; None where
+            both read the same ones.
     """
     ranks, number = group.size(), rows["tokens"].size(0)
     share = math.ceil(number / ranks)
     device = rows["tokens"].device
     own = torch.arange(group.rank() * share, (group.rank() + 1) * share, device=device) % number
     states_BSD = teacher.states_BSD({key: value[own] for key, value in rows.items()})
+    if index_BS is not None:  # before the sequence is cut: a target may lie on another rank
+        states_BSD = gathered(states_BSD, index_BS[own])
     if ranks == 1:
         return states_BSD.transpose(0, 1).contiguous()
     wanted = states_BSD[:, positions_RS].transpose(0, 1).contiguous()
@@ -258,17 +334,18 @@ def _device() -> torch.device:
     return torch.device(torch.cuda.current_device())
 
 
-def check_rows(config: TeacherConfig, args: Namespace) -> None:
-    """Refuse rows that the teacher would read otherwise than the student.
+def check_rows(config: TeacherConfig, args: Namespace, length: int) -> None:
+    """Refuse rows, of `length` tokens of the teacher's, that it would read otherwise.
 
     Raises:
         UsageError: naming the flags.
     """
     positions, masks = args.reset_position_ids, args.reset_attention_mask
     no_effect = f"but would change what --teacher-model {config.name} sees. Remove it, or add"
-    if args.seq_length > config.context and (positions or masks):
+    if length > config.context and (positions or masks):
+        own = "" if length == args.seq_length else f", {length} of the teacher's tokens,"
         raise UsageError(
-            f"--seq-length {args.seq_length} is longer than the context of --teacher-model "
+            f"--seq-length {args.seq_length}{own} is longer than the context of --teacher-model "
             f"{config.name} ({config.context} tokens), and the windows that it would read do not "
             "go with --reset-position-ids or --reset-attention-mask. Use shorter sequences or "
             "another teacher."

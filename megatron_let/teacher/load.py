@@ -135,9 +135,10 @@ def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | N
         UsageError: its files lie in the folder and cannot be loaded, or are not to be trusted.
     """
     folder, failure = Path(name), f"The tokenizer of --teacher-model {name} cannot be loaded."
-    source = hugging_face.own_folder(folder) if folder.is_dir() else name
     try:
-        tokenizer = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
+        tokenizer = hugging_face.load(
+            AutoTokenizer, tokenizer_source(name), failure, revision=revision
+        )
     except UsageError as error:
         if isinstance(error, hugging_face.OutsideError) or hugging_face.has_tokenizer(folder):
             raise
@@ -147,16 +148,28 @@ def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | N
     return token_ids if token_ids.keys() - tokenizer.get_added_vocab().keys() else None
 
 
+def tokenizer_source(name: str) -> str | Path:
+    """Folder or hub id of a model's tokenizer."""
+    folder = Path(name)
+    return hugging_face.own_folder(folder) if folder.is_dir() else name
+
+
+def numbers_alike(student: dict[str, int], teacher: dict[str, int]) -> bool:
+    """Whether every token of the student has the same id in the teacher."""
+    return student.items() <= teacher.items()
+
+
 def check_token_ids(
     student: dict[str, int],
     teacher: dict[str, int],
     teacher_name: str,
     flag: str = "--teacher-model",
+    also: str = "",
 ) -> None:
     """Check that every token of the student has the same id in the teacher.
 
     The map is compared, not its size: both models read the same ids. A teacher that knows more
-    tokens, or whose table is padded, is fine. `flag` names it.
+    tokens, or whose table is padded, is fine. `flag` names it, `also` is another way out.
 
     Raises:
         UsageError: naming a token and its two ids.
@@ -168,7 +181,7 @@ def check_token_ids(
                 f"student's tokenizer and {teacher.get(token, 'absent')} in that of "
                 f"{flag} {teacher_name}. Choose another model, or train with its "
                 "tokenizer: --tokenizer-type HuggingFaceTokenizer --tokenizer-model "
-                f"{teacher_name}."
+                f"{teacher_name}.{also}"
             )
 
 

@@ -20,6 +20,7 @@ from megatron_let.checkpoint import choice
 from megatron_let.data.checked import check_ids
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import first_tokens
+from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
@@ -173,7 +174,7 @@ def model_config(args: Namespace, method: Method) -> Any:
     """Return Megatron's `GPTModelConfig` with what the method changes in it."""
     with _refusals():
         config = gpt_config(args)
-    is_known = args.tokenizer_type == "HuggingFaceTokenizer"
+    is_known = args.tokenizer_type in TOKENIZER_TYPES
     method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
     method.configure(config)
     return config

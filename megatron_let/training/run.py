@@ -3,9 +3,10 @@
 import functools
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Run:
         self._is_alone = args.fake_process_group
         """Whether no other rank of the layout exists: what it would send never comes."""
         self._method_dataset: Any = None
-        self._training_batches = MicroBatches(args, method, self.batch, self._start_step)
+        self._training_batches = MicroBatches(args, method, self._training_batch, self._start_step)
         self._bad_losses: torch.Tensor | int = 0
 
     # --- data ---------------------------------------------------------------------------------
@@ -86,6 +87,8 @@ class Run:
             check_loss_mask(datasets[0])
             datasets = (self.method.training_data(datasets[0]), *datasets[1:])
         if self.method.reads_batch(vp_stage):
+            if datasets[0] is not None:
+                datasets = (self.method.chunk_data(datasets[0]), *datasets[1:])
             self._method_dataset = datasets[0]
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
@@ -151,10 +154,20 @@ class Run:
 
     # --- a micro-batch ------------------------------------------------------------------------
 
-    def batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
+    def _training_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
+        is_guided = self.method.reads_batch(vp_stage)
+        return self.batch(data_iterator, vp_stage, self.method.further_keys() if is_guided else {})
+
+    def batch(
+        self,
+        data_iterator: Iterator[Batch],
+        vp_stage: int | None,
+        further: Mapping[str, int] = MappingProxyType({}),
+    ) -> Batch:
         """Return this chunk's next micro-batch `[b, s]`; what a stage does not need is None.
 
-        Every stage that reads draws the same samples from an iterator of its own.
+        Every stage that reads draws the same samples from an iterator of its own. `further` are
+        keys beside Megatron's.
         """
         if not self._reads(vp_stage):
             return dict.fromkeys(BATCH_KEYS)
@@ -165,6 +178,7 @@ class Run:
             data_iterator,
             holds_data=self._holds_data(),
             reads_all=self._reads_all(vp_stage),
+            further=further,
         )
         timers("batch-generator").stop()
         return batch

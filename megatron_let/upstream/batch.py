@@ -1,9 +1,10 @@
 """A micro-batch, brought by Megatron's own functions to every rank that needs it."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 
@@ -15,11 +16,18 @@ Batch = dict[str, Any]
 Under context parallelism they are this rank's part of the sequence, and `WHOLE` holds them whole.
 """
 WHOLE = "whole"
+TEACHER_TOKENS, TEACHER_INDEX = "teacher_tokens", "teacher_index"
+"""Of a teacher with another tokenizer: its rows, and where in them each token has its target."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 def drawn_batch(
-    args: Namespace, data_iterator: Iterator[Batch], *, holds_data: bool, reads_all: bool
+    args: Namespace,
+    data_iterator: Iterator[Batch],
+    *,
+    holds_data: bool,
+    reads_all: bool,
+    further: Mapping[str, int],
 ) -> Batch:
     """Return the next micro-batch of an iterator.
 
@@ -28,8 +36,10 @@ def drawn_batch(
         data_iterator: on ranks that hold data.
         holds_data: whether this rank reads the files, for those that share its micro-batches.
         reads_all: whether the chunk reads every key, not just what its stage's place asks for.
+        further: rows of token ids or indices beside Megatron's, and their length.
     """
     batch: Batch = {}
+    drawn: Batch = {}
     if holds_data:
         drawn = next(data_iterator)
         for key in ("tokens", "labels"):
@@ -53,8 +63,23 @@ def drawn_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    batch |= _on_this_tp_rank(drawn, further, args.micro_batch_size)
     if args.context_parallel_size > 1:
         group = mpu.get_context_parallel_group()
-        part = get_batch_on_this_cp_rank(dict(batch), is_hybrid_cp=False, cp_group=group)
+        whole = {key: value for key, value in batch.items() if key != TEACHER_TOKENS}
+        part = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=group)
         return part | {WHOLE: batch}
     return batch
+
+
+def _on_this_tp_rank(drawn: Batch, lengths: Mapping[str, int], rows: int) -> Batch:
+    """Upstream's function of this name for keys that it does not know."""
+    found: Batch = {}
+    group, source = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_src_rank()
+    for key, length in lengths.items():
+        device = torch.cuda.current_device()
+        found[key] = torch.empty(rows, length, dtype=torch.int64, device=device)
+        if drawn:
+            found[key].copy_(drawn[key], non_blocking=True)
+        torch.distributed.broadcast(found[key], source, group=group)
+    return found

@@ -15,7 +15,8 @@ STUDENT = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-o
 # What changes the function that one process computes; all else must not change the gradient.
 SHAPES = (
     "--group-query-attention --num-query-groups --untie-embeddings-and-output-weights "
-    "--num-experts --moe- --calculate-per-token-loss --reset- --vocab-size --make-vocab-"
+    "--num-experts --moe- --calculate-per-token-loss --reset- --vocab-size --make-vocab- "
+    "--tokenizer-"
 ).split()
 
 Gradients = dict[tuple[str, str], np.ndarray]
@@ -52,10 +53,14 @@ def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(value - expected) / (norm or 1.0))
 
 
-def layout_gradients(world_size: int, *args: object) -> Gradients:
+def layout_gradients(
+    world_size: int,
+    *args: object,
+    function: str = "tests.distributed.contract:layout_gradients",
+) -> Gradients:
     """Gradients of all ranks by name; replicas (TP of unsharded parameters, DP) must agree."""
     merged: Gradients = {}
-    for part in run_distributed("tests.distributed.contract:layout_gradients", world_size, *args):
+    for part in run_distributed(function, world_size, *args):
         for name, gradient in part.items():
             if name in merged:
                 assert relative_error(gradient, merged[name]) < REPLICA_TOLERANCE, name

@@ -330,7 +330,8 @@ def reference_gradients(
         losses = module(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
         )
-        target, hidden = _teacher_states(base, batch["tokens"], index, documents), states.pop()
+        target, has_target_BS = _teacher_states(base, batch["tokens"], index, documents)
+        hidden = states.pop()
         if resize == "linear":
             resized = target @ parameters[name].T
         else:
@@ -342,7 +343,7 @@ def reference_gradients(
             per_token = "--calculate-per-token-loss" in flags
             tokens = all_tokens if per_token else mask.sum() * means
             lm_total = lm_total + (losses[:, own] * mask).sum() / tokens
-            let_sum = (aligned.transpose(0, 1)[:, own] * mask).sum()
+            let_sum = (aligned.transpose(0, 1)[:, own] * mask * has_target_BS[:, own]).sum()
             let_total = let_total + weight * let_sum / tokens
     gradients: Gradients = {}
     for part, term in (("lm", lm_total), ("part", let_total)):
@@ -364,16 +365,17 @@ def parts_of_a_sequence(ranks: int) -> list[list[int]]:
 
 def _teacher_states(
     base: Any, tokens_BS: torch.Tensor, index: int, documents: bool
-) -> torch.Tensor:
-    """The teacher's last states `[S, B, D]`, each document read alone."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's last states `[S, B, D]`, each document read alone; who has any `[B, S]`."""
+    everyone = torch.ones(tokens_BS.shape)
     if not documents:
-        return base(input_ids=tokens_BS).last_hidden_state.transpose(0, 1)
+        return base(input_ids=tokens_BS).last_hidden_state.transpose(0, 1), everyone
     rows = []
     for row, tokens_S in enumerate(tokens_BS):
         parts = tokens_S.tensor_split([document_start(index, row)])
         states = [base(input_ids=part[None]).last_hidden_state[0] for part in parts]
         rows.append(torch.cat(states))
-    return torch.stack(rows, dim=1)
+    return torch.stack(rows, dim=1), everyone
 
 
 def fault_names() -> list[str]:

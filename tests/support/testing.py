@@ -262,6 +262,7 @@ def save_tiny_teacher(
     vocab_size: int = 256,
     width: int = 48,
     seed: int = 0,
+    context: int = 128,
 ) -> Path:
     """Save a randomly initialised two-layer causal language model; return its folder."""
     import torch
@@ -272,7 +273,7 @@ def save_tiny_teacher(
         "hidden_size": width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": context,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,

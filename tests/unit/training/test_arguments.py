@@ -35,7 +35,16 @@ MISTAKES = {
     "token ids disagree": (
         f"{CONSTANT} --teacher-model TMP/other --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model TMP/tokenizer",
-        "'b' is 1 in the student's.* 2 in .*TMP/other.*--tokenizer-model TMP/other",
+        "number tokens differently. --tokenizer-model TMP/tokenizer is neither byte-level nor",
+    ),
+    "token ids disagree, with distillation": (
+        f"{SALT} --teacher-model TMP/other --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model TMP/tokenizer",
+        "'b' is 1 in the student's.* 2 in .*--tokenizer-model TMP/other. Or --method let",
+    ),
+    "length of rows that are the student's": (
+        f"{CONSTANT} --teacher-seq-length 64",
+        "--teacher-seq-length 64 has no effect: the teacher TMP/teacher reads the student's own",
     ),
     "teacher with a smaller vocabulary": (
         f"{CONSTANT} --teacher-model TMP/small",

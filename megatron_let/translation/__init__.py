@@ -1,0 +1,1 @@
+"""A student's rows in the tokens of a teacher with another tokenizer."""

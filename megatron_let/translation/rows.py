@@ -1,0 +1,174 @@
+"""A student's packed rows as a teacher with another tokenizer reads them.
+
+Documents are tokenized anew by the teacher's tokenizer. A student's token has a target where a
+token of the teacher ends at the same byte: then both have read the same text, and nothing of what
+comes later. A teacher's token that ends later, or a mean over those that overlap, would tell an
+early layer of the future.
+
+Where a text goes on differently, later bytes may move the teacher's cuts, and with them which
+tokens have a target; never the target of one that has it in both texts (`settled`).
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_let.translation.settled import Settled
+from megatron_let.translation.token_bytes import TokenBytes
+from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS
+
+MEASURED_ROWS, MARGIN, MULTIPLE = 64, 1.1, 64
+"""A row of the teacher's is so much longer than the longest of the run's first rows."""
+NOTHING = -1
+"""Index of a student's token that has no target."""
+
+
+class Translator:
+    """Rows of a student's tokens to rows of a teacher's.
+
+    Args:
+        student: its tokenizer; documents end with its end token.
+        teacher: its tokenizer. Documents begin with what that puts in front of a text, such as
+            BOS, and end with its end token.
+    """
+
+    def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
+        self._student, self.teacher = student, teacher
+        self._eod = student.tokenizer.eod
+        end = teacher.tokenizer.eod
+        self.end = [] if end is None else [end]
+        """The teacher's end of a document."""
+        self._start = _put_in_front(teacher.tokenizer)
+        self._settled = Settled(teacher)
+
+    def row(self, tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's tokens `[any]`, and where in them each of the student's has its target.
+
+        Args:
+            tokens_S: token ids, documents one after the other; the first may have begun before.
+
+        Returns:
+            Token ids, and for each of the student's an index into them, or `NOTHING`.
+        """
+        index_S = np.full(len(tokens_S), NOTHING)
+        teacher: list[int] = []
+        start = 0
+        for end in [*np.flatnonzero(tokens_S == self._eod), len(tokens_S)]:
+            if end > start:
+                ids, found = self._document(tokens_S[start:end], start > 0)
+                shifted = found + len(teacher) + len(self._start)
+                index_S[start:end] = np.where(found == NOTHING, NOTHING, shifted)
+                teacher += self._start + ids
+            if end < len(tokens_S) and self.end:
+                index_S[end] = len(teacher)
+                teacher += self.end
+            start = end + 1
+        return np.array(teacher, dtype=np.int64), index_S
+
+    def _document(self, tokens_N: np.ndarray, begins: bool) -> tuple[list[int], np.ndarray]:
+        """A document's tokens for the teacher, and the index of each of the student's `[N]`."""
+        lengths_N = self._student.lengths[tokens_N]
+        data = self._student.join(tokens_N.tolist())
+        skipped = _not_of_the_text(data, begins and self._student.adds_space)
+        ends_N = lengths_N.cumsum() - skipped
+        ids, words, ends = self._tokenized(_decoded(data[skipped:]))
+        at_N = ends.searchsorted(ends_N, side="right") - 1
+        # Index -1 is the last one: a text of no token has none to compare with.
+        meets_N = np.append(ends, NOTHING)[at_N] == ends_N
+        at_N = np.where(meets_N & (at_N >= 0) & (lengths_N > 0), at_N, NOTHING)
+        if self.teacher.looks_ahead and ids:
+            at_N[~self._settled.flags(ids, words)[at_N]] = NOTHING
+        return ids, at_N
+
+    def _tokenized(self, text: str) -> tuple[list[int], list[int | None], np.ndarray]:
+        """The teacher's tokens, their words, and after how many bytes of the text each ends.
+
+        Behind a byte that its tokenizer changed, that is nowhere.
+        """
+        data = text.encode()
+        # The space that the tokenizer adds stands for the text's own.
+        ids, words = self.teacher.words(text[self.teacher.always_adds_space and text[:1] == " " :])
+        joined = self.teacher.join(ids)
+        ends = self.teacher.lengths[ids].cumsum() if ids else np.zeros(0, dtype=np.int64)
+        if joined == data:
+            return ids, words, ends
+        added = int(self.teacher.adds_space and joined[1:2] == data[:1])
+        same = len(os.path.commonprefix([joined[added:], data]))
+        ends = ends - added
+        return ids, words, np.where(ends <= same, ends, len(data) + 1)
+
+
+class Translated(torch.utils.data.Dataset):
+    """Samples with the teacher's row of a fixed length, and the index into it.
+
+    Args:
+        dataset: gives samples with `tokens` `[S]`.
+        translator: of their rows.
+        length: of the teacher's rows; what goes beyond loses its targets.
+    """
+
+    def __init__(self, dataset: Any, translator: Translator, length: int) -> None:
+        self._dataset, self._translator, self._length = dataset, translator, length
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
+        sample = self._dataset[index]
+        ids, index_S = self._translator.row(sample["tokens"].numpy())
+        ids, index_S = cut(ids, index_S, self._length)
+        own = {TEACHER_TOKENS: torch.from_numpy(ids), TEACHER_INDEX: torch.from_numpy(index_S)}
+        return sample | own
+
+
+def cut(ids: np.ndarray, index_S: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """A teacher's row of just this length; zeros at its end are read by nothing before them."""
+    padded = np.zeros(length, dtype=np.int64)
+    padded[: len(ids)] = ids[:length]
+    return padded, np.where(index_S < length, index_S, NOTHING)
+
+
+def measure(dataset: Any, translator: Translator, length: int | None) -> tuple[int, float]:
+    """Look at a run's first rows.
+
+    Args:
+        dataset: its samples.
+        translator: of their rows.
+        length: of the teacher's rows, or None for one that is enough for those.
+
+    Returns:
+        The length, and the share of the loss's tokens that have a target.
+    """
+    samples = [dataset[i] for i in range(min(MEASURED_ROWS, len(dataset)))]
+    rows = [translator.row(sample["tokens"].numpy()) for sample in samples]
+    if length is None:
+        longest = max(len(ids) for ids, _ in rows)
+        length = int(-(-longest * MARGIN // MULTIPLE)) * MULTIPLE
+    masks = np.stack([sample["loss_mask"].numpy() for sample in samples])
+    index = np.stack([index_S for _, index_S in rows])
+    has_target = (index != NOTHING) & (index < length)
+    return length, float((masks * has_target).sum() / max(masks.sum(), 1))
+
+
+def _not_of_the_text(data: bytes, space: bool) -> int:
+    """Bytes in front that are not the text's: an added space, or the end of a cut character."""
+    if space:
+        return int(data[:1] == b" ")
+    head = data[:3]
+    return len(head) - len(head.lstrip(bytes(range(0x80, 0xC0))))
+
+
+def _decoded(data: bytes) -> str:
+    """As far as it is text: the last character may be cut."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
+
+
+def _put_in_front(tokenizer: Any) -> list[int]:
+    """Special tokens that a tokenizer puts in front of a text."""
+    bare, whole = (tokenizer.fast.encode("a", add_special_tokens=b).ids for b in (False, True))
+    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)

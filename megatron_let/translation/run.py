@@ -1,0 +1,100 @@
+"""What a run has whose teacher has another tokenizer: rows of the teacher's in every batch."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_let.errors import UsageError
+from megatron_let.translation.build import build_translator, fingerprint
+from megatron_let.translation.rows import Translated, measure
+from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS, Batch
+
+
+class Translation:
+    """The teacher's rows: made in the dataset's workers, and read from batches on the device.
+
+    Args:
+        args: the checked command line.
+        source: folder or hub id of the teacher's tokenizer.
+        revision: of a hub id.
+
+    Raises:
+        UsageError: one of the tokenizers does not go with it.
+    """
+
+    def __init__(self, args: Namespace, source: str | Path, revision: str | None) -> None:
+        self._args = args
+        self._translator = build_translator(args, source, revision)
+        self.fingerprint = fingerprint(self._translator)
+        """Of the teacher's tokenizer."""
+        self.length: int | None = args.teacher_seq_length
+        """Of the teacher's rows, in its tokens; measured where the data is, then told to all."""
+        self.share = 0.0
+        """Of the tokens that have a target, in the run's first rows."""
+        apart = args.reset_position_ids or args.reset_attention_mask
+        if apart and not self._translator.end:
+            raise UsageError(
+                f"--teacher-model {args.teacher_model} has no end token, by which its documents "
+                "could be kept apart: leave out --reset-position-ids and --reset-attention-mask."
+            )
+
+    def dataset(self, dataset: Any) -> Translated:
+        """Samples with the teacher's rows.
+
+        Raises:
+            UsageError: nothing in the first ones has a target.
+        """
+        self.length, self.share = measure(dataset, self._translator, self.length)
+        if not self.share:
+            raise UsageError(
+                f"In the run's first rows no token ends where one of --teacher-model "
+                f"{self._args.teacher_model} does within --teacher-seq-length {self.length}."
+            )
+        return Translated(dataset, self._translator, self.length)
+
+    def keys(self) -> dict[str, int]:
+        """What batches have besides, with the rows' lengths."""
+        assert self.length is not None
+        return {TEACHER_TOKENS: self.length, TEACHER_INDEX: self._args.seq_length}
+
+    def rows(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """What the teacher reads (`teacher.stage.Rows`) of some whole batches."""
+        tokens_BT = torch.cat([batch[TEACHER_TOKENS] for batch in batches])
+        rows = {"tokens": tokens_BT}
+        ends_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        for end in self._translator.end:
+            ends_BT[:, 1:] = tokens_BT[:, :-1] == end
+        position_T = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
+        if self._args.reset_position_ids:
+            starts_BT = torch.where(ends_BT, position_T, 0).cummax(1).values
+            rows["position_ids"] = position_T - starts_BT
+        if self._args.reset_attention_mask:
+            document_BT = ends_BT.cumsum(1)
+            later = position_T[None, :] > position_T[:, None]
+            other = document_BT[:, None, :] != document_BT[:, :, None]
+            rows["attention_mask"] = (other | later)[:, None]
+        return rows
+
+    def scored(self, sample: Batch) -> Batch:
+        """The teacher's own tokens, labels and loss mask `[T]` of a sample, to its last target."""
+        tokens_T, last = sample[TEACHER_TOKENS], sample[TEACHER_INDEX].max()
+        mask_T = torch.arange(len(tokens_T)) < last
+        return {"tokens": tokens_T, "labels": tokens_T.roll(-1), "loss_mask": mask_T}
+
+    def summary(self) -> str:
+        """How the two meet."""
+        line = (
+            f"the teacher has a tokenizer of its own: rows of {self._args.seq_length} tokens take "
+            f"up to {self.length} of its tokens, and {100 * self.share:.1f} % of the tokens end "
+            "where one of them does and are guided (the first rows)"
+        )
+        return line if self.share >= 0.5 else f"WARNING: {line}"
+
+
+def gathered(states_BTD: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:
+    """The states of each of the student's tokens, `[B, S, D]`; of one without a target any."""
+    places_BS1 = index_BS.clamp(min=0)[..., None]
+    return states_BTD.gather(1, places_BS1.expand(-1, -1, states_BTD.size(-1)))

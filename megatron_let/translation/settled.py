@@ -1,0 +1,72 @@
+"""Whether a text's tokens would be the same, whatever follows it.
+
+What BPE or a unigram model makes of a word up to a cut does not depend on what follows the cut. But
+byte-level tokenizers cut a text into words by a pattern that looks ahead: of three spaces the last
+belongs to the word behind them, and to the others if there is none. Two texts that begin alike may
+then be read in other tokens up to the same byte, and the teacher's states there differ: an early
+layer would be told of what is to come. So what hangs together without a space in between is
+tokenized again, ended behind each of its tokens, and must come out the same up to there.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_let.translation.token_bytes import TokenBytes
+
+WORDS = 16
+"""So many at most hang together: a text without spaces would for ever."""
+REMEMBERED = 1 << 17
+"""Pieces of text, most of which come again."""
+_SPACES = b" \t\n\r\v\f"
+
+
+class Settled:
+    """Asks a teacher's tokenizer, and remembers what it said.
+
+    Args:
+        teacher: the tokenizer.
+    """
+
+    def __init__(self, teacher: TokenBytes) -> None:
+        self._teacher = teacher
+        self._begins = np.array([piece[:1] in _SPACES for piece in teacher.bytes])
+        self._ends = np.array([piece[-1:] in _SPACES for piece in teacher.bytes])
+        self._known: dict[tuple[int, ...], list[bool]] = {}
+
+    def flags(self, ids: list[int], words: list[int | None]) -> np.ndarray:
+        """Whether a text's tokens are settled up to and with each of them `[tokens]`.
+
+        Args:
+            ids: the tokens.
+            words: the number of the word that each belongs to.
+        """
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        parts = [tuple(ids[start:end]) for start, end in self._parts(ids, words)]
+        self._learn({part for part in parts if part not in self._known})
+        return np.array([flag for part in parts for flag in self._known[part]])
+
+    def _parts(self, ids: list[int], words: list[int | None]) -> Iterator[tuple[int, int]]:
+        """What hangs together, from its first token to behind its last."""
+        number = np.array(words)
+        new = np.flatnonzero(number[1:] != number[:-1]) + 1
+        token = np.array(ids)
+        apart = new[self._begins[token[new]] & ~self._ends[token[new - 1]]]
+        bounds = [0, *apart.tolist(), len(ids)]
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            if end - start <= WORDS:
+                yield start, end
+                continue
+            inside = new[new.searchsorted(start, "right") : new.searchsorted(end)]
+            cuts = [start, *inside[WORDS - 1 :: WORDS].tolist(), end]
+            yield from zip(cuts, cuts[1:], strict=False)
+
+    def _learn(self, parts: set[tuple[int, ...]]) -> None:
+        beginnings = [part[:i] for part in sorted(parts) for i in range(1, len(part) + 1)]
+        texts = [self._teacher.join(ids).decode(errors="replace") for ids in beginnings]
+        alone = self._teacher.encode_many(texts)
+        # One that ends inside a character does not come out the same.
+        same = iter([tuple(a) == b for a, b in zip(alone, beginnings, strict=True)])
+        for part in sorted(parts):
+            self._known[part] = [next(same) for _ in part]
