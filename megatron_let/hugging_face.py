@@ -31,10 +31,17 @@ class OutsideError(UsageError):
 
 
 def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> Any:
-    """Return `auto.from_pretrained(source)`, of one of transformers' `Auto` classes, as `told`."""
+    """Return `auto.from_pretrained(source)`, of one of transformers' `Auto` classes, as `told`.
+
+    A file of llama.cpp's form, `*.gguf`, holds configuration, weights and tokenizer; the package
+    gguf reads it.
+    """
     from megatron_let.terminal import bars_on_a_terminal_only
 
     bars_on_a_terminal_only()
+    if is_gguf(source):
+        options["gguf_file"] = Path(source).name
+        source = Path(source).parent
     with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
         loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
     # A kernel of the hub, as "owner/name", is code too.
@@ -109,6 +116,11 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read: {_what_is_it(path)} ({error}).") from error
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Whether a model is one file of llama.cpp's form."""
+    return str(source).endswith(".gguf") and Path(source).is_file()
 
 
 def own_folder(folder: Path) -> Path:

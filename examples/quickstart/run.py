@@ -91,6 +91,7 @@ FULL = Recipe(
     },
     let_flags="--let-layer 2 --let-weight 10 --let-decay linear --let-stop-step 300",
     kd_flags="--kd-weight 1 --kd-stop-step 300",
+    from_wheels=True,
 )
 # A smoke of the same path: too short for a result.
 FAST = Recipe(

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_let import hugging_face
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import is_gguf
 
 CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 """What a configuration calls it; one without has no limit (ALiBi, recurrence)."""
@@ -50,10 +51,10 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
     Raises:
         UsageError: nothing is there, or it is not a causal language model.
     """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+    if name.startswith(("/", ".", "~")) and not (Path(name).is_dir() or is_gguf(name)):
         raise UsageError(
             f"--teacher-model {name}: there is no such folder. Give the folder of a Hugging Face "
-            "causal language model, or a hub id such as HuggingFaceTB/SmolLM-135M."
+            "causal language model, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM-135M."
         )
     where = "folder" if Path(name).exists() else "folder, nor a hub id that can be reached"
     config = hugging_face.load(
@@ -140,7 +141,8 @@ def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | N
             AutoTokenizer, tokenizer_source(name), failure, revision=revision
         )
     except UsageError as error:
-        if isinstance(error, hugging_face.OutsideError) or hugging_face.has_tokenizer(folder):
+        outside = isinstance(error, hugging_face.OutsideError)
+        if outside or hugging_face.has_tokenizer(folder) or is_gguf(name):
             raise
         return None
     token_ids = tokenizer.get_vocab()
