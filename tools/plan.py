@@ -79,6 +79,12 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--teacher", metavar="NAME_OR_FOLDER", help=f"{', '.join(TEACHERS)}, or a model's folder"
     )
+    group.add_argument(
+        "--teacher-seq-length",
+        type=int,
+        metavar="N",
+        help="tokens that a teacher with another tokenizer reads for a row (default: the row's)",
+    )
     group.add_argument("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
     group.add_argument("--let-stop-step", type=int, metavar="N", help=f"default: {LET_STOP_STEP}")
     group.add_argument("--kd-stop-step", type=int, metavar="N", help="default: 17.3 %% of the run")

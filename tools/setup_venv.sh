@@ -142,7 +142,7 @@ forget_half_installed() {
 install() {
     say "installing torch, Megatron-Core and the rest, once: about 6 GB on disk, 4 minutes or more"
     if [ -n "${CONSTRAINTS:-}" ]; then export PIP_CONSTRAINT="$CONSTRAINTS"; fi
-    (cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[data,eval,plot,dev]') ||
+    (cd "$root" && "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[data,eval,plot,gguf,dev]') ||
         die "the installation did not finish; pip says why above. The next call continues it."
 }
 

@@ -17,8 +17,10 @@ ENDINGS = (".py", "README.md")
 """Files to unpack: Python sources, and what people wrote about them."""
 
 
-def fetch_wheels(wheels: Path = WHEELS, folder: Path = TEXT) -> list[Path]:
-    """Return a folder of text for each wheel of a list, in the order of their names.
+def fetch_wheels(
+    wheels: Path = WHEELS, folder: Path = TEXT, endings: tuple[str, ...] = ENDINGS
+) -> list[Path]:
+    """Return a folder of files for each wheel of a list, in the order of their names.
 
     What is there is taken as it is. Exits with pip's words if a wheel is not to be had, or is not
     the one that the list means.
@@ -29,7 +31,7 @@ def fetch_wheels(wheels: Path = WHEELS, folder: Path = TEXT) -> list[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
         _download(wheels, partial / "wheels")
         for wheel in sorted((partial / "wheels").glob("*.whl")):
-            _unpack(wheel, partial / wheel.name.split("-")[0].lower())
+            _unpack(wheel, partial / wheel.name.split("-")[0].lower(), endings)
             wheel.unlink()
         (partial / "wheels").rmdir()
         partial.rename(sources)
@@ -45,8 +47,8 @@ def _download(wheels: Path, folder: Path) -> None:
         sys.exit(f"The wheels of {wheels} are not all there; pip says why above.")
 
 
-def _unpack(wheel: Path, folder: Path) -> None:
+def _unpack(wheel: Path, folder: Path, endings: tuple[str, ...]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         # A lone module beside a package belongs to the same project, and would be split from it.
-        names = [n for n in archive.namelist() if "/" in n and n.endswith(ENDINGS)]
+        names = [n for n in archive.namelist() if "/" in n and n.endswith(endings)]
         archive.extractall(folder, names)

@@ -160,6 +160,7 @@ def _teacher_bytes(
     attention = 2 * teacher.query_size + teacher.key_value_size
     widest = max(attention, teacher.mlp_matrices * teacher.ffn_hidden_size)
     per_token = at_once / layout.tp * BF16_BYTES * (2 * teacher.hidden_size + widest)
+    per_token *= run.teacher_row / run.seq_length
     if aligned_chunk is not None:
         # The alignment gradient is computed in the forward pass, so only it waits for backward;
         # with full recomputation it is the states that wait, for the forward pass inside backward.

@@ -52,7 +52,7 @@ class Plan:
         """In the first phase: states on each stage that wants them, logits if it distils."""
         if self.teacher is None:
             return 0.0
-        states = self.teacher.states_flops_per_token(self.run.seq_length)
+        states = self.teacher.states_flops_per_token(self.run.seq_length, self.run.teacher_row)
         logits = self.teacher.head_flops_per_token * self.run.guidance.distils
         return states * len(self.given.teacher_stages) + logits
 

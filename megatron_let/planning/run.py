@@ -37,6 +37,8 @@ class RunShape:
     let_stop_step: int = LET_STOP_STEP
     kd_stop_step: int | None = None
     """None: `KD_STOP_SHARE` of the steps."""
+    teacher_seq_length: int | None = None
+    """Tokens that a teacher with another tokenizer reads for a row."""
     dropout: bool = False
     """Its masks are kept until the backward pass."""
 
@@ -45,6 +47,14 @@ class RunShape:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} {getattr(self, name)} must be at least 1.")
+        if self.teacher_seq_length is not None and (
+            self.teacher_seq_length < 1 or not self.guidance.aligns or self.guidance.distils
+        ):
+            raise UsageError(
+                f"--teacher-seq-length {self.teacher_seq_length} has no effect with --method "
+                f"{self.method}: it is the length of the rows of a teacher with another tokenizer, "
+                "at least 1, which --method let takes."
+            )
         if self.guidance.aligns:
             self._check_stop("--let-stop-step", self.let_stop_step)
         if self.guidance.distils and self.kd_stop_step is not None:
@@ -61,6 +71,11 @@ class RunShape:
     def guidance(self) -> MethodRow:
         """How the method uses its teacher."""
         return method_row(self.method)
+
+    @property
+    def teacher_row(self) -> int:
+        """Tokens of a row as the teacher reads it."""
+        return self.teacher_seq_length or self.seq_length
 
     @property
     def tokens_per_step(self) -> int:

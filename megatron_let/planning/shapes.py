@@ -142,14 +142,15 @@ class ModelShape:
         layers = self.num_layers * self.layer_flops_per_token(seq_length)
         return FORWARD_AND_BACKWARD * (layers + self.head_flops_per_token)
 
-    def states_flops_per_token(self, seq_length: int) -> float:
+    def states_flops_per_token(self, seq_length: int, row: int) -> float:
         """FLOPs of a teacher's last states, without its LM head, per token of the student.
 
-        A sequence longer than the teacher's context is read in windows, some tokens twice.
+        A sequence takes `row` of the teacher's tokens. One longer than its context is read in
+        windows, some tokens twice.
         """
-        context = seq_length if self.context is None else self.context
-        length = min(seq_length, context)
-        tokens_read = length * len(window_ends(seq_length, context)) / seq_length
+        context = row if self.context is None else self.context
+        length = min(row, context)
+        tokens_read = length * len(window_ends(row, context)) / seq_length
         return tokens_read * self.num_layers * self.layer_flops_per_token(length)
 
 

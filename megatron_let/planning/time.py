@@ -115,7 +115,8 @@ def split_time(
             return plain
         tokens = run.tokens_per_micro_batch
         share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
-        states = tokens * teacher.states_flops_per_token(run.seq_length) * share * layout.tp
+        per_token = teacher.states_flops_per_token(run.seq_length, run.teacher_row)
+        states = tokens * per_token * share * layout.tp
         forward = [list(chunks) for chunks in plain.forward]
         for stage, chunk in teacher_places(student, layout, run, phase):
             forward[stage][chunk] += states

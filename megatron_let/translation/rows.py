@@ -19,7 +19,7 @@ from megatron_let.translation.settled import Settled
 from megatron_let.translation.token_bytes import TokenBytes
 from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS
 
-MEASURED_ROWS, MARGIN, MULTIPLE = 64, 1.1, 64
+MEASURED_ROWS, MARGIN, MULTIPLE = 64, 1.1, 16
 """A row of the teacher's is so much longer than the longest of the run's first rows."""
 NOTHING = -1
 """Index of a student's token that has no target."""
@@ -35,7 +35,7 @@ class Translator:
     """
 
     def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
-        self._student, self.teacher = student, teacher
+        self.student, self.teacher = student, teacher
         self._eod = student.tokenizer.eod
         end = teacher.tokenizer.eod
         self.end = [] if end is None else [end]
@@ -69,9 +69,9 @@ class Translator:
 
     def _document(self, tokens_N: np.ndarray, begins: bool) -> tuple[list[int], np.ndarray]:
         """A document's tokens for the teacher, and the index of each of the student's `[N]`."""
-        lengths_N = self._student.lengths[tokens_N]
-        data = self._student.join(tokens_N.tolist())
-        skipped = _not_of_the_text(data, begins and self._student.adds_space)
+        lengths_N = self.student.lengths[tokens_N]
+        data = self.student.join(tokens_N.tolist())
+        skipped = _not_of_the_text(data, begins and self.student.adds_space)
         ends_N = lengths_N.cumsum() - skipped
         ids, words, ends = self._tokenized(_decoded(data[skipped:]))
         at_N = ends.searchsorted(ends_N, side="right") - 1

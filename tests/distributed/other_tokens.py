@@ -180,7 +180,7 @@ def _read_windows(base: Any, ids: list[int], end: int) -> torch.Tensor:
 
 
 def _ends(translator: Any, tokens: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return translator._student.lengths[tokens].cumsum(), translator.teacher.lengths[ids].cumsum()
+    return translator.student.lengths[tokens].cumsum(), translator.teacher.lengths[ids].cumsum()
 
 
 def _one_byte_off(translator: Any, tokens: np.ndarray, ids: np.ndarray, at: Any) -> np.ndarray:

@@ -110,12 +110,14 @@ def whole(folder, tmp_path_factory):
 
 def test_a_run_says_and_logs_what_is_guided(whole):
     teacher = records(whole, "start")[0]["teacher"]
-    assert teacher["row_tokens"] == 64  # at least 16 + 10 %, in steps of 64
+    row = teacher["row_tokens"]
+    assert row % 16 == 0
+    assert 16 <= row < 48
     shares = series(whole, "let guided share")
     assert set(shares) == set(range(1, 7))  # until the guidance is over
     assert all(0.3 < share < 1 for share in shares.values())
     assert teacher["guided_share"] == pytest.approx(sum(shares.values()) / 6, abs=0.1)
-    tokens = 2 * teacher["parameters"] * 64 / 16
+    tokens = 2 * teacher["parameters"] * row / 16
     assert 0.2 * tokens < teacher["flops_per_token"] < 1.2 * tokens  # less the embedding
 
 
@@ -142,4 +144,4 @@ def test_rows_that_are_too_short_are_refused(folder, tmp_path):
     short = [*flags(folder), "--teacher-seq-length", "0", "--save", str(tmp_path)]
     assert "--teacher-seq-length 0" in run(1, *short)
     apart = [*flags(folder, "short"), *"--reset-position-ids --reset-attention-mask".split()]
-    assert "64 of the teacher's tokens, is longer" in run(1, *apart)
+    assert "of the teacher's tokens, is longer" in run(1, *apart)

@@ -74,7 +74,7 @@ def test_a_teacher_computes_what_is_planned(architecture, length, tmp_path):
     function = "tests.distributed.planning:counted_teacher_flops"
     [(counted, said)] = run_distributed(function, 1, str(folder), 3, length)
     shape = teacher_shape(str(folder))
-    planned = 3 * length * shape.states_flops_per_token(length)
+    planned = 3 * length * shape.states_flops_per_token(length, length)
     assert said == pytest.approx(planned, rel=1e-9)
     # Attention over the whole square costs as much again as its causal half.
     read = 3 * min(length, 128) * len(window_ends(length, 128))

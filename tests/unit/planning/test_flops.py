@@ -33,7 +33,7 @@ def test_gelu():
 
 def test_the_teachers_states_cost_no_head(teacher):
     # 30 layers of 2 x (576 x (2 x 576 + 2 x 192) + 3 x 576 x 1536) + 2 x 576 x 2048
-    assert teacher.states_flops_per_token(2048) == 30 * 9_437_184
+    assert teacher.states_flops_per_token(2048, 2048) == 30 * 9_437_184
 
 
 @pytest.mark.parametrize(
@@ -46,5 +46,11 @@ def test_tokens_read_in_windows(seq_length, context, tokens):
 
 def test_long_sequences_are_read_in_windows(teacher):
     # Three windows of 2048 for 4096 tokens, attention within a window.
-    in_context = teacher.states_flops_per_token(2048)
-    assert teacher.states_flops_per_token(4096) == 1.5 * in_context
+    in_context = teacher.states_flops_per_token(2048, 2048)
+    assert teacher.states_flops_per_token(4096, 4096) == 1.5 * in_context
+
+
+def test_rows_of_a_teacher_with_another_tokenizer(teacher):
+    layers = 30 * 2 * (576 * (2 * 576 + 2 * 192) + 3 * 576 * 1536)
+    attention = 30 * 2 * 576 * 1024  # over half of a row of 1024
+    assert teacher.states_flops_per_token(2048, 1024) == 0.5 * (layers + attention)

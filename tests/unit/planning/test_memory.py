@@ -116,6 +116,13 @@ def test_the_teacher_is_on_the_stage_of_its_layer_only(student, teacher, layout,
     assert [stage.states for stage in stages] == [0, 2 * BATCH_TOKENS * width, 0, 0]
 
 
+def test_a_teacher_with_another_tokenizer_reads_longer_rows(student, teacher, layout, run_with):
+    stages = stages_memory(student, teacher, layout, run_with(teacher_seq_length=3072))
+    # What waits is the student's; the pass itself has half as many tokens more.
+    width = 4 * 2048 + 576 + 1.5 * (2 * 576 + 3 * 1536)
+    assert stages[0].states == 2 * BATCH_TOKENS * width
+
+
 def test_with_full_recomputation_the_states_wait(student, teacher, run_with):
     layout = Layout(gpus=32, pp=4, recompute="full")
     first = stages_memory(student, teacher, layout, run_with())[0]

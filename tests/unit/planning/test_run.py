@@ -43,6 +43,8 @@ def test_virtual_chunks_need_a_multiple_of_the_stages(run_with):
         ({"seq_length": 0}, "--seq-length 0 must be at least 1"),
         ({"train_iters": 1000}, "--let-stop-step 1500 is outside the run of 1000 steps"),
         ({"let_stop_step": 0}, "--let-stop-step 0"),
+        ({"teacher_seq_length": 0}, "--teacher-seq-length 0 has no effect"),
+        ({"teacher_seq_length": 9, "method": "salt"}, "9 has no effect with --method salt"),
         ({"method": "salt", "kd_stop_step": 20000}, "--kd-stop-step 20000"),
     ],
 )

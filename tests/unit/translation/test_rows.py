@@ -206,8 +206,8 @@ def test_samples_with_the_teachers_rows(forms):
     translator = Translator(student, teacher)
     length, share = measure(dataset, translator, None)
     row, index = translator.row(ids.numpy())
-    assert length % 64 == 0
-    assert 1.1 * len(row) <= length < 1.1 * len(row) + 64
+    assert length % 16 == 0
+    assert 1.1 * len(row) <= length < 1.1 * len(row) + 16
     assert share == pytest.approx((index != NOTHING).mean())
     samples = Translated(dataset, translator, length)
     assert len(samples) == 3
