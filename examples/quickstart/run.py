@@ -3,7 +3,8 @@
 1. corpus: the Python sources installed on this machine, split by package
 2. a BPE tokenizer, and Megatron's .bin/.idx files
 3. a small teacher, trained plainly and exported to a Hugging Face folder
-4. for each seed: a plain student, and a LET student on the same batches from the same weights
+4. for each seed: a plain student, a LET student on the same batches from the same weights, and a
+   student that is the teacher, grown to its shape, trained on
 5. the report: table, picture, and a sample from the LET student
 
 Every stage is kept under runs/quickstart; a second call goes on where the first one stopped. All of
@@ -97,8 +98,8 @@ FULL = Recipe(
 FAST = Recipe(
     student=Model(layers=3, hidden=64, heads=4, ffn=128, steps=40, lr=2e-3),
     teachers={
-        "behind": Model(layers=2, hidden=48, heads=4, ffn=96, steps=60, lr=4e-3),
-        "pass": Model(layers=2, hidden=48, heads=4, ffn=96, steps=10, lr=4e-3),
+        "behind": Model(layers=2, hidden=48, heads=3, ffn=96, steps=60, lr=4e-3),
+        "pass": Model(layers=2, hidden=48, heads=3, ffn=96, steps=10, lr=4e-3),
     },
     let_flags="--let-layer 2 --let-weight 3 --let-decay linear --let-stop-step 30",
     kd_flags="--kd-weight 0.9 --kd-stop-step 30",
@@ -169,9 +170,16 @@ class Quickstart:
         )
 
     def guided(self, name: str, seed: int, flags: str) -> Run:
-        """Train a student that a teacher guides, into a folder of that name."""
+        """Train a student with a teacher's help, into a folder of that name."""
         save = self.results / f"{name}-{seed}"
         return self.train(self.recipe.student, save, seed, self.recipe.evaluations, flags)
+
+    def grown(self, seed: int, small: Path) -> Run:
+        """Train a student that begins as a teacher in its shape."""
+        # RMSNorm averages over the new features too, which are zero.
+        epsilon = 1e-5 * self.teacher_model.hidden / self.recipe.student.hidden
+        flags = f"--method baseline --init-from {small} --norm-epsilon {epsilon:.8g}"
+        return self.guided("growth", seed, flags)
 
     def train(self, model: Model, save: Path, seed: int, evaluations: int, extra: str = "") -> Run:
         """Train one model, or go on with it; returns its record."""
@@ -284,7 +292,7 @@ def main() -> None:
     recipe = FAST if options.fast else FULL
     quickstart = Quickstart(recipe, folder, options.regime, options.processes)
     folder.mkdir(parents=True, exist_ok=True)
-    stages = 2 + 2 * options.seeds + 1
+    stages = 2 + 3 * options.seeds + 1
     number = iter(range(1, stages + 1))
 
     print(f"[{next(number)}/{stages}] data: Python sources", flush=True)
@@ -298,6 +306,8 @@ def main() -> None:
         runs.append(quickstart.plain(seed))
         print(f"[{next(number)}/{stages}] LET student, seed {seed}", flush=True)
         runs.append(quickstart.guided("let", seed, let))
+        print(f"[{next(number)}/{stages}] the teacher grown to a student, seed {seed}", flush=True)
+        runs.append(quickstart.grown(seed, exported))
     print(f"[{next(number)}/{stages}] report", flush=True)
     quickstart.report(runs, teacher)
     results = quickstart.results

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_let.methods.table import BASELINE
 from megatron_let.training.metrics import read_records
+
+GROWTH = "growth"
+"""What plain training is called that starts from a small model."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Run:
     train_iters: int
     tokens_per_step: int
     student_parameters: int
+    init_from: str | None
+    """The small model that it was grown from, if any."""
     teacher_loss: float | None
     """The teacher's own LM loss, nats a token, as the run measured it; None without a teacher."""
     data: str | None
@@ -83,11 +89,15 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
         raise ValueError(f"{file} is empty: the run has logged nothing yet, wait for its start")
     start, records = _kept(file)
     try:
+        method, small = start["method"], start.get("init_from")
+        if small:
+            method = GROWTH if method == BASELINE else f"{GROWTH} + {method}"
         return Run(
             path=file,
-            label=label or start["method"],
+            label=label or method,
             name=start["name"],
-            method=start["method"],
+            method=method,
+            init_from=small,
             seed=start["seed"],
             train_iters=start["train_iters"],
             tokens_per_step=start["tokens_per_step"],
@@ -108,7 +118,8 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for _, record in read_records(file):
         kind, iteration = record["kind"], record["iteration"]
         if kind == "start":
-            start = record
+            small = record.get("init_from") or (start or {}).get("init_from")  # of its first start
+            start = record | {"init_from": small}
             latest = {key: value for key, value in latest.items() if key[1] <= iteration}
         else:
             latest[kind, iteration] = record

@@ -77,7 +77,7 @@ def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...
     else:
         axes = (*(f"{value:.2f}" for value in ratio), f"{comparison.speed_up:.2f}x")
     teacher = "-"
-    if run.teacher_loss is not None:
+    if run.teacher_loss is not None or run.init_from is not None:
         teacher = "not given"
         if teacher_run is not None:
             teacher = f"{teacher_run.final.flops / comparison.plain_total.flops:.2f}"
@@ -113,7 +113,8 @@ def _legend(comparisons: Sequence[Comparison], teacher_run: Run | None) -> list[
     lines = [
         "steps, FLOPs, seconds: cost to stay at or below the plain run's final validation loss,",
         "over the plain run's total (FLOPs with the teacher's forward passes). teacher: FLOPs of",
-        "its own pre-training, over the same total and not part of the FLOPs column.",
+        "its own pre-training, or the small model's of growth, over the same total and not part",
+        "of the FLOPs column.",
     ]
     total = comparisons[0].plain_total
     seconds = fmean(c.plain_total.seconds for c in comparisons if c.run == c.plain)

@@ -73,6 +73,7 @@ class RunLog(Listener):
             tokens_per_step=args.global_batch_size * args.seq_length,
             student_parameters=self._num_parameters,
             data=data,
+            init_from=args.init_from,
             flops_per_token={
                 "student": self._student_flops_per_token(),
                 "teacher": (facts["teacher"] or {}).get("flops_per_token", 0.0),

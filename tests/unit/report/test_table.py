@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_let.report.runs import read_run
 from megatron_let.report.table import comparison_table, losses_table
 from megatron_let.report.targets import compare_all
 
@@ -66,3 +67,19 @@ def test_losses_for_the_same_spending(comparisons):
     flops = "2.791 (2.745-2.836)"
     assert cells(table, "let", "2") == ["2.700 (2.600-2.800)", flops, "2.700 (2.600-2.800)", "-"]
     assert max(map(len, table.splitlines())) <= 100
+
+
+def test_a_grown_run_is_no_plain_run_and_has_its_small_models_price(lines, write):
+    start, valid, _ = lines
+    plain = read_run(write(start(), valid(40, 3.0), folder="plain"))
+    # Resumed without the flag: it is what it was.
+    records = start(init_from="small"), valid(20, 2.9), start(20, init_from=None), valid(40, 2.5)
+    grown = read_run(write(*records, folder="grown"))
+    assert (grown.method, grown.label, grown.init_from) == ("growth", "growth", "small")
+    both = start(init_from="small", method="let", teacher={"lm_loss": 3.0})
+    assert read_run(write(both, valid(40, 2.5), folder="both")).label == "growth + let"
+    teacher = read_run(write(start(), valid(40, 3.1, flops_per_step=50.0), folder="teacher"))
+    table = comparison_table(compare_all([plain, grown]), teacher)
+    row = next(line for line in table.splitlines() if line.startswith("| growth"))
+    assert row.rstrip(" |").endswith("0.50")
+    assert row.split("|")[4].strip() == "0.50"
