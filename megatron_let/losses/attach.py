@@ -95,6 +95,7 @@ class _AddGradient(torch.autograd.Function):
         ctx.queue.add(
             lm_gradient_square=upstream.float().square().sum(),
             let_gradient_square=gradient.float().square().sum(),
+            gradient_product=(upstream.float() * gradient.float()).sum(),
         )
         nothing = [None] * ctx.num_weights
         return (None, upstream + gradient, None, *weight_gradients, *nothing)

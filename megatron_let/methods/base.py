@@ -104,9 +104,9 @@ class Method(Hooks):
 
     def after_step(self, step: Step) -> None:
         """Report the step."""
-        step.reported |= self.end_step()
+        step.reported |= self.end_step(step.is_skipped)
 
-    def end_step(self) -> dict[str, torch.Tensor]:
+    def end_step(self, is_skipped: bool = False) -> dict[str, torch.Tensor]:
         """Called on every rank after each step; returns what to log, equal on all ranks."""
         return {}
 

@@ -137,6 +137,9 @@ class Signal(Hooks):
         weight = torch.full_like(loss, 0.0 if self.is_control else self.weight)
         return dict(zip(self.logged, (loss / tokens.clamp(min=1), weight), strict=True))
 
+    def learn(self, *totals: torch.Tensor) -> None:
+        """Take in what a step that was not skipped has recorded, over all ranks."""
+
     def release(self) -> None:
         """Drop what is left of the teacher."""
 
@@ -309,7 +312,7 @@ class TeacherMethod(Method):
         every = (signal.language_model_losses() for signal in self.signals)
         return next((losses_BS for losses_BS in every if losses_BS is not None), None)
 
-    def end_step(self) -> dict[str, torch.Tensor]:
+    def end_step(self, is_skipped: bool = False) -> dict[str, torch.Tensor]:
         """Sum the step's records over all ranks; release the teacher after its last use."""
         guided = self._guiding
         works = any(signal.owner_chunks for signal in guided)
@@ -331,6 +334,8 @@ class TeacherMethod(Method):
         for signal in guided:
             number = len(signal.recorded)
             report |= signal.report(*totals[:number])
+            if not is_skipped:
+                signal.learn(*totals[:number])
             totals = totals[number:]
         return report | {"teacher time (ms)": milliseconds / workers}
 

@@ -20,9 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Resize, Target
 from megatron_let.losses.table import LOSSES
+from megatron_let.methods.balance import Balance
 from megatron_let.methods.guided import Signal
 from megatron_let.methods.schedules import guidance_factor, run_length
-from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, Flags
+from megatron_let.methods.table import LET_GRADIENT_RATIO, LET_LAYER, LET_STOP_STEP, Flags
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.upstream.aligned_layer import aligned_block_spec
 from megatron_let.upstream.batch import TEACHER_INDEX, Batch
@@ -43,6 +44,14 @@ class LetFlags(Flags):
 
     let_weight: float = 0.1
     """Weight of the alignment loss at the first step (the paper's best of 0.01 to 3.0)."""
+
+    let_weight_rule: Literal["fixed", "ratio"] = "fixed"
+    """ratio: the weight follows the gradients at the aligned layer, so that the alignment's is
+    --let-gradient-ratio times the language model's; --let-weight is the first step's. The course
+    until the stop is the same."""
+
+    let_gradient_ratio: float = LET_GRADIENT_RATIO
+    """What --let-weight-rule ratio aims at, at the first step."""
 
     let_stop_step: int | None = None
     """Step from which on the weight is zero and the teacher is released. Default 1500, or none
@@ -81,7 +90,14 @@ class Let(Signal):
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
     logged = ("let loss", "let weight")
     needs_same_tokens = False
-    recorded = ("loss", "tokens", "lm_gradient_square", "let_gradient_square", "all_tokens")
+    recorded = (
+        "loss",
+        "tokens",
+        "all_tokens",
+        "lm_gradient_square",
+        "let_gradient_square",
+        "gradient_product",
+    )
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         if args.let_teacher_layer is None:
@@ -94,10 +110,23 @@ class Let(Signal):
         super().__init__(args, teacher)
         self.queue = self.alignment = Alignment(LOSSES[self.flags.let_loss])
         self._transformer: TransformerConfig
+        self._balance: Balance | None = None
+        if self.flags.let_weight_rule == "ratio":
+            self._balance = Balance(self.flags.let_gradient_ratio, self.flags.let_weight)
 
     @classmethod
     def check_flags(cls, args: Namespace) -> None:
         """Layer, weight and stop; a default stop is filled in."""
+        ratio = args.let_gradient_ratio
+        if not (ratio > 0 and math.isfinite(ratio)):
+            raise UsageError(
+                f"--let-gradient-ratio {ratio} cannot guide the student; use a positive ratio, "
+                f"such as {LET_GRADIENT_RATIO}."
+            )
+        if ratio != LET_GRADIENT_RATIO and args.let_weight_rule != "ratio":
+            raise UsageError(
+                f"--let-gradient-ratio {ratio} has no effect without --let-weight-rule ratio."
+            )
         if args.num_layers is not None and not 1 <= args.let_layer <= args.num_layers:
             raise UsageError(
                 f"--let-layer {args.let_layer} is outside the model: --num-layers "
@@ -115,6 +144,20 @@ class Let(Signal):
         unit, stop = _stop(self.flags)
         done = step if unit == "step" else samples
         return self.flags.let_weight * guidance_factor(done, stop, self.flags.let_decay)
+
+    def _lambda(self, device: torch.device) -> torch.Tensor:
+        """The current step's weight by the rule, a scalar."""
+        assert self._balance is not None
+        return self._balance.weight(device) * (self.weight / self.flags.let_weight)
+
+    def on_load(self, state: dict[str, Any]) -> None:
+        """The averages behind a weight that sets itself."""
+        if self._balance is not None:
+            self._balance.load(state)
+
+    def state(self) -> dict[str, Any]:
+        """Those."""
+        return {} if self._balance is None else self._balance.state()
 
     def teacher_layer(self) -> int | None:
         """None for the last layer, whose states are those after the final norm."""
@@ -155,9 +198,10 @@ class Let(Signal):
 
     def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
         """Queue the teacher's states for layer K, and what their loss is multiplied by."""
+        weight = self._lambda(states_SBD[0].device) if self._balance else self.weight
         for batch, states_SBT in zip(batches, states_SBD, strict=True):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
-            scale = self.weight * self._loss_scale(mask_SB.sum())
+            scale = weight * self._loss_scale(mask_SB.sum())
             if self.slices_sequence():
                 mask_SB = scatter_to_sequence_parallel_region(mask_SB)
                 if len(states_SBT) > len(mask_SB):  # another signal wants the whole sequence
@@ -189,13 +233,25 @@ class Let(Signal):
         return scale / (num_tokens.clamp(min=1) * get_num_microbatches())
 
     def report(self, loss: torch.Tensor, tokens: torch.Tensor, *squares: Any) -> dict[str, Any]:
-        """The gradients' ratio, too, and which share of the tokens had a target."""
-        lm_square, let_square, all_tokens = squares
-        ratio = (let_square / lm_square.clamp(min=1e-30)).sqrt()
-        report = super().report(loss, tokens) | {"let gradient ratio": ratio}
+        """How the gradients compare, too, and which share of the tokens had a target."""
+        all_tokens, lm_square, let_square, product = squares
+        report = super().report(loss, tokens)
+        report["let gradient ratio"] = (let_square / lm_square.clamp(min=1e-30)).sqrt()
+        both = lm_square.sqrt() * let_square.sqrt()  # their squares' product could underflow
+        report["let gradient cosine"] = product / both.clamp(min=1e-30)
+        if self._balance is not None and not self.is_control:
+            report["let weight"] = self._lambda(loss.device).view(1)
         if self.is_translated:
             report["let guided share"] = tokens / all_tokens.clamp(min=1)
         return report
+
+    def learn(self, *totals: torch.Tensor) -> None:
+        """The gradients of a step decide about the next one's weight."""
+        if self._balance is not None:
+            squares = dict(zip(self.recorded, totals, strict=True))
+            weight = self._lambda(totals[0].device)
+            let_square = squares["let_gradient_square"] / weight.square()
+            self._balance.update(squares["lm_gradient_square"], let_square)
 
     # --- what it does -------------------------------------------------------------------------
 
@@ -205,10 +261,13 @@ class Let(Signal):
         unit, stop = _stop(flags)
         if stop is not None:
             course = f"{flags.let_decay} until {unit.removesuffix('s')} {stop}"
+        weight = f"weight {flags.let_weight}"
+        if self._balance is not None:
+            weight += f", then by the gradients ({flags.let_gradient_ratio} of the LM loss's),"
         return (
             f"LET: layer {flags.let_layer} of {self.args.num_layers} with the teacher's layer "
-            f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, weight "
-            f"{flags.let_weight} {course}"
+            f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, {weight} "
+            f"{course}"
         )
 
 

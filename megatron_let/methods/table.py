@@ -16,6 +16,7 @@ from megatron_let.errors import UsageError
 
 LET_LAYER = 3
 LET_STOP_STEP = 1500
+LET_GRADIENT_RATIO = 1.0
 KD_STOP_SHARE = 0.173
 """SALT distils for this share of the steps (36K of 208K, arXiv 2410.18779)."""
 

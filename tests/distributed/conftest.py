@@ -11,6 +11,7 @@ from tests.support.testing import run_distributed, save_tiny_teacher
 WEIGHT = 10.0
 """So large that a wrong factor cannot hide under the language-model gradient."""
 REPLICA_TOLERANCE = 1e-5
+CONTRACT = "tests.distributed.contract:layout_gradients"
 STUDENT = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights"
 # What changes the function that one process computes; all else must not change the gradient.
 SHAPES = (
@@ -56,7 +57,7 @@ def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
 def layout_gradients(
     world_size: int,
     *args: object,
-    function: str = "tests.distributed.contract:layout_gradients",
+    function: str = CONTRACT,
 ) -> Gradients:
     """Gradients of all ranks by name; replicas (TP of unsharded parameters, DP) must agree."""
     merged: Gradients = {}
@@ -130,10 +131,12 @@ def contract(teacher: str) -> Check:
         batch: int,
         fault: str | None = None,
         student: str = STUDENT,
+        function: str = CONTRACT,
     ) -> Agreement:
         let = f"--method let --teacher-model {teacher} --let-layer {layer} --let-decay constant"
         words = f"{student} {flags} {let}".split()
-        actual = layout_gradients(world_size, words, batch, {"let_weight": WEIGHT}, fault)
+        weights = {"let_weight": WEIGHT}
+        actual = layout_gradients(world_size, words, batch, weights, fault, function=function)
         precision = [word for word in words if word in ("--bf16", "--fp16")]
         resize = "linear" if "--let-resize linear" in flags else "interpolate"
         cp = 2 if "--context-parallel-size 2" in flags else 1

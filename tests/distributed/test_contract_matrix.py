@@ -125,6 +125,22 @@ def test_rows_of_coming_micro_batches(micro_batches, sequence_parallel, contract
     assert worst.total_error <= TOTAL_TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("ranks", "flags", "batch"),
+    [(2, f"{PP2} {RECOMPUTE} uniform", 8), (2, "", 8), (2, "--tensor-model-parallel-size 2", 8)],
+    ids=["pp2_full_recompute", "dp2", "tp2"],
+)
+def test_weight_by_the_gradients(ranks, flags, batch, contract):
+    """It was 0.1 in the step before, and is the contract's by the averages of the steps before."""
+    rule = f"{flags} --let-weight-rule ratio --let-gradient-ratio 5"
+    function = "tests.distributed.balanced:layout_gradients"
+    worst = contract(ranks, rule, 2, batch, function=function)
+    assert worst.part_error <= PART_TOLERANCE
+    assert worst.total_error <= TOTAL_TOLERANCE
+    twin = contract(ranks, rule, 2, batch, "other averages", function=function)
+    assert twin.part_error > 100 * PART_TOLERANCE
+
+
 def test_batch_size_that_grows(contract):
     """Two micro-batches in the first step, four from 1000 tokens on."""
     flags = f"{PP2} --tensor-model-parallel-size 2 --train-samples 1000"

@@ -32,6 +32,14 @@ MISTAKES = {
         f"{CONSTANT} --teacher-model TMP/t5",
         "TMP/t5 is a T5ForConditionalGeneration, not a causal language model. Choose",
     ),
+    "a ratio without its rule": (
+        f"{CONSTANT} --let-gradient-ratio 2",
+        "--let-gradient-ratio 2.0 has no effect without --let-weight-rule ratio",
+    ),
+    "a ratio that is none": (
+        f"{CONSTANT} --let-weight-rule ratio --let-gradient-ratio -1",
+        "--let-gradient-ratio -1.0 cannot guide.*positive",
+    ),
     "token ids disagree": (
         f"{CONSTANT} --teacher-model TMP/other --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model TMP/tokenizer",

@@ -166,7 +166,7 @@ def test_flops_charge_the_teacher_in_guided_steps_only(run):
 def test_our_keys_are_logged_until_the_stop_step_and_never_after_it(run):
     folder, printed = run
     record = read_run(folder)
-    for key in ("let loss", "let weight", "let gradient ratio", "teacher time (ms)"):
+    for key in ("let loss", "let weight", "let gradient cosine", "teacher time (ms)"):
         assert [step for step, _ in record.series(key)] == [1, 2, 3]
     assert [weight for _, weight in record.series("let weight")] == pytest.approx(
         [0.5, 0.5 * 2 / 3, 0.5 / 3]
