@@ -48,6 +48,8 @@ class TokenLosses(NamedTuple):
     """CE of the labels."""
     kd: torch.Tensor
     """KL(p_T || p_student)."""
+    teacher: torch.Tensor
+    """CE of the labels by the teacher's probabilities."""
 
 
 def distilled_cross_entropy(
@@ -79,7 +81,7 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         weight: float,
         group: Any,
         at_once: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         gradient_NV = logits_SBV.detach().float().flatten(0, 1)
         labels_N, states_ND = labels_SB.flatten(), states_SBD.flatten(0, 1)
         losses = [
@@ -88,11 +90,12 @@ class _DistilledCrossEntropy(torch.autograd.Function):
                 *(every.split(at_once) for every in (gradient_NV, labels_N, states_ND)), strict=True
             )
         ]
-        lm, kd = (torch.cat(parts).view_as(labels_SB) for parts in zip(*losses, strict=True))
+        parts = zip(*losses, strict=True)
+        lm, kd, teacher = (torch.cat(part).view_as(labels_SB) for part in parts)
         ctx.save_for_backward(gradient_NV)
         ctx.dtype = logits_SBV.dtype
-        ctx.mark_non_differentiable(lm, kd)
-        return (1 - weight) * lm + weight * kd, lm, kd
+        ctx.mark_non_differentiable(lm, kd, teacher)
+        return (1 - weight) * lm + weight * kd, lm, kd, teacher
 
     @staticmethod
     def backward(ctx: Any, upstream_SB: torch.Tensor, *_: Any) -> tuple[Any, ...]:
@@ -110,7 +113,10 @@ def _chunk(
     weight: float,
     group: Any,
 ) -> torch.Tensor:
-    """Return LM loss and KL of some tokens `[2, N]`; put the gradient in their logits' place."""
+    """Return student's loss, KL and teacher's loss of some tokens `[3, N]`.
+
+    The gradient comes in their logits' place.
+    """
     teacher_NV = torch.nn.functional.linear(states_ND, head.weight_VD, head.bias_V)
     teacher_NV[:, head.num_tokens :] = -torch.inf
     both = logits_NV, teacher_NV, head.temperature
@@ -121,9 +127,9 @@ def _chunk(
     # A number would have the function compiled anew for each of its values.
     share = torch.full((), weight, device=logits_NV.device)
     normalizers_2N = maxima_2N + sums_2N.log()
-    losses_2N = _fused(_finish, *both, normalizers_2N, labels_N - head.first_id, share)
-    dist.all_reduce(losses_2N, group=group)
-    return losses_2N
+    losses_3N = _fused(_finish, *both, normalizers_2N, labels_N - head.first_id, share)
+    dist.all_reduce(losses_3N, group=group)
+    return losses_3N
 
 
 # --- on this rank's slice: a few passes over the logits where they are compiled, on a GPU ---------
@@ -154,10 +160,12 @@ def _finish(
     target_NV = log_target_NV.exp()
     columns = torch.arange(logits_NV.size(1), device=logits_NV.device)
     is_label_NV = columns == local_labels_N[:, None]  # nowhere, if another rank has it
-    lm_N = -torch.where(is_label_NV, log_NV, 0.0).sum(-1)
+    lm_N, teacher_N = (
+        -torch.where(is_label_NV, own_NV, 0.0).sum(-1) for own_NV in (log_NV, log_target_NV)
+    )
     kd_N = (target_NV * (log_target_NV.clamp(min=-1e30) - log_NV)).sum(-1)
     logits_NV.copy_(log_NV.exp() - weight * target_NV - (1 - weight) * is_label_NV)
-    return torch.stack([lm_N, kd_N])
+    return torch.stack([lm_N, kd_N, teacher_N])
 
 
 def _fused(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

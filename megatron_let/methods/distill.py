@@ -65,6 +65,8 @@ class Distill(Signal):
     refused_flags = Signal.refused_flags | {"context_parallel_size": (1,), "use_mup": (False,)}
     danger = "the loss could be computed without the teacher."
     logged = ("kd loss", "kd weight")
+    recorded = ("loss", "tokens", "lm", "teacher")
+    measure = "loss"
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
         super().__init__(args, teacher)
@@ -170,11 +172,23 @@ class Distill(Signal):
             logits_at_once(labels_BS.numel()),
         )
         self.queue.micro_batches += 1
-        self.queue.add(loss=(losses.kd.transpose(0, 1) * mask_BS).sum(), tokens=mask_BS.sum())
+        sums = {"loss": losses.kd, "lm": losses.lm, "teacher": losses.teacher}
+        self.queue.add(**{name: (v.transpose(0, 1) * mask_BS).sum() for name, v in sums.items()})
+        self.queue.add(tokens=mask_BS.sum())
         if self.is_control:
             return plain(labels_BS, logits_SBV)
         self._lm_losses = losses.lm.transpose(0, 1)
         return losses.total.transpose(0, 1).contiguous()
+
+    def report(self, loss: torch.Tensor, tokens: torch.Tensor, *own: Any) -> dict[str, Any]:
+        """The teacher's own loss on the same tokens, too."""
+        _, teacher = own
+        return super().report(loss, tokens) | {"teacher loss": teacher / tokens.clamp(min=1)}
+
+    def measured(self, *totals: torch.Tensor) -> torch.Tensor:
+        """How far the student's loss is above the teacher's, nats a token."""
+        _, tokens, lm, teacher = totals
+        return (lm - teacher) / tokens
 
     def language_model_losses(self) -> torch.Tensor | None:
         """The labels' cross-entropy of the micro-batch that has just had a distilled loss."""

@@ -9,10 +9,19 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.utils import print_rank_0
 
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Queue
 from megatron_let.methods.base import Hooks, Method
+from megatron_let.methods.ending import (
+    MARGIN,
+    NAMES,
+    PATIENCE,
+    RAMP,
+    Ending,
+    check_ending,
+)
 from megatron_let.methods.table import Flags
 from megatron_let.teacher.host import TeacherHost
 from megatron_let.teacher.load import TeacherConfig, read_teacher_config
@@ -46,6 +55,21 @@ class TeacherFlags(Flags):
     """An experiment's control. random: an untrained teacher of the same shape; shuffled: its states
     of other positions; zero: it works, and nothing of it reaches the student."""
 
+    guidance_stop: Literal["step", "loss", "cosine"] = "step"
+    """step: the guidance ends at its stop step, the latest for the others. loss (distillation):
+    once the student's loss is down to the teacher's on the same tokens. cosine (LET): once the two
+    gradients at the aligned layer point apart."""
+
+    guidance_margin: float = MARGIN
+    """What the moving average must come down to: of the student's less the teacher's loss in nats,
+    or of the cosine."""
+
+    guidance_patience: int = PATIENCE
+    """For so many steps one after the other."""
+
+    guidance_ramp: int = RAMP
+    """Steps in which all weights then fall linearly to zero."""
+
 
 class Signal(Hooks):
     """What a teacher's states of a micro-batch are used for, on the model chunk that uses them.
@@ -69,6 +93,8 @@ class Signal(Hooks):
     """What the log calls the loss and its weight."""
     needs_same_tokens: ClassVar[bool] = True
     """Whether the teacher must have the student's tokenizer."""
+    measure: ClassVar[str] = ""
+    """The rule of `--guidance-stop` that can follow what it measures."""
     recorded: ClassVar[tuple[str, ...]] = ("loss", "tokens")
     """Names of the scalars that are recorded of a step."""
 
@@ -137,6 +163,10 @@ class Signal(Hooks):
         weight = torch.full_like(loss, 0.0 if self.is_control else self.weight)
         return dict(zip(self.logged, (loss / tokens.clamp(min=1), weight), strict=True))
 
+    def measured(self, *totals: torch.Tensor) -> torch.Tensor:
+        """What the rule follows, of the sums of `recorded` over all ranks; a scalar."""
+        raise NotImplementedError
+
     def learn(self, *totals: torch.Tensor) -> None:
         """Take in what a step that was not skipped has recorded, over all ranks."""
 
@@ -170,6 +200,8 @@ class TeacherMethod(Method):
                 "too: remove --let-teacher-layer."
             )
         self.host = TeacherHost(args, config, layer)
+        check_ending(args, {signal.measure for signal in self.signals})
+        self._ending = Ending(args)
         self._transformer: TransformerConfig
 
     @classmethod
@@ -184,9 +216,8 @@ class TeacherMethod(Method):
     @property
     def same_on_resume(self) -> tuple[str, ...]:
         """The teacher itself is known by its weights (`teacher_fingerprint`), wherever it lies."""
-        return sum(
-            (s.same_on_resume for s in self.signals), ("teacher_control", "teacher_seq_length")
-        )
+        own = ("teacher_control", "teacher_seq_length", *NAMES)
+        return sum((signal.same_on_resume for signal in self.signals), own)
 
     @property
     def translates(self) -> bool:  # type: ignore[override]
@@ -257,7 +288,8 @@ class TeacherMethod(Method):
 
     def _set_weights(self, step: int) -> None:
         for signal in self.signals:
-            signal.weight = signal.weight_at(step, self.args.consumed_train_samples)
+            weight = signal.weight_at(step, self.args.consumed_train_samples)
+            signal.weight = weight * self._ending.factor(step)
 
     def _check_fingerprint(self) -> None:
         before, now = self.args.teacher_fingerprint, self.host.facts["fingerprint"]
@@ -336,8 +368,23 @@ class TeacherMethod(Method):
             report |= signal.report(*totals[:number])
             if not is_skipped:
                 signal.learn(*totals[:number])
+                self._judge(signal, totals[:number])
             totals = totals[number:]
         return report | {"teacher time (ms)": milliseconds / workers}
+
+    def _judge(self, signal: Signal, totals: Sequence[torch.Tensor]) -> None:
+        if signal.measure == self.args.guidance_stop:
+            why = self._ending.learn(self.args.curr_iteration + 1, signal.measured(*totals))
+            if why is not None:
+                print_rank_0(f"> the guidance ends in {self.args.guidance_ramp} steps: {why}")
+
+    def on_load(self, state: dict[str, Any]) -> None:
+        """Where a guidance that ends itself was."""
+        self._ending.load(state)
+
+    def state(self) -> dict[str, Any]:
+        """That."""
+        return self._ending.state()
 
     def check_every_micro_batch(self, signal: Signal) -> None:
         """Stop the run if the teacher did not take part as it must.

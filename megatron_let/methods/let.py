@@ -90,6 +90,7 @@ class Let(Signal):
     danger = "the aligned layer could be bypassed or copied, and nothing would tell."
     logged = ("let loss", "let weight")
     needs_same_tokens = False
+    measure = "cosine"
     recorded = (
         "loss",
         "tokens",
@@ -234,16 +235,21 @@ class Let(Signal):
 
     def report(self, loss: torch.Tensor, tokens: torch.Tensor, *squares: Any) -> dict[str, Any]:
         """How the gradients compare, too, and which share of the tokens had a target."""
-        all_tokens, lm_square, let_square, product = squares
+        all_tokens, lm_square, let_square, _ = squares
         report = super().report(loss, tokens)
         report["let gradient ratio"] = (let_square / lm_square.clamp(min=1e-30)).sqrt()
-        both = lm_square.sqrt() * let_square.sqrt()  # their squares' product could underflow
-        report["let gradient cosine"] = product / both.clamp(min=1e-30)
+        report["let gradient cosine"] = self.measured(loss, tokens, *squares)
         if self._balance is not None and not self.is_control:
             report["let weight"] = self._lambda(loss.device).view(1)
         if self.is_translated:
             report["let guided share"] = tokens / all_tokens.clamp(min=1)
         return report
+
+    def measured(self, *totals: torch.Tensor) -> torch.Tensor:
+        """The cosine between the two gradients at layer K."""
+        *_, lm_square, let_square, product = totals
+        both = lm_square.sqrt() * let_square.sqrt()  # their squares' product could underflow
+        return product / both.clamp(min=1e-30)
 
     def learn(self, *totals: torch.Tensor) -> None:
         """The gradients of a step decide about the next one's weight."""

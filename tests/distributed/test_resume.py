@@ -121,6 +121,39 @@ def test_sigterm_saves_the_step_it_came_in(corpus, tmp_path):
     assert second["tokens"] == records(save, "train")[last]["tokens"] > first["tokens"] == 0
 
 
+# --- guidance that ends itself ------------------------------------------------------------------
+
+
+def ends_itself(corpus):
+    salt = f"--method let+salt --kd-stop-step 8 --teacher-model {corpus.folder}/teacher"
+    rule = "--guidance-stop loss --guidance-margin 9 --guidance-patience 2 --guidance-ramp 3"
+    let = "--let-layer 2 --let-weight 1 --let-decay constant --let-weight-rule ratio"
+    return [*f"{salt} {rule} {let}".split(), "--save-interval", "1"]
+
+
+@pytest.fixture(scope="session")
+def ended(corpus, tmp_path_factory):
+    """A run whose guidance ends after 3 of 8 steps, within 3."""
+    folder = tmp_path_factory.mktemp("ended")
+    assert not run(1, *corpus.flags, *ends_itself(corpus), "--save", str(folder))
+    return folder
+
+
+def test_it_falls_by_a_ramp_and_the_teacher_is_released(ended):
+    weights = series(ended, "kd weight")
+    falling = {4: 0.667 * 2 / 3, 5: 0.667 / 3}
+    assert weights == pytest.approx(dict.fromkeys((1, 2, 3), 0.667) | falling)
+    assert (
+        series(ended, "let loss").keys() == series(ended, "teacher loss").keys() == weights.keys()
+    )
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7])  # in the warm-up, before, inside, behind the ramp
+def test_it_resumes_bit_for_bit(corpus, ended, tmp_path, step):
+    assert not resume(corpus, ended, tmp_path, step, method=ends_itself(corpus))
+    assert hashes(tmp_path) == hashes(ended)
+
+
 # --- after the stop, without the teacher -------------------------------------------------------
 
 
