@@ -11,16 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.training import get_tokenizer
 from megatron.training.utils import print_rank_0
 
-from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training import arguments
 from megatron_let.training.micro_batches import MicroBatches
 from megatron_let.upstream.loop_hooks import LISTENERS, LoopHooks
-from megatron_let.upstream.mended import token_ids
+from megatron_let.upstream.mended import known_token_ids
 from megatron_let.upstream.table import apply
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
@@ -64,8 +62,7 @@ class Guidance:
                 )
         self.args = args
         self.method = build_method(args)
-        is_known = args.tokenizer_type in TOKENIZER_TYPES
-        self.method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
+        self.method.check_tokens(known_token_ids(args))
         if self.method.translates:
             raise UsageError(
                 f"--teacher-model {args.teacher_model} has another tokenizer than the student, "

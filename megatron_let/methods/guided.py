@@ -190,7 +190,7 @@ class TeacherMethod(Method):
 
     def __init__(self, args: Namespace, signals: Sequence[type[Signal]]) -> None:
         super().__init__(args)
-        args.teacher_fingerprint = None  # saved in checkpoints
+        args.teacher_fingerprint = args.teacher_row_tokens = None  # saved in checkpoints
         config = _read_config(args)
         self.signals = [signal(args, config) for signal in signals]
         layer, *others = {signal.teacher_layer() for signal in self.signals}
@@ -216,7 +216,7 @@ class TeacherMethod(Method):
     @property
     def same_on_resume(self) -> tuple[str, ...]:
         """The teacher itself is known by its weights (`teacher_fingerprint`), wherever it lies."""
-        own = ("teacher_control", "teacher_seq_length", *NAMES)
+        own = ("teacher_control", *NAMES)
         return sum((signal.same_on_resume for signal in self.signals), own)
 
     @property
@@ -243,6 +243,17 @@ class TeacherMethod(Method):
             signal.check_checkpoint(saved)
         if not self.args.finetune and vars(saved).get("method") == self.args.method:
             self.args.teacher_fingerprint = vars(saved).get("teacher_fingerprint")
+            self._take_row_length(vars(saved).get("teacher_row_tokens"))
+
+    def _take_row_length(self, saved: int | None) -> None:
+        given = self.args.teacher_seq_length
+        if saved is not None and given not in (None, saved):
+            raise UsageError(
+                f"--teacher-seq-length {given}: the checkpoint in {self.args.load} was guided by "
+                f"rows of {saved}. Leave it out, or start a new run from the weights: --finetune, "
+                "with another --save."
+            )
+        self.args.teacher_row_tokens = saved
 
     def configure(self, model_config: Any) -> None:
         """Remember Megatron's `TransformerConfig`, and let the signals change theirs."""
@@ -267,7 +278,7 @@ class TeacherMethod(Method):
 
     def further_keys(self) -> Mapping[str, int]:
         """Those rows, and the index into them."""
-        return self.host.further_keys()
+        return self.host.further_keys() if self._guiding else {}
 
     def listeners(self) -> list[Listener]:
         """The signals may keep a state."""

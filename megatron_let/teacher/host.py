@@ -134,6 +134,7 @@ class TeacherHost:
         own = self.translation.share, self.translation.length
         torch.distributed.all_gather_object(known, own)
         self.translation.share, self.translation.length = max(known)
+        self.args.teacher_row_tokens = self.translation.length  # saved in checkpoints
         check_rows(self.config, self.args, self._row_length())
 
     def load(self, student_dtype: torch.dtype) -> None:
@@ -242,6 +243,8 @@ class TeacherHost:
     def release(self) -> None:
         """Free the model's memory."""
         self.teacher = None
+        if self.translation is not None:
+            self.translation.stop()
         gc.collect()  # a compiled layer and what it was compiled to hold each other
         torch.cuda.empty_cache()
 

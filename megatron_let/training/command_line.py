@@ -20,14 +20,13 @@ from megatron_let.checkpoint import choice
 from megatron_let.data.checked import check_ids
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import first_tokens
-from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupported
 from megatron_let.training.tracking import tracker_defaults
-from megatron_let.upstream.mended import gpt_config, token_ids
+from megatron_let.upstream.mended import gpt_config, known_token_ids, token_ids
 
 DATA_FLAGS = (
     "data_args_path per_split_data_args_path data_path train_data_path valid_data_path "
@@ -174,8 +173,7 @@ def model_config(args: Namespace, method: Method) -> Any:
     """Return Megatron's `GPTModelConfig` with what the method changes in it."""
     with _refusals():
         config = gpt_config(args)
-    is_known = args.tokenizer_type in TOKENIZER_TYPES
-    method.check_tokens(token_ids(get_tokenizer()) if is_known else {})
+    method.check_tokens(known_token_ids(args))
     method.configure(config)
     return config
 

@@ -1,6 +1,7 @@
 """The translator of a run: its student's tokenizer by Megatron's flags, and the teacher's."""
 
 import hashlib
+import os
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,8 @@ def build_translator(args: Namespace, source: str | Path, revision: str | None) 
     Raises:
         UsageError: a tokenizer cannot be loaded, or has no end token, or does not keep bytes.
     """
+    # With threads of its own a tokenizer hangs in a worker that is forked later.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     names = [field.name for field in fields(TokenizerConfig)]
     config = TokenizerConfig(**{name: getattr(args, name) for name in names})
     try:
@@ -42,4 +45,5 @@ def build_translator(args: Namespace, source: str | Path, revision: str | None) 
 def fingerprint(translator: Translator) -> str:
     """Eight hexadecimal digits that change with anything the teacher's tokenizer does."""
     text = translator.teacher.tokenizer.fast.to_str()
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    ends = f"{translator.start} {translator.end}"
+    return hashlib.sha256((text + ends).encode()).hexdigest()[:8]

@@ -40,7 +40,8 @@ class Translator:
         end = teacher.tokenizer.eod
         self.end = [] if end is None else [end]
         """The teacher's end of a document."""
-        self._start = _put_in_front(teacher.tokenizer)
+        self.start = _put_in_front(teacher.tokenizer)
+        """What is in front of each document."""
         self._settled = Settled(teacher)
 
     def row(self, tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,11 +57,11 @@ class Translator:
         teacher: list[int] = []
         start = 0
         for end in [*np.flatnonzero(tokens_S == self._eod), len(tokens_S)]:
-            if end > start:
+            if end > start or 0 < start < len(tokens_S):
                 ids, found = self._document(tokens_S[start:end], start > 0)
-                shifted = found + len(teacher) + len(self._start)
+                shifted = found + len(teacher) + len(self.start)
                 index_S[start:end] = np.where(found == NOTHING, NOTHING, shifted)
-                teacher += self._start + ids
+                teacher += self.start + ids
             if end < len(tokens_S) and self.end:
                 index_S[end] = len(teacher)
                 teacher += self.end
@@ -69,15 +70,16 @@ class Translator:
 
     def _document(self, tokens_N: np.ndarray, begins: bool) -> tuple[list[int], np.ndarray]:
         """A document's tokens for the teacher, and the index of each of the student's `[N]`."""
+        # Ids behind the tokenizer's, which pad the vocabulary, have no text.
+        tokens_N = tokens_N.clip(max=len(self.student.bytes) - 1)
         lengths_N = self.student.lengths[tokens_N]
         data = self.student.join(tokens_N.tolist())
         skipped = _not_of_the_text(data, begins and self.student.adds_space)
         ends_N = lengths_N.cumsum() - skipped
         ids, words, ends = self._tokenized(_decoded(data[skipped:]))
-        at_N = ends.searchsorted(ends_N, side="right") - 1
-        # Index -1 is the last one: a text of no token has none to compare with.
-        meets_N = np.append(ends, NOTHING)[at_N] == ends_N
-        at_N = np.where(meets_N & (at_N >= 0) & (lengths_N > 0), at_N, NOTHING)
+        at_N = ends.searchsorted(ends_N)
+        meets_N = np.append(ends, 0)[at_N] == ends_N
+        at_N = np.where(meets_N & (ends_N > 0) & (lengths_N > 0), at_N, NOTHING)
         if self.teacher.looks_ahead and ids:
             at_N[~self._settled.flags(ids, words)[at_N]] = NOTHING
         return ids, at_N
@@ -94,7 +96,7 @@ class Translator:
         ends = self.teacher.lengths[ids].cumsum() if ids else np.zeros(0, dtype=np.int64)
         if joined == data:
             return ids, words, ends
-        added = int(self.teacher.adds_space and joined[1:2] == data[:1])
+        added = int(self.teacher.adds_space and joined[:1] == b" " != data[:1])
         same = len(os.path.commonprefix([joined[added:], data]))
         ends = ends - added
         return ids, words, np.where(ends <= same, ends, len(data) + 1)
@@ -111,12 +113,19 @@ class Translated(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any, translator: Translator, length: int) -> None:
         self._dataset, self._translator, self._length = dataset, translator, length
+        self._is_over = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def stop(self) -> None:
+        """Give plain samples from now on, in the workers too: nobody is guided any more."""
+        self._is_over.fill_(True)
+
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         sample = self._dataset[index]
+        if self._is_over:
+            return sample
         ids, index_S = self._translator.row(sample["tokens"].numpy())
         ids, index_S = cut(ids, index_S, self._length)
         own = {TEACHER_TOKENS: torch.from_numpy(ids), TEACHER_INDEX: torch.from_numpy(index_S)}
@@ -171,4 +180,5 @@ def _decoded(data: bytes) -> str:
 def _put_in_front(tokenizer: Any) -> list[int]:
     """Special tokens that a tokenizer puts in front of a text."""
     bare, whole = (tokenizer.fast.encode("a", add_special_tokens=b).ids for b in (False, True))
-    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[: next(places, 0)]

@@ -27,11 +27,14 @@ class Translation:
 
     def __init__(self, args: Namespace, source: str | Path, revision: str | None) -> None:
         self._args = args
+        if args.teacher_seq_length is not None and args.teacher_seq_length < 1:
+            raise UsageError(f"--teacher-seq-length {args.teacher_seq_length} must be at least 1.")
         self._translator = build_translator(args, source, revision)
         self.fingerprint = fingerprint(self._translator)
         """Of the teacher's tokenizer."""
-        self.length: int | None = args.teacher_seq_length
+        self.length: int | None = args.teacher_seq_length or args.teacher_row_tokens
         """Of the teacher's rows, in its tokens; measured where the data is, then told to all."""
+        self._dataset: Translated | None = None
         self.share = 0.0
         """Of the tokens that have a target, in the run's first rows."""
         apart = args.reset_position_ids or args.reset_attention_mask
@@ -53,7 +56,13 @@ class Translation:
                 f"In the run's first rows no token ends where one of --teacher-model "
                 f"{self._args.teacher_model} does within --teacher-seq-length {self.length}."
             )
-        return Translated(dataset, self._translator, self.length)
+        self._dataset = Translated(dataset, self._translator, self.length)
+        return self._dataset
+
+    def stop(self) -> None:
+        """The guidance is over."""
+        if self._dataset is not None:
+            self._dataset.stop()
 
     def keys(self) -> dict[str, int]:
         """What batches have besides, with the rows' lengths."""
@@ -64,19 +73,27 @@ class Translation:
         """What the teacher reads (`teacher.stage.Rows`) of some whole batches."""
         tokens_BT = torch.cat([batch[TEACHER_TOKENS] for batch in batches])
         rows = {"tokens": tokens_BT}
-        ends_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-        for end in self._translator.end:
-            ends_BT[:, 1:] = tokens_BT[:, :-1] == end
+        begins_BT = self._begins(tokens_BT)
         position_T = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
         if self._args.reset_position_ids:
-            starts_BT = torch.where(ends_BT, position_T, 0).cummax(1).values
+            starts_BT = torch.where(begins_BT, position_T, 0).cummax(1).values
             rows["position_ids"] = position_T - starts_BT
         if self._args.reset_attention_mask:
-            document_BT = ends_BT.cumsum(1)
+            document_BT = begins_BT.cumsum(1)
             later = position_T[None, :] > position_T[:, None]
             other = document_BT[:, None, :] != document_BT[:, :, None]
             rows["attention_mask"] = (other | later)[:, None]
         return rows
+
+    def _begins(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Where a document begins: behind an end, if all that is in front of one follows it."""
+        begins_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        for end in self._translator.end:
+            begins_BT[:, 1:] = tokens_BT[:, :-1] == end
+        for i, token in enumerate(self._translator.start):
+            length = tokens_BT.size(1) - i
+            begins_BT[:, :length] &= tokens_BT[:, i:] == token
+        return begins_BT
 
     def scored(self, sample: Batch) -> Batch:
         """The teacher's own tokens, labels and loss mask `[T]` of a sample, to its last target."""

@@ -16,9 +16,10 @@ from megatron_let.translation.token_bytes import TokenBytes
 
 WORDS = 16
 """So many at most hang together: a text without spaces would for ever."""
+TOKENS = 64
+"""Of such a piece so many are tried; of what comes behind them nothing is known."""
 REMEMBERED = 1 << 17
 """Pieces of text, most of which come again."""
-_SPACES = b" \t\n\r\v\f"
 
 
 class Settled:
@@ -30,8 +31,8 @@ class Settled:
 
     def __init__(self, teacher: TokenBytes) -> None:
         self._teacher = teacher
-        self._begins = np.array([piece[:1] in _SPACES for piece in teacher.bytes])
-        self._ends = np.array([piece[-1:] in _SPACES for piece in teacher.bytes])
+        self._begins = np.array([piece[:1].isspace() for piece in teacher.bytes])
+        self._open = np.array([_is_open(piece) for piece in teacher.bytes])
         self._known: dict[tuple[int, ...], list[bool]] = {}
 
     def flags(self, ids: list[int], words: list[int | None]) -> np.ndarray:
@@ -43,16 +44,21 @@ class Settled:
         """
         if len(self._known) > REMEMBERED:
             self._known.clear()
-        parts = [tuple(ids[start:end]) for start, end in self._parts(ids, words)]
+        spans = list(self._parts(ids, words))
+        parts = [tuple(ids[start : min(end, start + TOKENS)]) for start, end in spans]
         self._learn({part for part in parts if part not in self._known})
-        return np.array([flag for part in parts for flag in self._known[part]])
+        found = np.zeros(len(ids), dtype=bool)
+        for (start, _), part in zip(spans, parts, strict=True):
+            found[start : start + len(part)] = self._known[part]
+        return found
 
     def _parts(self, ids: list[int], words: list[int | None]) -> Iterator[tuple[int, int]]:
         """What hangs together, from its first token to behind its last."""
         number = np.array(words)
         new = np.flatnonzero(number[1:] != number[:-1]) + 1
         token = np.array(ids)
-        apart = new[self._begins[token[new]] & ~self._ends[token[new - 1]]]
+        new = new[~self._open[token[new - 1]]]
+        apart = new[self._begins[token[new]]]
         bounds = [0, *apart.tolist(), len(ids)]
         for start, end in zip(bounds, bounds[1:], strict=False):
             if end - start <= WORDS:
@@ -70,3 +76,11 @@ class Settled:
         same = iter([tuple(a) == b for a, b in zip(alone, beginnings, strict=True)])
         for part in sorted(parts):
             self._known[part] = [next(same) for _ in part]
+
+
+def _is_open(piece: bytes) -> bool:
+    """Whether what follows a token may hang together with it: white space, half a character."""
+    try:
+        return piece.decode()[-1:].isspace()
+    except UnicodeDecodeError:
+        return True

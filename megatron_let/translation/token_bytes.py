@@ -53,8 +53,9 @@ class TokenBytes:
                 "student's tokenizer, or tokenizers of one of these forms."
             )
         rule = _of_byte_level if self.looks_ahead else _of_sentencepiece
-        self.bytes = _bytes_by_id(tokenizer, rule, source.get("added_tokens", []))
-        """Of each id; none for a special token."""
+        written = str.encode if self.looks_ahead else rule  # tokens that were added
+        self.bytes = _bytes_by_id(tokenizer, rule, written, source.get("added_tokens", []))
+        """Of each id; none for a special token, and for the id behind the last one."""
         self.lengths = np.array([len(piece) for piece in self.bytes])
         self.adds_space = self.join(self.encode("a")) == b" a"
         """Whether a text's first token begins with a space that is not the text's."""
@@ -69,6 +70,10 @@ class TokenBytes:
                     "Two tokenizers meet where both end a token at the same byte: choose a "
                     "teacher of the student's tokenizer, or tokenizers that keep them."
                 )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _compiled_source(self.tokenizer)  # a copy in a worker that was not forked is as it was read
 
     def encode(self, text: str) -> list[int]:
         """A text's tokens, none of them special."""
@@ -104,14 +109,17 @@ def _compiled_source(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _bytes_by_id(
-    tokenizer: Tokenizer, rule: Callable[[str], bytes], added: list[dict[str, Any]]
+    tokenizer: Tokenizer,
+    rule: Callable[[str], bytes],
+    rule_of_added: Callable[[str], bytes],
+    added: list[dict[str, Any]],
 ) -> list[bytes]:
     ids = tokenizer.ids()
-    table = [b""] * (max(ids.values()) + 1)
+    table = [b""] * (max(ids.values()) + 2)
     for piece, index in ids.items():
         table[index] = rule(piece)
-    for token in added:  # they are written as they are
-        table[token["id"]] = b"" if token["special"] else token["content"].encode()
+    for token in added:
+        table[token["id"]] = b"" if token["special"] else rule_of_added(token["content"])
     for index in tokenizer.specials():
         table[index] = b""
     return table

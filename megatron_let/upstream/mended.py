@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
-from megatron.training import get_args
+from megatron.training import get_args, get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 
+from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.upstream import datasets, optimizers, secrets
 from megatron_let.upstream.table import Redirect, apply
 
@@ -81,6 +82,11 @@ def gpt_config(args: Namespace) -> Any:
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     return config
+
+
+def known_token_ids(args: Namespace) -> dict[str, int]:
+    """Every token's id of the run's tokenizer; none of a kind that does not name its tokens."""
+    return token_ids(get_tokenizer()) if args.tokenizer_type in TOKENIZER_TYPES else {}
 
 
 def token_ids(tokenizer: Any) -> dict[str, int]:

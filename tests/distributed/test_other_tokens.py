@@ -140,6 +140,16 @@ def test_a_resume_needs_the_same_tokenizer(folder, whole, tmp_path):
     assert "tokenizer, where it is another" in error
 
 
+def test_a_resume_keeps_the_length_of_the_rows(folder, whole, tmp_path):
+    row = records(whole, "start")[0]["teacher"]["row_tokens"]
+    load = ["--load", str(whole), "--ckpt-step", "4", "--save", str(tmp_path)]
+    other = [*flags(folder), "--teacher-seq-length", str(row + 16), *load]
+    assert f"was guided by rows of {row}" in run(1, *other)
+    # Given by hand it is the same run.
+    assert not run(1, *flags(folder), "--teacher-seq-length", str(row), *load)
+    assert hashes(tmp_path) == hashes(whole)
+
+
 def test_rows_that_are_too_short_are_refused(folder, tmp_path):
     short = [*flags(folder), "--teacher-seq-length", "0", "--save", str(tmp_path)]
     assert "--teacher-seq-length 0" in run(1, *short)

@@ -19,6 +19,7 @@ from megatron_let.teacher.load import (
     check_token_ids,
     fingerprint,
     load_causal_lm,
+    numbers_alike,
     read_teacher_config,
     read_token_ids,
 )
@@ -175,6 +176,9 @@ def test_another_id_and_an_absent_token_are_named(teacher, told):
 def test_same_size_in_another_order_is_no_match():
     with pytest.raises(UsageError):
         check_token_ids({"a": 0, "b": 1}, {"a": 1, "b": 0}, "teacher")
+    # Transformers calls Gemma's byte 9 a tab.
+    assert numbers_alike({"a": 0, "<0x09>": 1}, {"a": 0, "\t": 1})
+    assert not numbers_alike({"a": 0, "b": 1}, {"a": 0, "\t": 1})
 
 
 def test_a_table_with_padding_rows_loads(folder):

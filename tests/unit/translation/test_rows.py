@@ -1,12 +1,14 @@
 """A student's rows in a teacher's tokens: targets are where both have read the same text."""
 
+import pickle
 import random
+import time
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_let.data.tokenizer import HuggingFace, SentencePiece
@@ -139,6 +141,78 @@ def test_words_that_end_elsewhere_tell_too(forms):
     assert told(student, translator)[0]
 
 
+def test_a_long_piece_is_not_cut_inside_its_white_space(forms):
+    """Behind sixteen words, where what hangs together is cut, the next word is tried with them."""
+    student, teacher = forms["llama2"], forms["gpt2"]
+    translator, start = Translator(student, teacher), "x=" + "a," * 13
+    moved = 0
+    for spaces in ("\n\t\t\t\t", "\n\n   ", "    "):
+        rows = []
+        for end in (spaces[-1] + "}", "}", "a", "\n"):
+            ids = np.array(student.encode(start + spaces + end))
+            rows.append((ids, *translator.row(ids)))
+        for ids_a, row_a, at_a in rows:
+            for ids_b, row_b, at_b in rows:
+                for i in range(min(len(ids_a), len(ids_b))):
+                    same = (ids_a[: i + 1] == ids_b[: i + 1]).all()
+                    if same and at_a[i] != NOTHING and at_b[i] != NOTHING:
+                        moved += row_a[: at_a[i] + 1].tolist() != row_b[: at_b[i] + 1].tolist()
+    assert not moved
+
+
+def test_text_without_spaces_costs_no_more_than_its_length(forms):
+    """A piece is tried up to its 64th token: the rest has no target, and takes no time."""
+    student, teacher = forms["llama2"], forms["gpt2"]
+    dice = random.Random(0)
+    ids = np.array(student.encode("".join(dice.choice("ACGT") for _ in range(20_000))))
+    start = time.monotonic()
+    _, index = Translator(student, teacher).row(ids)
+    assert time.monotonic() - start < 5
+    assert 0 < (index != NOTHING).sum() < 80
+
+
+def test_a_space_that_is_added_is_no_space_of_the_text(forms):
+    """Behind U+2581, which its form has no token for, targets are lost; those before are right."""
+    student, teacher = forms["gpt2"], forms["metaspace"]
+    for text in ("  world \u2581 x", "       return x \u2581", "world \u2581 x"):
+        ids = np.array(student.encode(text))
+        row, index = Translator(student, teacher).row(ids)
+        of_teacher = [t.replace("\u2581", " ") for t in read(teacher, row)]
+        found = 0
+        for said, at in zip(read(student, ids), index, strict=True):
+            if at != NOTHING and said:
+                found += 1
+                assert of_teacher[at] == said
+        assert found
+
+
+def test_ids_that_pad_the_vocabulary_have_no_target(forms):
+    student, teacher = forms["gpt2"], forms["digits"]
+    text = student.encode("some text")
+    _, index = Translator(student, teacher).row(np.array([*text, 5000, *text]))
+    assert index[len(text)] == NOTHING
+    assert (index[:2] != NOTHING).any() or (index[-2:] != NOTHING).any()
+
+
+def test_a_copy_reads_as_the_first_one(forms):
+    """A worker that is not forked gets one by pickle, which forgets how a tokenizer was set."""
+    student, teacher = forms["gpt2"], forms["digits"]
+    ids = np.array(student.encode(f"say {ours.END} now"))
+    copy = pickle.loads(pickle.dumps(Translator(student, teacher)))
+    for one, other in zip(copy.row(ids), Translator(student, teacher).row(ids), strict=True):
+        assert one.tolist() == other.tolist()
+    assert teacher.tokenizer.eod not in copy.row(ids)[0]
+
+
+def test_runs_of_spaces_that_were_added_are_spaces():
+    """As in Gemma's: pieces of the vocabulary that are added tokens too, not special."""
+    tokenizer = ours.sentencepiece(700)
+    piece = max((piece for piece in tokenizer.get_vocab() if piece[0] == "\u2581"), key=len)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False)])
+    index = tokenizer.token_to_id(piece)
+    assert token_bytes(tokenizer).bytes[index] == b" " + piece[1:].encode()
+
+
 def test_documents_are_read_apart_and_their_ends_meet(forms):
     student, teacher = forms["gpt2"], forms["llama2"]
     ids = row_of(student, "One text.", "Another, longer text.")
@@ -211,9 +285,12 @@ def test_samples_with_the_teachers_rows(forms):
     assert share == pytest.approx((index != NOTHING).mean())
     samples = Translated(dataset, translator, length)
     assert len(samples) == 3
+    assert TEACHER_INDEX in samples[0]
     assert samples[1]["loss_mask"] is dataset[0]["loss_mask"]
     assert samples[1][TEACHER_TOKENS].tolist() == [*row, *[0] * (length - len(row))]
     assert samples[1][TEACHER_INDEX].tolist() == index.tolist()
+    samples.stop()
+    assert samples[1] is dataset[0]  # nobody is guided any more
     few = (index != NOTHING) & (index < 9)
     assert measure(dataset, translator, 9) == (9, pytest.approx(few.mean()))
 
