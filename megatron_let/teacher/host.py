@@ -12,6 +12,7 @@ from megatron.core import mpu
 from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import told
 from megatron_let.teacher.load import (
     DTYPES,
     TeacherConfig,
@@ -143,8 +144,9 @@ class TeacherHost:
         control = self.args.teacher_control
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
         length = self._row_length()
-        self._probe(model)
-        self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
+        with told(self.config.name, f"--teacher-model {self.config.name} cannot be a teacher."):
+            self._probe(model)
+            self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
         self.facts = {
             "name": self.config.name,
             "parameters": self.teacher.parameters,

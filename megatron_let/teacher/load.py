@@ -75,6 +75,11 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
             f"--teacher-model {name} is a {' / '.join(named) or config.model_type}, not a causal "
             "language model. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
         )
+    if config.is_encoder_decoder:
+        raise UsageError(
+            f"--teacher-model {name} is a {config.model_type}, half of which reads what the other "
+            "half writes about. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
+        )
     config = config.get_text_config()  # of a model that sees pictures, too
     # OPT projects its states to the embedding's width after the last layer; the others have one.
     last_width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size

@@ -150,7 +150,8 @@ class Teacher:
 def text_model(causal_lm: Any) -> Any:
     """The model without its head, and without what sees pictures."""
     is_text = causal_lm.config.get_text_config() is causal_lm.config
-    return causal_lm.base_model if is_text else causal_lm.get_decoder()
+    found = causal_lm.base_model if is_text else causal_lm.get_decoder()
+    return causal_lm.model if found is causal_lm else found  # Llama 4's is itself
 
 
 def forward(base_model: Any, rows: Rows) -> torch.Tensor:

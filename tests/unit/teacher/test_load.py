@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     BertConfig,
     BertModel,
     PreTrainedTokenizerFast,
@@ -84,6 +85,9 @@ def test_encoders_are_refused(tmp_path):
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
     with pytest.raises(UsageError, match="is a T5ForConditionalGeneration, not a causal"):
         read_teacher_config(str(tmp_path / "t5"))
+    BartConfig(architectures=["BartForCausalLM"]).save_pretrained(tmp_path / "bart")
+    with pytest.raises(UsageError, match="is a bart, half of which reads what the other half"):
+        read_teacher_config(str(tmp_path / "bart"))
 
 
 # --- weights ------------------------------------------------------------------------------------
