@@ -60,6 +60,11 @@ class Guidance:
                     f"{arguments.flag(name)} makes other batches, or another loss, than a method "
                     f"knows of: leave it out, or --method {args.method}."
                 )
+        if args.guidance_stop != "step" or args.let_weight_rule != "fixed":
+            raise UsageError(
+                "--guidance-stop and --let-weight-rule remember what they have seen, which a "
+                "script's own checkpoints do not carry: use pretrain_let.py."
+            )
         self.args = args
         self.method = build_method(args)
         self.method.check_tokens(known_token_ids(args))

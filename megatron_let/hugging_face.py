@@ -62,8 +62,6 @@ def told(source: str | Path, failure: str = "", weights: bool = False) -> Iterat
     check_folder(Path(source), weights)
     try:
         yield
-    except UsageError:
-        raise
     except Exception as error:  # each library has its own kinds
         if "trust_remote_code" in str(error) or _names_code(Path(source)):
             raise remote_code(source) from error

@@ -12,7 +12,7 @@ import torch
 MEMORY = 0.95
 """Of the moving averages: some twenty steps."""
 LARGEST = 1e4
-"""Weight; where the alignment has no gradient any weight would do nothing."""
+"""Weight."""
 
 
 class Balance:
@@ -34,18 +34,18 @@ class Balance:
     def weight(self, device: torch.device) -> torch.Tensor:
         """Of the coming step, a scalar, without its course over the run."""
         lm, let = self._known(device)
-        found = (self._ratio * (lm / let.clamp(min=1e-30)).sqrt()).clamp(max=LARGEST)
+        found = (self._ratio * (lm / let).sqrt()).clamp(max=LARGEST)
         return torch.where(found.isnan(), self._first, found)
 
     def update(self, lm_square: torch.Tensor, let_square: torch.Tensor) -> None:
         """Take in a step: sums over all ranks, the second at weight 1; scalars.
 
-        One that is not finite leaves everything as it was.
+        One that is zero or not finite leaves everything as it was.
         """
         new_2 = torch.cat([lm_square.view(1), let_square.view(1)])
         old_2 = self._known(new_2.device)
         merged_2 = torch.where(old_2.isnan(), new_2, MEMORY * old_2 + (1 - MEMORY) * new_2)
-        self._squares_2 = torch.where(new_2.isfinite().all(), merged_2, old_2)
+        self._squares_2 = torch.where((new_2.isfinite() & (new_2 > 0)).all(), merged_2, old_2)
 
     def _known(self, device: torch.device) -> torch.Tensor:
         if self._squares_2 is None:

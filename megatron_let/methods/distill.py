@@ -173,7 +173,8 @@ class Distill(Signal):
         )
         self.queue.micro_batches += 1
         sums = {"loss": losses.kd, "lm": losses.lm, "teacher": losses.teacher}
-        self.queue.add(**{name: (v.transpose(0, 1) * mask_BS).sum() for name, v in sums.items()})
+        for name, losses_SB in sums.items():  # a masked one may be infinite
+            self.queue.add(**{name: losses_SB.transpose(0, 1).where(mask_BS > 0, 0.0).sum()})
         self.queue.add(tokens=mask_BS.sum())
         if self.is_control:
             return plain(labels_BS, logits_SBV)
@@ -181,9 +182,9 @@ class Distill(Signal):
         return losses.total.transpose(0, 1).contiguous()
 
     def report(self, loss: torch.Tensor, tokens: torch.Tensor, *own: Any) -> dict[str, Any]:
-        """The teacher's own loss on the same tokens, too."""
-        _, teacher = own
-        return super().report(loss, tokens) | {"teacher loss": teacher / tokens.clamp(min=1)}
+        """The teacher's own loss on the same tokens, too; at another temperature it is another."""
+        teacher = {"teacher loss": own[1] / tokens.clamp(min=1)}
+        return super().report(loss, tokens) | (teacher if self.flags.kd_temperature == 1 else {})
 
     def measured(self, *totals: torch.Tensor) -> torch.Tensor:
         """How far the student's loss is above the teacher's, nats a token."""

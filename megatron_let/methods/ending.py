@@ -5,6 +5,7 @@ gradients at the aligned layer point apart. What all ranks have summed up togeth
 device, copied without waiting, and read after the next step: a fixed lag, the same in every run.
 """
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -41,11 +42,18 @@ def check_ending(args: Namespace, measures: set[str]) -> None:
             f"--guidance-stop {rule} needs {way_out}, or let+salt; --method {args.method} measures "
             "nothing that it could follow."
         )
-    steps = args.train_iters or args.guidance_patience + args.guidance_ramp
-    if args.guidance_patience < 1 or args.guidance_ramp < 1 or steps < args.guidance_patience:
+    if rule == "loss" and args.kd_temperature != 1:
         raise UsageError(
-            f"--guidance-patience {args.guidance_patience} and --guidance-ramp "
-            f"{args.guidance_ramp} must be at least 1, and the patience no longer than the run."
+            f"--guidance-stop loss compares losses at a temperature of 1, and --kd-temperature "
+            f"{args.kd_temperature} gives the teacher another one. Remove one of the two."
+        )
+    if not math.isfinite(args.guidance_margin):
+        raise UsageError(f"--guidance-margin {args.guidance_margin} is no number to come down to.")
+    patience, ramp = args.guidance_patience, args.guidance_ramp
+    if min(patience, ramp) < 1 or patience > (args.train_iters or patience):
+        raise UsageError(
+            f"--guidance-patience {patience} and --guidance-ramp {ramp} must be at least 1, and "
+            "the patience no longer than the run."
         )
 
 
@@ -58,6 +66,7 @@ class Ending:
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
+        self._of = [args.method, args.guidance_stop]
         self._average: torch.Tensor | None = None
         self._is_low: torch.Tensor | None = None
         """Of the step before, on its way to the host."""
@@ -85,10 +94,10 @@ class Ending:
         if self._is_low is not None:
             self._patience = self._patience + 1 if self._read() else 0
         new = value.detach().float().view(())
-        if self._average is not None:
-            old = self._average.to(new.device)
-            new = torch.where(new.isfinite(), MEMORY * old + (1 - MEMORY) * new, old)
-        self._average = new
+        old = torch.full_like(new, torch.nan) if self._average is None else self._average
+        old = old.to(new.device)
+        merged = torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new)
+        new = self._average = torch.where(new.isfinite(), merged, old)
         self._copy(new <= self._args.guidance_margin)
         if self._since is None and self._patience >= self._args.guidance_patience:
             self._since = step
@@ -114,15 +123,17 @@ class Ending:
         """What a checkpoint carries."""
         if self._average is None:
             return {}
-        low = None if self._is_low is None else self._read()
-        return {"average": self._average.item(), "low": low} | {
+        return {
+            "of": self._of,
+            "average": self._average.item(),
+            "low": None if self._is_low is None else self._read(),
             "patience": self._patience,
             "since": self._since,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's."""
-        if state:
+        """Go on from a checkpoint's; that of another method or rule means nothing here."""
+        if state.get("of") == self._of:
             self._average = torch.tensor(state["average"])
             self._is_low = None if state["low"] is None else torch.tensor(state["low"])
             self._patience, self._since = state["patience"], state["since"]

@@ -237,8 +237,9 @@ class Let(Signal):
         """How the gradients compare, too, and which share of the tokens had a target."""
         all_tokens, lm_square, let_square, _ = squares
         report = super().report(loss, tokens)
-        report["let gradient ratio"] = (let_square / lm_square.clamp(min=1e-30)).sqrt()
-        report["let gradient cosine"] = self.measured(loss, tokens, *squares)
+        if not self.is_control:  # which adds no gradient
+            report["let gradient ratio"] = (let_square / lm_square.clamp(min=1e-30)).sqrt()
+            report["let gradient cosine"] = self.measured(loss, tokens, *squares)
         if self._balance is not None and not self.is_control:
             report["let weight"] = self._lambda(loss.device).view(1)
         if self.is_translated:
@@ -248,8 +249,7 @@ class Let(Signal):
     def measured(self, *totals: torch.Tensor) -> torch.Tensor:
         """The cosine between the two gradients at layer K."""
         *_, lm_square, let_square, product = totals
-        both = lm_square.sqrt() * let_square.sqrt()  # their squares' product could underflow
-        return product / both.clamp(min=1e-30)
+        return product / lm_square.sqrt() / let_square.sqrt()  # NaN without gradients: no measure
 
     def learn(self, *totals: torch.Tensor) -> None:
         """The gradients of a step decide about the next one's weight."""

@@ -118,8 +118,11 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for _, record in read_records(file):
         kind, iteration = record["kind"], record["iteration"]
         if kind == "start":
-            small = record.get("init_from") or (start or {}).get("init_from")  # of its first start
-            start = record | {"init_from": small}
+            # What a run that goes on does not say anew: it started so, or its teacher is released.
+            before = start if start and iteration else {}
+            start = record | {
+                name: record.get(name) or before.get(name) for name in ("init_from", "teacher")
+            }
             latest = {key: value for key, value in latest.items() if key[1] <= iteration}
         else:
             latest[kind, iteration] = record

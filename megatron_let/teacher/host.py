@@ -12,7 +12,7 @@ from megatron.core import mpu
 from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
-from megatron_let.hugging_face import told
+from megatron_let.hugging_face import first_line
 from megatron_let.teacher.load import (
     DTYPES,
     TeacherConfig,
@@ -144,9 +144,15 @@ class TeacherHost:
         control = self.args.teacher_control
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
         length = self._row_length()
-        with told(self.config.name, f"--teacher-model {self.config.name} cannot be a teacher."):
+        try:
             self._probe(model)
             self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
+        except (UsageError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # each kind of model has its own
+            raise UsageError(
+                f"--teacher-model {self.config.name} cannot be a teacher ({first_line(error)})."
+            ) from error
         self.facts = {
             "name": self.config.name,
             "parameters": self.teacher.parameters,

@@ -32,7 +32,7 @@ class Translation:
         self._translator = build_translator(args, source, revision)
         self.fingerprint = fingerprint(self._translator)
         """Of the teacher's tokenizer."""
-        self.length: int | None = args.teacher_seq_length or args.teacher_row_tokens
+        self.length: int | None = args.teacher_seq_length
         """Of the teacher's rows, in its tokens; measured where the data is, then told to all."""
         self._dataset: Translated | None = None
         self.share = 0.0
@@ -50,7 +50,8 @@ class Translation:
         Raises:
             UsageError: nothing in the first ones has a target.
         """
-        self.length, self.share = measure(dataset, self._translator, self.length)
+        length = self.length or self._args.teacher_row_tokens  # a checkpoint's
+        self.length, self.share = measure(dataset, self._translator, length)
         if not self.share:
             raise UsageError(
                 f"In the run's first rows no token ends where one of --teacher-model "

@@ -145,9 +145,18 @@ def test_a_resume_keeps_the_length_of_the_rows(folder, whole, tmp_path):
     load = ["--load", str(whole), "--ckpt-step", "4", "--save", str(tmp_path)]
     other = [*flags(folder), "--teacher-seq-length", str(row + 16), *load]
     assert f"was guided by rows of {row}" in run(1, *other)
-    # Given by hand it is the same run.
+    # Given by hand it is the same run; by hand shorter than measured it stays so.
     assert not run(1, *flags(folder), "--teacher-seq-length", str(row), *load)
     assert hashes(tmp_path) == hashes(whole)
+
+
+def test_a_length_that_was_given_stays(folder, tmp_path):
+    short = ["--teacher-seq-length", "20", "--exit-interval", "4"]
+    assert not run(1, *flags(folder), *short, "--save", str(tmp_path))
+    load = ["--load", str(tmp_path), "--save", str(tmp_path), "--exit-interval", "1"]
+    assert not run(1, *flags(folder), *load)
+    rows = [start["teacher"]["row_tokens"] for start in records(tmp_path, "start").values()]
+    assert rows == [20, 20]
 
 
 def test_rows_that_are_too_short_are_refused(folder, tmp_path):

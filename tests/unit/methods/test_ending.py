@@ -14,6 +14,7 @@ FLAGS = Namespace(
     guidance_patience=2,
     guidance_ramp=4,
     train_iters=100,
+    kd_temperature=1.0,
     method="salt",
 )
 
@@ -53,6 +54,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     _, _, one = ended([0.3])
     _, _, other = ended([0.3, torch.nan, torch.inf])
     assert one.state()["average"] == other.state()["average"]
+    assert ended([torch.nan] + [-0.5] * 4)[0] == 4
 
 
 def test_a_margin_ends_it_earlier():
@@ -75,6 +77,15 @@ def test_its_state_goes_on_bit_for_bit(cut):
     assert [second.factor(s) for s in range(12)] == [whole.factor(s) for s in range(12)]
 
 
+def test_what_another_method_or_rule_has_seen_means_nothing():
+    _, _, ending = ended([-0.5] * 4)
+    for other in (changed(guidance_stop="step"), changed(method="reverse-kd")):
+        fresh = Ending(other)
+        fresh.load(ending.state())
+        assert fresh.factor(50) == 1.0
+        assert fresh.state() == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "measures", "words"),
     [
@@ -84,6 +95,8 @@ def test_its_state_goes_on_bit_for_bit(cut):
         ({"guidance_patience": 0}, {"loss"}, "--guidance-patience 0 .* at least 1"),
         ({"guidance_patience": 101}, {"loss"}, "--guidance-patience 101 .*no longer than the run"),
         ({"guidance_ramp": 0}, {"loss"}, "--guidance-ramp 0 must be at least 1"),
+        ({"guidance_margin": float("nan")}, {"loss"}, "--guidance-margin nan is no number"),
+        ({"kd_temperature": 2.0}, {"loss"}, "--kd-temperature 2.0 gives the teacher another"),
     ],
 )
 def test_bad_flags(changes, measures, words):

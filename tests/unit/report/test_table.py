@@ -76,6 +76,10 @@ def test_a_grown_run_is_no_plain_run_and_has_its_small_models_price(lines, write
     records = start(init_from="small"), valid(20, 2.9), start(20, init_from=None), valid(40, 2.5)
     grown = read_run(write(*records, folder="grown"))
     assert (grown.method, grown.label, grown.init_from) == ("growth", "growth", "small")
+    again = start(init_from="small"), start(), valid(40, 3.0)  # died before its first checkpoint
+    assert read_run(write(*again, folder="again")).method == "baseline"
+    guided = start(method="let", teacher={"lm_loss": 3.0}), start(20, method="let"), valid(40, 2.5)
+    assert read_run(write(*guided, folder="guided")).teacher_loss == 3.0
     both = start(init_from="small", method="let", teacher={"lm_loss": 3.0})
     assert read_run(write(both, valid(40, 2.5), folder="both")).label == "growth + let"
     teacher = read_run(write(start(), valid(40, 3.1, flops_per_step=50.0), folder="teacher"))
