@@ -92,7 +92,8 @@ class TeacherHost:
         """
         name, revision = self.config.name, self.config.revision
         teacher_ids = read_token_ids(name, revision)
-        if not same and student_ids and teacher_ids and not numbers_alike(student_ids, teacher_ids):
+        other = bool(student_ids and teacher_ids and not numbers_alike(student_ids, teacher_ids))
+        if other and not same:
             try:
                 self.translation = Translation(self.args, tokenizer_source(name), revision)
             except UsageError as error:

@@ -136,7 +136,24 @@ def _trained(config: TeacherConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | None:
+class TokenIds(dict[str, int]):
+    """Token -> id of a tokenizer."""
+
+    added: frozenset[str] = frozenset()
+    """Those that were added to what was learnt from text."""
+
+    def further(self, student: dict[str, int]) -> str | None:
+        """A learnt token that the student lacks, if there is one.
+
+        Then a text is cut otherwise, as by a longer list of the same merges, whatever the ids.
+        What some call a byte of SentencePiece's form is no other token.
+        """
+        known = set(student.values())
+        further = self.keys() - student.keys() - self.added
+        return next((token for token in sorted(further) if self[token] not in known), None)
+
+
+def read_token_ids(name: str, revision: str | None = None) -> TokenIds | None:
     """Return the teacher tokenizer's token -> id map, or None if there is no tokenizer.
 
     Raises:
@@ -152,9 +169,10 @@ def read_token_ids(name: str, revision: str | None = None) -> dict[str, int] | N
         if outside or hugging_face.has_tokenizer(folder) or is_gguf(name):
             raise
         return None
-    token_ids = tokenizer.get_vocab()
+    token_ids = TokenIds(tokenizer.get_vocab())
+    token_ids.added = frozenset(tokenizer.get_added_vocab())
     # For some architectures transformers makes a tokenizer up, of nothing but special tokens.
-    return token_ids if token_ids.keys() - tokenizer.get_added_vocab().keys() else None
+    return token_ids if token_ids.keys() - token_ids.added else None
 
 
 def tokenizer_source(name: str) -> str | Path:
@@ -163,12 +181,12 @@ def tokenizer_source(name: str) -> str | Path:
     return hugging_face.own_folder(folder) if folder.is_dir() else name
 
 
-def numbers_alike(student: dict[str, int], teacher: dict[str, int]) -> bool:
-    """Whether every token of the student has the same id in the teacher."""
-    return not any(_differing(student, teacher))
+def numbers_alike(student: dict[str, int], teacher: TokenIds) -> bool:
+    """Whether the two are one tokenizer, but for tokens that were added to the teacher's."""
+    return teacher.further(student) is None and not any(differing(student, teacher))
 
 
-def _differing(student: dict[str, int], teacher: dict[str, int]) -> Iterator[tuple[str, int]]:
+def differing(student: dict[str, int], teacher: dict[str, int]) -> Iterator[tuple[str, int]]:
     """The student's tokens with another id in the teacher.
 
     Bytes of SentencePiece's form are left out: some are called otherwise elsewhere.
@@ -179,25 +197,34 @@ def _differing(student: dict[str, int], teacher: dict[str, int]) -> Iterator[tup
 
 def check_token_ids(
     student: dict[str, int],
-    teacher: dict[str, int],
+    teacher: TokenIds,
     teacher_name: str,
     flag: str = "--teacher-model",
     also: str = "",
 ) -> None:
     """Check that every token of the student has the same id in the teacher.
 
-    The map is compared, not its size: both models read the same ids. A teacher that knows more
-    tokens, or whose table is padded, is fine. `flag` names it, `also` is another way out.
+    The map is compared, not its size: both models read the same ids. A teacher to whose tokens
+    some were added, or whose table is padded, is fine; one that has learnt more is not. `flag`
+    names it, `also` is another way out.
 
     Raises:
         UsageError: naming a token and its two ids.
     """
-    for token, index in _differing(student, teacher):
+    way_out = (
+        "Choose another model, or train with its tokenizer: --tokenizer-type HuggingFaceTokenizer "
+        f"--tokenizer-model {teacher_name}.{also}"
+    )
+    for token, index in differing(student, teacher):
         raise UsageError(
             f"Student and teacher number tokens differently: {token!r} is {index} in the student's "
             f"tokenizer and {teacher.get(token, 'absent')} in that of {flag} {teacher_name}. "
-            "Choose another model, or train with its tokenizer: --tokenizer-type "
-            f"HuggingFaceTokenizer --tokenizer-model {teacher_name}.{also}"
+            f"{way_out}"
+        )
+    if (further := teacher.further(student)) is not None:
+        raise UsageError(
+            f"{flag} {teacher_name} has learnt tokens that the student's tokenizer lacks, such as "
+            f"{further!r}: the same text is cut otherwise. {way_out}"
         )
 
 

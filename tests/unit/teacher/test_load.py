@@ -17,7 +17,9 @@ from transformers import (
 
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import (
+    TokenIds,
     check_token_ids,
+    differing,
     fingerprint,
     load_causal_lm,
     numbers_alike,
@@ -164,8 +166,14 @@ def test_tokenizer_of_the_folder_is_read(folder, tmp_path):
 
 
 def test_equal_ids_and_a_larger_vocabulary_are_fine():
-    check_token_ids({"a": 0, "b": 1}, {"a": 0, "b": 1}, "teacher")
-    check_token_ids({"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}, "teacher")
+    check_token_ids({"a": 0, "b": 1}, TokenIds({"a": 0, "b": 1}), "teacher")
+    more = TokenIds({"a": 0, "b": 1, "c": 2})
+    with pytest.raises(UsageError, match="has learnt tokens that .* lacks, such as 'c'"):
+        check_token_ids({"a": 0, "b": 1}, more, "teacher")  # a longer list of the same merges, say
+    assert not numbers_alike({"a": 0, "b": 1}, more)
+    more.added = frozenset({"c"})
+    check_token_ids({"a": 0, "b": 1}, more, "teacher")
+    assert numbers_alike({"a": 0, "b": 1}, more)
 
 
 @pytest.mark.parametrize(
@@ -173,22 +181,22 @@ def test_equal_ids_and_a_larger_vocabulary_are_fine():
 )
 def test_another_id_and_an_absent_token_are_named(teacher, told):
     with pytest.raises(UsageError, match=told) as error:
-        check_token_ids({"a": 0, "b": 1}, teacher, "small-model")
+        check_token_ids({"a": 0, "b": 1}, TokenIds(teacher), "small-model")
     assert "--tokenizer-model small-model" in str(error.value)
 
 
 def test_same_size_in_another_order_is_no_match():
     with pytest.raises(UsageError):
-        check_token_ids({"a": 0, "b": 1}, {"a": 1, "b": 0}, "teacher")
+        check_token_ids({"a": 0, "b": 1}, TokenIds({"a": 1, "b": 0}), "teacher")
     # Transformers calls Gemma's byte 9 a tab.
-    assert numbers_alike({"a": 0, "<0x09>": 1}, {"a": 0, "\t": 1})
-    assert not numbers_alike({"a": 0, "b": 1}, {"a": 0, "\t": 1})
+    assert not any(differing({"a": 0, "<0x09>": 1}, {"a": 0, "\t": 1}))
+    assert any(differing({"a": 0, "b": 1}, {"a": 0, "\t": 1}))
 
 
 def test_a_table_with_padding_rows_loads(folder):
     """64 rows for two tokens: the table's size is not the tokenizer's."""
     assert read_teacher_config(str(folder)).vocab_size == 64
-    check_token_ids({"a": 0, "b": 1}, {"a": 0, "b": 1}, str(folder))
+    check_token_ids({"a": 0, "b": 1}, TokenIds({"a": 0, "b": 1}), str(folder))
     assert isinstance(
         load(folder), AutoModelForCausalLM._model_mapping[load(folder).config.__class__]
     )

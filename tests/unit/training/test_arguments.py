@@ -50,6 +50,11 @@ MISTAKES = {
         "--tokenizer-model TMP/tokenizer",
         "'b' is 1 in the student's.* 2 in .*--tokenizer-model TMP/other. Or --method let",
     ),
+    "a longer list of the same tokens": (
+        f"{SALT} --teacher-model TMP/longer --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model TMP/tokenizer",
+        "TMP/longer has learnt tokens that the student's tokenizer lacks, such as 'c'.*Or --method",
+    ),
     "length of rows that are the student's": (
         f"{CONSTANT} --teacher-seq-length 64",
         "--teacher-seq-length 64 has no effect: the teacher TMP/teacher reads the student's own",
@@ -256,7 +261,7 @@ FINE = {
     "guided until the last step": f"{LET} --let-stop-step 10",
     "guided until the last sample": f"{LET} --let-stop-samples 20",
     "larger vocabulary of the teacher": f"{CONSTANT} --vocab-size 100",
-    "teacher's tokenizer knows more": f"{CONSTANT} --teacher-model TMP/superset "
+    "tokens that were added to the teacher's": f"{CONSTANT} --teacher-model TMP/superset "
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/tokenizer",
     "documents kept apart": f"{CONSTANT} --reset-attention-mask --reset-position-ids",
     "sequences beyond the teacher's context": f"{CONSTANT} {LONG}",
@@ -266,8 +271,9 @@ FINE = {
 }
 
 
-def save_tokenizer(folder, *words):
+def save_tokenizer(folder, *words, added=()):
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="a"))
+    tokenizer.add_tokens(list(added))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(folder)
 
 
@@ -281,13 +287,14 @@ def save_sentencepiece(folder):
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    for name in ("teacher", "other", "superset"):
+    for name in ("teacher", "other", "superset", "longer"):
         save_tiny_teacher(folder / name)
     save_tiny_teacher(folder / "small", vocab_size=100)
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(folder / "t5")
     save_tokenizer(folder / "tokenizer", "a", "b")
     save_tokenizer(folder / "other", "a", "c", "b")
-    save_tokenizer(folder / "superset", "a", "b", "c")
+    save_tokenizer(folder / "superset", "a", "b", added=["c"])
+    save_tokenizer(folder / "longer", "a", "b", "c")
     (folder / "empty").mkdir()
     writer = PairWriter(folder / "one")
     writer.add(np.array([1, 2], np.int32), np.array([2], np.int32))
