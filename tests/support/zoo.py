@@ -74,11 +74,15 @@ def _built(config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config)
     if sum(weight.numel() for weight in model.parameters()) > LARGEST:
         raise ValueError("too large")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = _random(config)
     apart = torch.zeros(1, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e30)
     with torch.no_grad():
         model(input_ids=torch.arange(3, 12)[None], use_cache=False)
         if hasattr(config.get_text_config(), "num_key_value_heads"):
             model(input_ids=torch.arange(3, 12)[None], attention_mask=apart, use_cache=False)
-    return model
+    return _random(config)  # RWKV's weights are others once they were used
+
+
+def _random(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
