@@ -79,7 +79,7 @@ class Gigatoken:
         self._source = orjson.dumps(source)
         self._tokenizer = _gigatoken(self._source)
         self.reference = Library(tokenizer)
-        self._prefix, self._suffix = _added_around(tokenizer)
+        self._prefix, self._suffix = added_around(tokenizer)
         self._memory_at_start = self._unwatched = 0
         added = [token["content"] for token in source["added_tokens"]]
         self._screen = Screen(*_compared(revealing(source)), normalizer, added)
@@ -165,7 +165,7 @@ def _compared(source: str) -> tuple[Encode, Encode]:
     )
 
 
-def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and behind a text, such as BOS."""
     if not tokenizer.include_special_tokens:
         return [], []
@@ -175,7 +175,7 @@ def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     for start in range(len(wrapped) - len(bare) + 1):
         if wrapped[start : start + len(bare)] == bare:
             return wrapped[:start], wrapped[start + len(bare) :]
-    raise Unsuited("gigatoken cannot add what this tokenizer adds to a text")
+    raise Unsuited("what this tokenizer adds to a text does not stand around it")
 
 
 def _resident_bytes() -> int:

@@ -15,6 +15,12 @@ LARGEST = 1e4
 """Weight."""
 
 
+def averaged(old: torch.Tensor, new: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The moving average with one value more, if that counts; NaN: nothing is known yet."""
+    merged = torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new)
+    return torch.where(counts, merged, old)
+
+
 class Balance:
     """lambda(s) = ratio * sqrt(EMA |g_LM|^2 / EMA |g_LET|^2 at weight 1), on the device.
 
@@ -44,8 +50,7 @@ class Balance:
         """
         new_2 = torch.cat([lm_square.view(1), let_square.view(1)])
         old_2 = self._known(new_2.device)
-        merged_2 = torch.where(old_2.isnan(), new_2, MEMORY * old_2 + (1 - MEMORY) * new_2)
-        self._squares_2 = torch.where((new_2.isfinite() & (new_2 > 0)).all(), merged_2, old_2)
+        self._squares_2 = averaged(old_2, new_2, (new_2.isfinite() & (new_2 > 0)).all())
 
     def _known(self, device: torch.device) -> torch.Tensor:
         if self._squares_2 is None:

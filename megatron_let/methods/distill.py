@@ -22,8 +22,8 @@ from megatron.training import get_tokenizer
 from megatron_let.data.selection import SelectedFirst, load_selection, number_wanted
 from megatron_let.errors import UsageError
 from megatron_let.losses.distilled_cross_entropy import TeacherHead, distilled_cross_entropy
-from megatron_let.methods.guided import Signal
 from megatron_let.methods.schedules import distillation_weight, run_length
+from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import KD_STOP_SHARE, Flags, method_row
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.teacher.stage import Teacher

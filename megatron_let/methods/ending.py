@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from megatron_let.errors import UsageError
+from megatron_let.methods.balance import averaged
 
-MEMORY = 0.95
-"""Of the moving average: some twenty steps."""
 WORDS = {
     "loss": "the student's loss less the teacher's has come down to {:.4f}",
     "cosine": "the cosine between the two gradients at the aligned layer is {:.4f}",
@@ -95,9 +94,7 @@ class Ending:
             self._patience = self._patience + 1 if self._read() else 0
         new = value.detach().float().view(())
         old = torch.full_like(new, torch.nan) if self._average is None else self._average
-        old = old.to(new.device)
-        merged = torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new)
-        new = self._average = torch.where(new.isfinite(), merged, old)
+        new = self._average = averaged(old.to(new.device), new, new.isfinite())
         self._copy(new <= self._args.guidance_margin)
         if self._since is None and self._patience >= self._args.guidance_patience:
             self._since = step

@@ -21,8 +21,8 @@ from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Resize, Target
 from megatron_let.losses.table import LOSSES
 from megatron_let.methods.balance import Balance
-from megatron_let.methods.guided import Signal
 from megatron_let.methods.schedules import guidance_factor, run_length
+from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import LET_GRADIENT_RATIO, LET_LAYER, LET_STOP_STEP, Flags
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.upstream.aligned_layer import aligned_block_spec

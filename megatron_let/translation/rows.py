@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_let.data.engines import added_around
 from megatron_let.translation.settled import Settled
 from megatron_let.translation.token_bytes import TokenBytes
 from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS
@@ -40,7 +41,7 @@ class Translator:
         end = teacher.tokenizer.eod
         self.end = [] if end is None else [end]
         """The teacher's end of a document."""
-        self.start = _put_in_front(teacher.tokenizer)
+        self.start, _ = added_around(teacher.tokenizer)
         """What is in front of each document."""
         self._settled = Settled(teacher)
 
@@ -119,14 +120,16 @@ class Translated(torch.utils.data.Dataset):
         return len(self._dataset)
 
     def stop(self) -> None:
-        """Give plain samples from now on, in the workers too: nobody is guided any more."""
+        """Translate nothing any more, in the workers too: nobody is guided."""
         self._is_over.fill_(True)
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         sample = self._dataset[index]
-        if self._is_over:
-            return sample
-        ids, index_S = self._translator.row(sample["tokens"].numpy())
+        tokens_S = sample["tokens"].numpy()
+        # Of the same keys: a batch may hold samples from before and after.
+        ids, index_S = np.zeros(0, dtype=np.int64), np.full(len(tokens_S), NOTHING)
+        if not self._is_over:
+            ids, index_S = self._translator.row(tokens_S)
         ids, index_S = cut(ids, index_S, self._length)
         own = {TEACHER_TOKENS: torch.from_numpy(ids), TEACHER_INDEX: torch.from_numpy(index_S)}
         return sample | own
@@ -175,10 +178,3 @@ def _decoded(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         return data[: error.start].decode()
-
-
-def _put_in_front(tokenizer: Any) -> list[int]:
-    """Special tokens that a tokenizer puts in front of a text."""
-    bare, whole = (tokenizer.fast.encode("a", add_special_tokens=b).ids for b in (False, True))
-    places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[: next(places, 0)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_let.data.tokenizer import SentencePiece, Tokenizer
 from megatron_let.errors import UsageError
@@ -125,14 +126,7 @@ def _bytes_by_id(
     return table
 
 
-def _alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte: itself where that can be seen, else one from U+0100 on."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-_BYTE_OF = _alphabet()
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def _of_byte_level(piece: str) -> bytes:

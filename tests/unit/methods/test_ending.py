@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_let.errors import UsageError
-from megatron_let.methods.ending import MEMORY, Ending, check_ending
+from megatron_let.methods.balance import MEMORY
+from megatron_let.methods.ending import Ending, check_ending
 
 FLAGS = Namespace(
     guidance_stop="loss",
