@@ -9,8 +9,12 @@ Without a GPU everything runs on CPU with gloo.
 import functools
 import sys
 
+from megatron_let.dry_run import start
 from megatron_let.upstream import cpu
 
+IS_DRY = "--dry-run" in sys.argv
+if IS_DRY:
+    start.begin(sys.argv)
 cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
 
 from megatron.core.enums import ModelType  # noqa: E402
@@ -37,6 +41,11 @@ from megatron_let.upstream.secrets import scrubbed  # noqa: E402
 
 def main() -> None:
     """One run in its `--save`: nothing is written there before."""
+    if IS_DRY:
+        from megatron_let.dry_run.rank import run_rank
+
+        run_rank(train)
+        return
     with one_run_in(save_folder(sys.argv)):
         train()
 

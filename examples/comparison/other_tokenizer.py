@@ -25,7 +25,9 @@ from tools.compare_runs import compare_runs  # noqa: E402
 
 TIMES = 2
 """So many times as many tokens has the other tokenizer."""
-SAVES = 20
+LONGER = 1.5
+"""So many times as many steps it takes, lest its last checkpoint be the worse teacher."""
+SAVES = 30
 """Checkpoints to choose from."""
 
 
@@ -40,6 +42,7 @@ def other_teacher(quickstart: Quickstart, same: Path) -> tuple[Path, str]:
     other = Quickstart(recipe, folder, "behind", quickstart.processes)
     other.data()
     model = other.teacher_model
+    model = replace(model, steps=int(LONGER * model.steps))
     run = other.train(model, folder / "teacher", 1, SAVES, "--method baseline")
     texts = {"valid": quickstart.folder / "corpus" / "valid.jsonl"}
 

@@ -71,6 +71,26 @@ class InitFlags(Flags):
     layer."""
 
 
+@dataclass(frozen=True)
+class DryRunFlags(Flags):
+    """The run without a GPU, another rank or weights."""
+
+    title = "dry run"
+
+    dry_run: bool = False
+    """Run two steps of some ranks on tensors without contents, and print what each holds, computes
+    and sends. Nothing is read of --load, nothing is written."""
+
+    dry_run_world_size: int | None = None
+    """GPUs of the run; the default is the fewest that TP x PP takes."""
+
+    dry_run_ranks: str = "one-per-stage"
+    """Which ranks: this, or numbers with commas between them."""
+
+    dry_run_gpu_memory: float = 80.0
+    """GiB of one GPU."""
+
+
 def flag(name: str, value: object = True) -> str:
     """Return how a command line says an argument of this name and value."""
     word = f"--{name.replace('_', '-')}"
@@ -81,7 +101,7 @@ def flag(name: str, value: object = True) -> str:
 
 def groups() -> list[type[Flags]]:
     """The groups of our flags; a method of the user's may have brought one."""
-    return [*method_groups(), InitFlags, CheckpointArguments]
+    return [*method_groups(), InitFlags, CheckpointArguments, DryRunFlags]
 
 
 def method_groups() -> list[type[Flags]]:
@@ -166,6 +186,15 @@ def check_keep_last(args: Namespace) -> None:
         )
     if args.save is None:
         raise UsageError(f"--save-keep-last {args.save_keep_last} has no effect without --save.")
+
+
+def check_dry_run(args: Namespace) -> None:
+    """Raise UsageError if a flag of a dry run has no effect."""
+    for given in fields(DryRunFlags):
+        if not args.dry_run and getattr(args, given.name) != given.default:
+            raise UsageError(
+                f"{flag(given.name, getattr(args, given.name))} has no effect without --dry-run."
+            )
 
 
 def check_init(args: Namespace) -> None:

@@ -54,6 +54,7 @@ def parse_arguments() -> Namespace:
     arguments.check_flags(flags, sys.argv)
     arguments.check_keep_last(flags)
     arguments.check_init(flags)
+    arguments.check_dry_run(flags)
     choice.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)

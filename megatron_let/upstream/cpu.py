@@ -149,7 +149,7 @@ def _local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _by(function: Callable[..., Any]) -> Callable[[Any], Any]:
+def by(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """A redirect to a function, as an object of its own.
 
     torch._dynamo, which every optimizer imports, keeps a table of torch's functions by identity and
@@ -158,8 +158,9 @@ def _by(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda original: lambda *args, **kwargs: function(*args, **kwargs)
 
 
-def _returns(value: Any) -> Callable[[Any], Any]:
-    return _by(lambda *args, **kwargs: value)
+def returns(value: Any) -> Callable[[Any], Any]:
+    """A redirect to a function that returns this, whatever it is given."""
+    return by(lambda *args, **kwargs: value)
 
 
 class Event(torch.cpu.Event):
@@ -193,9 +194,9 @@ class Stream(torch.cpu.Stream):
         """There is nothing to wait for."""
 
 
-_itself = _by(lambda self, *args, **kwargs: self)
-_get_rng_state = _by(lambda *args, **kwargs: torch.get_rng_state())
-_set_rng_state = _by(lambda new_state, *args, **kwargs: torch.set_rng_state(new_state))
+_itself = by(lambda self, *args, **kwargs: self)
+_get_rng_state = by(lambda *args, **kwargs: torch.get_rng_state())
+_set_rng_state = by(lambda new_state, *args, **kwargs: torch.set_rng_state(new_state))
 _PROPERTIES = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
 
 # --- what is redirected, and why ----------------------------------------------------------------
@@ -216,27 +217,27 @@ TORCH_REDIRECTS: list[Redirect] = [
     *alike(_MOVED, "cuda", _itself, "moves a batch, a weight or the model to the GPU"),
     Redirect("torch.Tensor", "pin_memory", _itself, "page-locked memory needs a CUDA driver"),
     Redirect("torch.Tensor", "type", _type_as_cuda, "optimizers compare with torch.cuda.*Tensor"),
-    Redirect("torch", "compile", _by(_as_it_is), "jit_fuser: compiling costs more than it saves"),
-    Redirect(_CUDA, "current_device", _returns(CPU), "device= of buffers"),
-    Redirect(_CUDA, "device_count", _by(_local_processes), "0 skips set-up"),
-    *alike(_CUDA, "set_device set_stream", _returns(None), "one device, one stream"),
-    Redirect(_CUDA, "get_device_capability", _returns((8, 0)), "checks"),
-    Redirect(_CUDA, "get_device_properties", _returns(_PROPERTIES), "checks"),
-    Redirect(_CUDA, "get_device_name", _returns("cpu"), "logs"),
-    Redirect(_CUDA, "synchronize", _returns(None), "timers, p2p, DDP"),
-    Redirect(_CUDA, "empty_cache", _returns(None), "no caching allocator"),
-    *alike(_CUDA, _MEMORY, _returns(0), "memory report"),
-    Redirect(_CUDA, "memory_stats", _returns({}), "memory report"),
-    Redirect(_CUDA, "reset_peak_memory_stats", _returns(None), "memory report"),
+    Redirect("torch", "compile", by(_as_it_is), "jit_fuser: compiling costs more than it saves"),
+    Redirect(_CUDA, "current_device", returns(CPU), "device= of buffers"),
+    Redirect(_CUDA, "device_count", by(_local_processes), "0 skips set-up"),
+    *alike(_CUDA, "set_device set_stream", returns(None), "one device, one stream"),
+    Redirect(_CUDA, "get_device_capability", returns((8, 0)), "checks"),
+    Redirect(_CUDA, "get_device_properties", returns(_PROPERTIES), "checks"),
+    Redirect(_CUDA, "get_device_name", returns("cpu"), "logs"),
+    Redirect(_CUDA, "synchronize", returns(None), "timers, p2p, DDP"),
+    Redirect(_CUDA, "empty_cache", returns(None), "no caching allocator"),
+    *alike(_CUDA, _MEMORY, returns(0), "memory report"),
+    Redirect(_CUDA, "memory_stats", returns({}), "memory report"),
+    Redirect(_CUDA, "reset_peak_memory_stats", returns(None), "memory report"),
     Redirect(_CUDA, "Event", instead(Event), "timing"),
     Redirect(_CUDA, "Stream", instead(Stream), "DDP's communication stream"),
-    Redirect(_CUDA, "stream", _by(contextlib.nullcontext), "DDP's communication stream"),
-    *alike(_CUDA, "current_stream default_stream", _by(Stream), "DDP's communication stream"),
-    Redirect(_CUDA, "is_current_stream_capturing", _returns(False), "graphs"),
-    Redirect(_CUDA, "manual_seed", _by(torch.default_generator.manual_seed), "RNG"),
+    Redirect(_CUDA, "stream", by(contextlib.nullcontext), "DDP's communication stream"),
+    *alike(_CUDA, "current_stream default_stream", by(Stream), "DDP's communication stream"),
+    Redirect(_CUDA, "is_current_stream_capturing", returns(False), "graphs"),
+    Redirect(_CUDA, "manual_seed", by(torch.default_generator.manual_seed), "RNG"),
     Redirect(_CUDA, "get_rng_state", _get_rng_state, "RNG"),
     Redirect(_CUDA, "set_rng_state", _set_rng_state, "RNG"),
-    *alike("torch.cuda.nvtx", "range_push range_pop", _returns(None), "profiling ranges"),
+    *alike("torch.cuda.nvtx", "range_push range_pop", returns(None), "profiling ranges"),
     Redirect(_DATA, "__init__", _loader_with_generator, "draws from dropout's generator"),
     *alike("torch.distributed", "init_process_group new_group", _without_nccl, "names nccl"),
     Redirect("torch.distributed", "barrier", _without_nccl, "device_ids is for nccl"),

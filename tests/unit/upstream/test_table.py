@@ -15,7 +15,7 @@ from collections import Counter
 from megatron_let.upstream import cpu
 cpu.activate()
 from megatron_let.checkpoint.door import Door
-from megatron_let.upstream import async_saves, loop_hooks, mended, safe_loading
+from megatron_let.upstream import async_saves, dry, loop_hooks, mended, safe_loading
 from pkgutil import resolve_name
 
 args = Namespace(
@@ -34,6 +34,8 @@ every = [redirect for table in tables.values() for redirect in table]
 for redirect in every:
     getattr(resolve_name(redirect.owner), redirect.name)
     assert len(redirect.reason) > 2, redirect
+for redirect in dry.TORCH + dry.MEGATRON + dry.kernels(None):  # in the place of the CPU's
+    getattr(resolve_name(redirect.owner), redirect.name)
 twice = [name for name, n in Counter(redirect[:2] for redirect in every).items() if n > 1]
 assert not twice, twice
 print({name: len(table) for name, table in tables.items()})

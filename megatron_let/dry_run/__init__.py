@@ -1,0 +1,1 @@
+"""The real program on tensors that have shapes and no contents: `--dry-run`."""

@@ -1,0 +1,29 @@
+"""What a dry run finds."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Found:
+    """What one rank holds, in bytes, and does in its second step."""
+
+    rank: int
+    stage: int
+    parameters: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    """And what else there is before a step."""
+    teacher: int = 0
+    step: int = 0
+    """At the step's fullest moment, beside what was there before."""
+    flops: float = 0.0
+    teacher_flops: float = 0.0
+    collectives: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """Group, kind, number and bytes of each kind."""
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment of a step."""
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.step

@@ -1,0 +1,163 @@
+"""One rank of a dry run: the real program for two steps, on tensors without contents."""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+import weakref
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.core import mpu
+
+from megatron_let.dry_run.flags import AS_IF, RESULT
+from megatron_let.dry_run.found import Found
+from megatron_let.upstream.dry import kernels, real, without_contents
+from megatron_let.upstream.table import Redirect, instead
+from megatron_let.upstream.watch import Watch, bytes_of
+
+STEPS = 2
+"""The first one makes the optimizer's state; the second one is shown."""
+FILES = "save load pretrained_checkpoint init_from non_persistent_save_interval"
+"""Arguments that name what is read or written."""
+_HOST, _RUN = "megatron_let.teacher.host", "megatron_let.training.run"
+_LINE, _DATASETS = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
+_LOSS = "megatron_let.losses.distilled_cross_entropy"
+_UNREAD, _COUNTED = "no weights are read", "the teacher's FLOPs are counted"
+
+
+class DryRank:
+    """Runs a program, and keeps what was found."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+        self.found = Found(rank=int(os.environ["RANK"]), stage=0)
+        self._teacher: list[weakref.ref] = []
+        """Its weights, of which it lets go of some."""
+        self._teacher_flops = 0.0
+
+    def run(self, train: Callable[[], None]) -> None:
+        """Run it, and write down what was found, whether it ends or exits."""
+        began = time.monotonic()
+        try:
+            with without_contents(self.watch, self._redirects()):
+                train()
+        except SystemExit as end:  # Megatron's way to end after so many steps
+            if end.code:
+                raise
+        self.found.seconds = time.monotonic() - began
+        Path(os.environ[RESULT]).write_text(json.dumps(asdict(self.found)))
+
+    def _redirects(self) -> list[Redirect]:
+        return [
+            *(kernels(self.watch) if AS_IF in sys.argv else []),
+            Redirect(_LINE, "parse_arguments", self._alone, "nothing is read or written"),
+            Redirect(_LINE, "tracker_defaults", instead(lambda flags: {}), "nothing is written"),
+            Redirect(_LINE, "model_config", self._local, "its own layers, once all is checked"),
+            Redirect(f"{_DATASETS}.GPTDataset", "__getitem__", real, "reads"),
+            Redirect(f"{_DATASETS}.MockGPTDataset", "__getitem__", real, "reads"),
+            Redirect(_RUN, "check_loss_mask", real, "looks at the data"),
+            Redirect(_HOST, "load_causal_lm", self._untrained, _UNREAD),
+            Redirect(_HOST, "fingerprint", instead(lambda model: "dry run"), _UNREAD),
+            *(
+                Redirect(_HOST, name, instead(lambda *args: None), _UNREAD)
+                for name in ("check_weights", "check_states", "check_documents")
+            ),
+            Redirect(f"{_HOST}.TeacherHost", "score", instead(_unscored), _UNREAD),
+            Redirect(f"{_HOST}.Clock", "running", self._running, _COUNTED),
+            Redirect(_LOSS, "_chunk", self._distilling, _COUNTED),
+            Redirect("megatron.training.training", "train_step", self._step, "no hook there"),
+        ]
+
+    def _alone(self, parse: Callable[[], Namespace]) -> Callable[[], Namespace]:
+        def parsed() -> Namespace:
+            args = parse()
+            args.exit_interval = STEPS
+            for name in FILES.split():
+                setattr(args, name, None)
+            return args
+
+        return parsed
+
+    def _local(self, model_config: Callable[..., Any]) -> Callable[..., Any]:
+        def made(args: Namespace, method: Any) -> Any:
+            args.transformer_impl = "local"
+            return model_config(args, method)
+
+        return made
+
+    def _untrained(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*args: Any, untrained: bool) -> Any:
+            model = load(*args, untrained=True)
+            self._teacher = [weakref.ref(one) for one in model.parameters()]
+            return model
+
+        return loaded
+
+    @contextlib.contextmanager
+    def _of_teacher(self) -> Iterator[None]:
+        before = self.watch.flops
+        yield
+        self._teacher_flops += self.watch.flops - before
+
+    def _running(self, running: Callable[..., Any]) -> Callable[..., Any]:
+        @contextlib.contextmanager
+        def counted(clock: Any) -> Iterator[None]:
+            with self._of_teacher(), running(clock):
+                yield
+
+        return counted
+
+    def _distilling(self, losses: Callable[..., Any]) -> Callable[..., Any]:
+        """Its one product of matrices is that of the teacher's head."""
+
+        def counted(*args: Any) -> Any:
+            with self._of_teacher():
+                return losses(*args)
+
+        return counted
+
+    def _step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step(forward: Any, data: Any, chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
+            gc.collect()
+            watch = self.watch
+            held, watch.peak = watch.now, watch.now
+            watch.flops = self._teacher_flops = 0.0
+            watch.collectives.clear()
+            watch.collective_bytes.clear()
+            result = train_step(forward, data, chunks, *args, **kwargs)
+            self._note(chunks, held)
+            return result
+
+        return step
+
+    def _note(self, chunks: list[Any], held: int) -> None:
+        found, watch = self.found, self.watch
+        parameters = [one for chunk in chunks for one in chunk.parameters()]
+        found.stage = mpu.get_pipeline_model_parallel_rank()
+        found.parameters = sum(one.numel() for one in parameters)
+        found.weights = bytes_of(parameters)
+        main = (getattr(one, "main_grad", None) for one in parameters)
+        found.gradients = bytes_of(one for one in main if one is not None)
+        kept = (one() for one in self._teacher)
+        found.teacher = bytes_of(one for one in kept if one is not None)
+        found.optimizer = held - found.weights - found.gradients - found.teacher
+        found.step = watch.peak - held
+        found.flops, found.teacher_flops = watch.flops, self._teacher_flops
+        found.collectives = [
+            (*key, number, watch.collective_bytes[key]) for key, number in watch.collectives.items()
+        ]
+
+
+def _unscored(host: Any, train_dataset: Any) -> None:
+    host.facts["lm_loss"] = 0.0
+
+
+def run_rank(train: Callable[[], None]) -> None:
+    """Run `train` as the rank that the environment names, see `DryRank`."""
+    DryRank().run(train)

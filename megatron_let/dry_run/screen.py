@@ -1,0 +1,75 @@
+"""What a dry run found, on one screen of at most 100 columns."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron_let.dry_run.found import Found
+from megatron_let.planning.memory import RUNTIME_BYTES
+
+GIB, MIB, TERA = 2**30, 2**20, 1e12
+KINDS = ("weights", "gradients", "optimizer", "teacher", "step", "peak")
+MOST_COLLECTIVES = 12
+UNSEEN = (
+    "It can't see numbers, speed, the order in which ranks meet, what waits for\nthe GPU. "
+    "Transformer Engine's kernels are counted by what they keep (docs/benchmarks.md: how near)."
+)
+
+
+def screen(found: Sequence[Found], options: Namespace, world: int, said: Sequence[str]) -> str:
+    """Return the screen.
+
+    Args:
+        found: of each rank that was run.
+        options: the flags that matter here.
+        world: GPUs of the run.
+        said: what was replaced.
+    """
+    tp, pp = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    seconds = max(one.seconds for one in found)
+    lines = [
+        f"Dry run of {world} GPU{'s' * (world > 1)} = TP {tp} x PP {pp} x DP {world // (tp * pp)}: "
+        f"{len(found)} of its ranks, two steps each on tensors without contents",
+        *(f"Replaced: {what}." for what in said),
+        "",
+        *_memory(found, options.dry_run_gpu_memory),
+        "",
+        *_work(found),
+        "",
+        *_collectives(found[0]),
+        "",
+        f"{seconds:.0f} s a rank. {UNSEEN}",
+    ]
+    return "\n".join(lines)
+
+
+def _memory(found: Sequence[Found], gpu_gib: float) -> list[str]:
+    lines = ["GiB       " + "".join(f"{kind:>10}" for kind in KINDS) + "  parameters"]
+    for one in found:
+        sizes = "".join(f"{getattr(one, kind) / GIB:10.2f}" for kind in KINDS)
+        lines.append(f"rank {one.rank:<5}{sizes}  {one.parameters:,} (stage {one.stage})")
+    fullest = max(found, key=lambda one: one.peak)
+    need = (fullest.peak + RUNTIME_BYTES) / GIB
+    verdict = "Fits" if need <= gpu_gib else "DOES NOT FIT"
+    lines.append(
+        f"{verdict}: rank {fullest.rank} needs {need:.1f} GiB of {gpu_gib:g} "
+        f"({RUNTIME_BYTES / GIB:.0f} of them for CUDA, NCCL and fragments)"
+    )
+    return lines
+
+
+def _work(found: Sequence[Found]) -> list[str]:
+    return [
+        f"rank {one.rank:<5}{one.flops / TERA:10.2f} TFLOP a step, the teacher's "
+        f"{one.teacher_flops / TERA:.2f} ({one.teacher_flops / max(one.flops, 1):.1%})"
+        for one in found
+    ]
+
+
+def _collectives(one: Found) -> list[str]:
+    if not one.collectives:
+        return [f"Rank {one.rank} sends nothing."]
+    lines = [f"Collectives of a step on rank {one.rank}, group by group", ""]
+    by_bytes = sorted(one.collectives, key=lambda entry: -entry[3])
+    for group, kind, number, size in by_bytes[:MOST_COLLECTIVES]:
+        lines.append(f"  {group.lower():40}{kind:22}{number:6}{size / MIB:12,.1f} MiB")
+    return lines

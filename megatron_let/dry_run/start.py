@@ -1,0 +1,98 @@
+"""`pretrain_let.py --dry-run`: some ranks of a run, a process each, and what they found."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_let.dry_run import flags
+from megatron_let.dry_run.found import Found
+from megatron_let.dry_run.screen import screen
+from megatron_let.errors import UsageError
+
+FAULT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b")
+"""The last line of a traceback."""
+
+
+def begin(argv: Sequence[str]) -> None:
+    """Run the dry run, and end the process; in the process of a rank prepare torch, and go on.
+
+    To be called before Megatron is imported.
+
+    Args:
+        argv: the program and its flags.
+    """
+    if flags.RESULT in os.environ:
+        from megatron_let.training.ignored_flags import NEEDS_GPU
+        from megatron_let.upstream import cpu, dry
+
+        sys.argv = flags.without(sys.argv, NEEDS_GPU.split())  # what they would do is not seen
+        cpu.activate()
+        dry.before_megatron()
+        return
+    try:
+        print(dry_run(argv))
+    except UsageError as error:
+        print(f"pretrain_let.py: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    sys.exit(0)
+
+
+def dry_run(argv: Sequence[str]) -> str:
+    """Run dry what a command line describes, and return the screen; raises as `found_by`."""
+    found, said = found_by(argv)
+    options = flags.parse(argv[1:])
+    return screen(found, options, flags.world_size(options), said)
+
+
+def found_by(argv: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """Run some ranks of the run that a command line, the program first, describes.
+
+    Returns:
+        What each found, and what was replaced, a sentence each.
+
+    Raises:
+        UsageError: it cannot be run dry, or a rank ended in an error, in its words.
+    """
+    options = flags.parse(argv[1:])
+    world = flags.world_size(options)
+    chosen = flags.ranks(options, world)
+    flags.refuse_unseen(options)
+    with tempfile.TemporaryDirectory(prefix="dry-run-") as name:
+        folder = Path(name)
+        words, said = flags.replaced(argv[1:], options, folder)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            found = pool.map(lambda rank: _rank(argv[0], words, rank, world, folder), chosen)
+            return list(found), said
+
+
+def _rank(program: str, words: list[str], rank: int, world: int, folder: Path) -> Found:
+    """Run one rank in a process of its own."""
+    result = folder / f"{rank}.json"
+    environment = {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "nowhere", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", flags.RESULT: str(result),
+    }  # fmt: skip
+    command = [sys.executable, program, *words]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode or not result.exists():
+        raise UsageError(_reason(done.stderr) + f" (rank {rank} of {world})")
+    return Found(**json.loads(result.read_text()))
+
+
+def _reason(stderr: str) -> str:
+    """The error that a process ended with, in its words."""
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if ": error: " in line]
+    if errors:
+        return errors[-1].partition(": error: ")[2]
+    faults = [line for line in lines if FAULT.match(line)]
+    return f"The run ends with {(faults or lines or ['no words'])[-1]}"

@@ -1,0 +1,107 @@
+"""`--dry-run`: the real program as single ranks, on tensors without contents."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.recipes import recipe_flags
+from megatron_let.dry_run.flags import AS_IF, RESULT
+from megatron_let.dry_run.found import Found
+from tests.support.testing import run_program
+from tests.support.tiny_run import FLAGS
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = str(ROOT / "pretrain_let.py")
+LAYOUT = (
+    "--sequence-parallel --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+    "--use-distributed-optimizer"
+).split()
+WORLD = 8
+
+
+@pytest.fixture
+def rank(corpus, tmp_path):
+    """Run one rank; a process of the fork server has what `start.begin` prepares."""
+
+    def run(number, *flags, world=WORLD):
+        file = tmp_path / "found.json"
+        launcher = {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+        launcher |= {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1", RESULT: str(file)}
+        alone = ["--dry-run", "--fake-process-group", "--save", str(tmp_path / "save")]
+        done = run_program(PROGRAM, *FLAGS, *corpus.flags, *alone, *flags, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not (tmp_path / "save").exists()
+        return Found(**json.loads(file.read_text()))
+
+    return run
+
+
+def test_a_rank_holds_what_arithmetic_says(corpus, rank):
+    found = rank(4, *LAYOUT, AS_IF, *corpus.let("--let-layer", "4"))
+    hidden, ffn, vocabulary = 32, 64, 256
+    queries, keys = hidden, 2 * 2 * 8
+    layer = hidden * (2 * queries + keys + 3 * ffn) // 2 + 2 * hidden
+    assert found.stage == 1
+    assert found.parameters == 2 * layer + hidden + vocabulary * hidden // 2
+    assert found.weights >= 4 * found.parameters  # fp32; a buffer is filled up for its shards
+    assert found.weights == found.gradients < 4.2 * found.parameters
+    assert found.teacher > 0 and found.teacher_flops > 0
+    assert found.peak == found.weights + found.gradients + found.optimizer + found.teacher + (
+        found.step
+    )
+
+
+def test_the_kernels_of_a_gpu_keep_no_scores(corpus, rank):
+    longer = ["--seq-length", "256", "--max-position-embeddings", "256"]
+    alike = [*longer, "--global-batch-size", "2"]
+    kernels, local = (rank(0, *alike, *flags, world=1).step for flags in ([AS_IF], []))
+    scores = 4 * 2 * 4 * 256 * 256 * 4  # layers x rows x heads x S x S, fp32
+    assert local - kernels > 0.9 * scores
+
+
+def test_the_steps_work_is_counted(corpus, rank):
+    """Tolerance: none; matrices of the student and the teacher, causal attention's half square."""
+    plain = rank(0, AS_IF, world=1)
+    let = rank(0, AS_IF, *corpus.let(), world=1)
+    tokens = 8 * 16
+    layer = 32 * (2 * 32 + 2 * 2 * 8 + 3 * 64)
+    attention = 2 * 2 * 32 * 16 / 2
+    forward = 4 * (2 * layer + attention) + 2 * 32 * 256
+    assert plain.flops == 3 * tokens * forward and plain.teacher_flops == 0
+    assert let.flops - let.teacher_flops == pytest.approx(plain.flops, rel=0.01)  # the alignment
+
+
+def test_what_travels_is_counted_by_group(rank):
+    found = rank(0, *LAYOUT, AS_IF)
+    kinds = {(group, kind): number for group, kind, number, _ in found.collectives}
+    assert kinds["TENSOR_MODEL_PARALLEL", "reduce_scatter_base"] > 0
+    assert kinds["DATA_PARALLEL_GROUP_WITH_CP", "allgather_base"] > 0
+    alone = rank(0, AS_IF, world=1)
+    assert alone.collectives == []
+
+
+def test_the_whole_command_runs_a_recipe_that_has_nothing_here(tmp_path):
+    flags = recipe_flags("3b", "let+salt", "smollm-135m", tmp_path)
+    command = [sys.executable, PROGRAM, *flags, "--global-batch-size", "128", "--dry-run"]
+    done = subprocess.run(
+        [*command, "--dry-run-world-size", "32"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "= TP 1 x PP 2 x DP 16: 2 of its ranks" in done.stdout
+    assert "Replaced: the tokenizer HuggingFaceTB/SmolLM-135M by 49,152 numbers." in done.stdout
+    assert re.search(r"^Fits: rank 0 needs 3\d\.\d GiB of 80", done.stdout, re.M)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert not any((tmp_path / name).exists() for name in ("save", "data/smollm-135m/cache"))
+
+
+def test_an_error_is_the_runs_own_sentence(tmp_path):
+    flags = recipe_flags("1.4b", "let", "smollm-135m", tmp_path)
+    command = [sys.executable, PROGRAM, *flags, "--let-layer", "99", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pretrain_let.py: error: --let-layer 99 ")
+    assert "Traceback" not in done.stderr

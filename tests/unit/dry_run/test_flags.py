@@ -1,0 +1,100 @@
+"""What a dry run reads of a command line, and what it replaces."""
+
+import json
+
+import pytest
+
+from megatron_let.dry_run import flags
+from megatron_let.errors import UsageError
+
+
+def ranks(line):
+    options = flags.parse(line.split())
+    return flags.ranks(options, flags.world_size(options))
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("", [0]),
+        ("--pipeline-model-parallel-size 4", [0, 1, 2, 3]),
+        ("--pipeline-model-parallel-size=4 --dry-run-world-size 32", [0, 8, 16, 24]),
+        ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", [0, 2]),
+        (
+            "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+            "--use-tp-pp-dp-mapping --dry-run-world-size 8",
+            [0, 2],
+        ),
+        ("--dry-run-world-size 8 --dry-run-ranks 7,0,7", [0, 7]),
+    ],
+)
+def test_which_ranks_are_run(line, expected):
+    assert ranks(line) == expected
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--dry-run-world-size 3 --tensor-model-parallel-size 2", "--dry-run-world-size 3"),
+        ("--dry-run-world-size 0", "--dry-run-world-size 0"),
+        ("--dry-run-ranks 1", "--dry-run-ranks 1: give numbers from 0 to 0"),
+        ("--dry-run-ranks first", "--dry-run-ranks first"),
+    ],
+)
+def test_ranks_that_do_not_exist_are_refused(line, words):
+    with pytest.raises(UsageError, match=words):
+        ranks(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--context-parallel-size 2",
+        "--num-experts 1",
+        "--num-experts 8",
+        "--fp8-format hybrid",
+        "--multi-latent-attention",
+        "--use-megatron-fsdp",
+        "--enable-cuda-graph",
+    ],
+)
+def test_what_cannot_be_seen_is_refused_by_name(line):
+    with pytest.raises(UsageError, match=f"{line} cannot be run dry: "):
+        flags.refuse_unseen(flags.parse(line.split()))
+    flags.refuse_unseen(flags.parse("--context-parallel-size 1 --num-layers 4".split()))
+
+
+def replaced(line, folder):
+    words = line.split()
+    return flags.replaced(words, flags.parse(words), folder)
+
+
+def test_what_is_not_here_is_replaced_by_its_sizes(tmp_path):
+    line = (
+        "--num-layers 2 --train-data-path 1 /gone/a 0.5 /gone/b --valid-data-path /gone/c "
+        "--data-cache-path /gone --tokenizer-type HuggingFaceTokenizer "
+        "--tokenizer-model meta-llama/Llama-3.2-1B --method let --teacher-model opt-125m --lr 1e-3 "
+        "--tensorboard-dir /gone/t"
+    )
+    kept, said = replaced(line, tmp_path)
+    assert (
+        kept
+        == (
+            "--num-layers 2 --method let --lr 1e-3 --cpu --fake-process-group "
+            "--transformer-impl=transformer_engine --mock-data --tokenizer-type NullTokenizer "
+            f"--vocab-size 128255 --teacher-model {tmp_path}/opt-125m"
+        ).split()
+    )
+    assert json.loads((tmp_path / "opt-125m" / "config.json").read_text())["ffn_dim"] == 3072
+    assert [sentence.split()[1] for sentence in said] == ["data", "tokenizer", "config"]
+
+
+def test_what_is_here_stays(tmp_path):
+    (tmp_path / "a.idx").touch()
+    (tmp_path / "gpt2").mkdir()
+    line = (
+        f"--data-path {tmp_path}/a --tokenizer-model {tmp_path}/gpt2 "
+        f"--teacher-model {tmp_path}/gpt2 --transformer-impl local"
+    )
+    kept, said = replaced(line, tmp_path)
+    assert kept == [*line.split(), "--cpu", "--fake-process-group"] and said == []

@@ -1,0 +1,43 @@
+"""What a dry run found, on one screen."""
+
+import pytest
+
+from megatron_let.dry_run import flags
+from megatron_let.dry_run.found import Found
+from megatron_let.dry_run.screen import GIB, screen
+
+FOUND = [
+    Found(
+        rank=16 * stage, stage=stage, parameters=1_881_800_704, weights=3 * GIB, gradients=7 * GIB,
+        optimizer=3 * GIB, teacher=2 * GIB, step=20 * GIB, flops=1.5e15, teacher_flops=1.2e14,
+        collectives=[("TENSOR_MODEL_PARALLEL", "allgather_base", 1552, 100 * GIB)] * 40,
+        seconds=37.2,
+    )
+    for stage in (0, 1)
+]  # fmt: skip
+
+
+def page(*line, found=FOUND):
+    return screen(found, flags.parse(line), 32, ["the data (/x is not here) by mock data"])
+
+
+def test_it_fits_a_screen():
+    lines = page("--pipeline-model-parallel-size", "2").splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert lines[0].startswith("Dry run of 32 GPUs = TP 1 x PP 2 x DP 16: 2 of its ranks")
+    assert any("the teacher's 120.00 (8.0%)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("memory", "verdict"), [("80", "Fits"), ("37", "Fits"), ("36", "DOES NOT FIT")]
+)
+def test_whether_it_fits(memory, verdict):
+    """35 GiB, and two for CUDA."""
+    assert f"\n{verdict}: rank 0 needs 37.0 GiB of {memory} " in page(
+        "--dry-run-gpu-memory", memory
+    )
+
+
+def test_a_rank_that_sends_nothing():
+    alone = [Found(rank=0, stage=0)]
+    assert "Rank 0 sends nothing." in page(found=alone)
