@@ -3,9 +3,10 @@
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_let.dry_run.flags import without  # noqa: F401
 from megatron_let.planning.plan import Plan
 from tools import plan
 
@@ -46,21 +47,7 @@ def _script(size: str) -> Path:
     return ROOT / "examples" / f"pile_{size}" / "train.sh"
 
 
-def without(flags: Sequence[str], unwanted: Callable[[str], bool]) -> list[str]:
-    """The flags without the unwanted ones and their values."""
-    kept, keep = [], True
-    for word in flags:
-        keep = not unwanted(word) if word.startswith("--") else keep
-        kept += [word] * keep
-    return kept
-
-
 def planned(flags: Sequence[str], gpus: int, teacher: str, *more: str) -> Plan:
     """What `tools/plan.py` says of a run with these flags of `pretrain_let.py` and its own ones."""
-    parser = plan.build_parser()
-    # The rest changes neither size nor cost; without learned positions neither does that one.
-    known = parser._option_string_actions.keys() - {"--max-position-embeddings"}
-    words = without(flags, lambda flag: flag not in known)
-    return plan.plan_from(
-        parser.parse_args([*words, "--gpus", str(gpus), "--teacher", teacher, *more])
-    )
+    words = [*plan.words_of(flags), "--gpus", str(gpus), "--teacher", teacher, *more]
+    return plan.plan_from(plan.build_parser().parse_args(words))

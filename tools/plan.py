@@ -3,30 +3,37 @@
 Needs no GPU, no weights and no Megatron. For example:
 
     python tools/plan.py --student 1.4b --teacher smollm-135m --gpus 32 --pp 4
+    python tools/plan.py --gpus 32 --search -- <the flags of pretrain_let.py>
+
+Behind -- stand the flags of a run; what is not known here changes neither size nor cost.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.dry_run.flags import named, without  # noqa: E402
+from megatron_let.dry_run.start import found_by  # noqa: E402
 from megatron_let.errors import UsageError  # noqa: E402
 from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, MAIN, METHODS  # noqa: E402
-from megatron_let.planning.huggingface import TEACHERS, teacher_shape  # noqa: E402
+from megatron_let.planning.huggingface import TEACHERS, folder_shape, teacher_shape  # noqa: E402
 from megatron_let.planning.layout import Layout  # noqa: E402
+from megatron_let.planning.memory import RUNTIME_BYTES  # noqa: E402
 from megatron_let.planning.plan import Plan, plan  # noqa: E402
 from megatron_let.planning.run import Gpu, RunShape  # noqa: E402
+from megatron_let.planning.search import search  # noqa: E402
 from megatron_let.planning.shapes import (  # noqa: E402
     STUDENTS,
     ModelShape,
     padded_vocab_size,
     student_shape,
 )
-from megatron_let.planning.text import page  # noqa: E402
+from megatron_let.planning.text import page, ranking  # noqa: E402
 
 SIZE_FLAGS = (
     "num_layers",
@@ -37,6 +44,15 @@ SIZE_FLAGS = (
     "kv_channels",
 )
 """Flags that are fields of `ModelShape`."""
+LAYOUT_FLAGS = named(
+    *"sequence-parallel num-virtual-stages-per-pipeline-rank recompute-granularity".split(),
+    *"num-layers-per-virtual-pipeline-stage recompute-method recompute-num-layers".split(),
+    *(f"decoder-{end}-pipeline-num-layers" for end in ("first", "last")),
+    *"tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size".split(),
+)
+"""Of a run, which a found layout replaces."""
+UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
+"""Words of this tool that mean another thing in a run, or nothing there."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_student_flags(group: argparse._ArgumentGroup) -> None:
     names = ", ".join(STUDENTS)
-    group.add_argument("--student", metavar="NAME", help=f"{names}; the flags below override it")
+    group.add_argument(
+        "--student", metavar="NAME", help=f"{names}, which the flags below override; or a folder"
+    )
     for name in (*SIZE_FLAGS, "max_position_embeddings"):
         group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
     vocabulary = group.add_mutually_exclusive_group()
@@ -95,6 +113,7 @@ def _add_layout_flags(group: argparse._ArgumentGroup) -> None:
     for short, long in (
         ("--tp", "--tensor-model-parallel-size"),
         ("--pp", "--pipeline-model-parallel-size"),
+        ("--cp", "--context-parallel-size"),
         ("--vpp", "--num-virtual-stages-per-pipeline-rank"),
     ):
         group.add_argument(short, long, type=int, default=1, metavar="N", dest=short[2:])
@@ -106,6 +125,12 @@ def _add_layout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--distributed-optimizer", action=switch, default=True)
     group.add_argument("--flash-attention", action=switch, default=True)
     group.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    group.add_argument(
+        "--search", action="store_true", help="rank all layouts and micro-batches that fit"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="and run the best ones dry; needs flags behind --"
+    )
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
@@ -113,7 +138,12 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         ("--seq-length", int, 2048, "tokens"),
         ("--micro-batch-size", int, 4, "rows"),
         ("--global-batch-size", int, 512, "rows of a step"),
-        ("--mfu", float, Gpu.mfu, "share of the peak that plain steps use, bubble included"),
+        (
+            "--mfu",
+            float,
+            Gpu.mfu,
+            "share of the peak at which a stage's work passes, bubble left out",
+        ),
         ("--gpu-peak-tflops", float, Gpu.peak_tflops, "A100, bf16; H100: 989"),
         ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
     ):
@@ -130,10 +160,24 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 def plan_from(args: argparse.Namespace) -> Plan:
     """Return the plan that the command line asks for."""
+    return plan(*_parts(args))
+
+
+def _parts(
+    args: argparse.Namespace,
+) -> tuple[ModelShape, ModelShape | None, Layout, RunShape, Gpu]:
     _refuse_without_effect(args)
     teacher = None if args.teacher is None else teacher_shape(args.teacher)
     student, args.train_iters = _student(args, teacher), _train_iters(args)
-    return plan(student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args))
+    return student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args)
+
+
+def words_of(flags: Sequence[str]) -> list[str]:
+    """Those of a run's flags that change its size or cost, as this tool spells them."""
+    renamed = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
+    known = build_parser()._option_string_actions.keys() - UNLIKE
+    words = [renamed.get(word, word) for flag in flags for word in flag.split("=", 1)]
+    return without(words, lambda flag: flag not in known)
 
 
 def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespace) -> Part:
@@ -143,6 +187,8 @@ def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespac
 
 
 def _refuse_without_effect(args: argparse.Namespace) -> None:
+    if args.dry_run and not args.search:
+        raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
     guidance = METHODS[args.method]
     let = args.let_layer is not None or args.let_stop_step is not None
     if let and not guidance.aligns:
@@ -152,6 +198,8 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
 
 
 def _student(args: argparse.Namespace, teacher: ModelShape | None) -> ModelShape:
+    if args.student is not None and Path(args.student).is_dir():
+        return replace(folder_shape(args.student), context=None)
     padded, vocab_size = args.padded_vocab_size, args.vocab_size
     if padded is None:
         if vocab_size is None:
@@ -205,12 +253,30 @@ def _train_iters(args: argparse.Namespace) -> int:
     return int(args.train_tokens // tokens_per_step)
 
 
+def _dry(one: Plan, flags: Sequence[str]) -> float:
+    """Bytes of the fullest of a layout's stages, by a dry run; raises as `dry_run.start`."""
+    if not flags:
+        raise UsageError("--dry-run needs the run's own flags, behind --.")
+    words = [*without(flags, LAYOUT_FLAGS), *one.flags.split()]
+    world = ["--dry-run", "--dry-run-world-size", str(one.layout.gpus)]
+    program = str(Path(__file__).resolve().parents[1] / "pretrain_let.py")
+    return max(rank.peak for rank in found_by([program, *words, *world])[0]) + RUNTIME_BYTES
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    own, flags = list(sys.argv[1:] if arguments is None else arguments), []
+    if "--" in own:
+        at = own.index("--")
+        own, flags = own[:at], own[at + 1 :]
+    args = parser.parse_args([*words_of(flags), *own])
     try:
-        print(page(plan_from(args)))
+        if not args.search:
+            print(page(plan_from(args)))
+            return
+        found = search(*_parts(args))
+        print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

@@ -5,7 +5,7 @@ Data, tokenizer and teacher that are not on this machine are replaced by what ha
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_let.errors import UsageError
@@ -128,26 +128,26 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
     said: list[str] = []
     is_local = options.transformer_impl == "local"
     kept = [
-        *without(argv, TRACKERS),
+        *without(argv, named(*TRACKERS)),
         "--cpu",
         "--fake-process-group",
         *([] if is_local else [AS_IF]),
     ]
     missing = [path for path in _prefixes(options) if not Path(f"{path}.idx").exists()]
     if missing:
-        kept = [*without(kept, [*DATA, *WITH_DATA.split()]), "--mock-data"]
+        kept = [*without(kept, named(*DATA, *WITH_DATA.split())), "--mock-data"]
         said.append(f"the data ({missing[0]} is not here) by Megatron's mock data")
     tokenizer, teacher = options.tokenizer_model, options.teacher_model
     if (config := _known(tokenizer)) is not None:
         rows = config["vocab_size"]
-        kept = without(kept, ["tokenizer-type", "tokenizer-model"])
+        kept = without(kept, named("tokenizer-type", "tokenizer-model"))
         kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
         said.append(f"the tokenizer {tokenizer} by {rows:,} numbers")
     if (config := _known(teacher)) is not None:
         place = folder / teacher.rpartition("/")[2]
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
-        kept = [*without(kept, ["teacher-model"]), "--teacher-model", str(place)]
+        kept = [*without(kept, named("teacher-model")), "--teacher-model", str(place)]
         said.append(f"the config of {teacher} by its copy in tools/plan.py")
     return kept, said
 
@@ -164,12 +164,16 @@ def _known(name: str | None) -> dict | None:
     return TEACHERS.get(name.rpartition("/")[2].lower())
 
 
-def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The words of a command line without some flags and their values."""
-    flags = {f"--{name}" for name in names}
+def without(words: Sequence[str], unwanted: Callable[[str], bool]) -> list[str]:
+    """The words of a command line without the unwanted flags and their values."""
     kept, keep = [], True
     for word in words:
         if word.startswith("--"):
-            keep = word.partition("=")[0] not in flags
+            keep = not unwanted(word.partition("=")[0])
         kept += [word] * keep
     return kept
+
+
+def named(*names: str) -> Callable[[str], bool]:
+    """Whether a flag is one of these, given without dashes."""
+    return {f"--{name}" for name in names}.__contains__

@@ -31,7 +31,9 @@ def begin(argv: Sequence[str]) -> None:
         from megatron_let.training.ignored_flags import NEEDS_GPU
         from megatron_let.upstream import cpu, dry
 
-        sys.argv = flags.without(sys.argv, NEEDS_GPU.split())  # what they would do is not seen
+        sys.argv = flags.without(
+            sys.argv, flags.named(*NEEDS_GPU.split())
+        )  # what they would do is not seen
         cpu.activate()
         dry.before_megatron()
         return

@@ -46,9 +46,8 @@ def teacher_shape(name: str) -> ModelShape:
     Raises:
         UsageError: neither, or a model whose parameters are not known on paper.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return from_hf_config(_read_config(folder), name=folder.resolve().name)
+    if Path(name).expanduser().is_dir():
+        return folder_shape(name)
     short = name.rsplit("/", 1)[-1].lower()
     if short not in TEACHERS:
         raise UsageError(
@@ -58,16 +57,22 @@ def teacher_shape(name: str) -> ModelShape:
     return from_hf_config(TEACHERS[short], name=short)
 
 
+def folder_shape(name: str) -> ModelShape:
+    """Return the shape of the model in a Hugging Face folder; raises as `from_hf_config`."""
+    folder = Path(name).expanduser()
+    return from_hf_config(_read_config(folder), name=folder.resolve().name)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"--teacher {folder}: config.json cannot be read ({error}). Give the folder of a "
+            f"{folder}: config.json cannot be read ({error}). Give the folder of a "
             "Hugging Face model."
         ) from error
     if not isinstance(config, dict):
-        raise UsageError(f"--teacher {folder}: config.json is not an object of settings.")
+        raise UsageError(f"{folder}: config.json is not an object of settings.")
     return config
 
 
@@ -81,13 +86,13 @@ def from_hf_config(config: dict[str, Any], *, name: str) -> ModelShape:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise UsageError(
-            f"The teacher {name} is a {model_type}; known on paper are {', '.join(ARCHITECTURES)}."
+            f"The model {name} is a {model_type}; known on paper are {', '.join(ARCHITECTURES)}."
         )
     try:
         return ModelShape(name=name, **_fields(config, model_type))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UsageError(
-            f"The teacher {name} lacks a size in its config.json, or has an impossible one "
+            f"The model {name} lacks a size in its config.json, or has an impossible one "
             f"({error!r}). Give the folder of a complete model."
         ) from error
 

@@ -26,6 +26,8 @@ class Layout:
     """Tensor-parallel ranks."""
     pp: int = 1
     """Pipeline stages."""
+    cp: int = 1
+    """Context-parallel ranks: parts of each sequence."""
     vpp: int = 1
     """Virtual chunks on each stage; 1 is the plain 1F1B schedule."""
     sequence_parallel: bool | None = None
@@ -41,13 +43,14 @@ class Layout:
     """`--decoder-last-pipeline-num-layers`."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "tp", "pp", "vpp"):
+        for name in ("gpus", "tp", "pp", "cp", "vpp"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)} must be at least 1.")
-        if self.gpus % (self.tp * self.pp):
+        if self.gpus % (self.sharing * self.pp):
+            context = f" x --cp {self.cp}" * (self.cp > 1)
             raise UsageError(
-                f"--gpus {self.gpus} is not a multiple of --tp {self.tp} x --pp {self.pp} = "
-                f"{self.tp * self.pp}. Change one of them."
+                f"--gpus {self.gpus} is not a multiple of --tp {self.tp} x --pp {self.pp}{context} "
+                f"= {self.sharing * self.pp}. Change one of them."
             )
         if self.pp == 1 and (self.vpp > 1 or self.split_flags):
             raise UsageError(
@@ -60,7 +63,12 @@ class Layout:
     @property
     def dp(self) -> int:
         """Data-parallel ranks."""
-        return self.gpus // (self.tp * self.pp)
+        return self.gpus // (self.sharing * self.pp)
+
+    @property
+    def sharing(self) -> int:
+        """Ranks of a stage that work on the same micro-batch."""
+        return self.tp * self.cp
 
     @property
     def sequence_shards(self) -> int:

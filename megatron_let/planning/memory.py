@@ -57,7 +57,7 @@ def _stage_memory(
     stage: int, student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
 ) -> StageMemory:
     parameters = parameters_per_rank(student, layout, stage)
-    optimizer_shards = layout.dp if layout.distributed_optimizer else 1
+    optimizer_shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
     teacher_bytes, states_bytes = _teacher_bytes(stage, student, teacher, layout, run)
     return StageMemory(
         weights=BF16_BYTES * parameters,
@@ -93,7 +93,7 @@ def layer_activation_bytes(student: ModelShape, layout: Layout, run: RunShape) -
     them, what the MLP's matrices make. With a GELU MLP of four times the width this is the
     paper's `sbh (10 + 24 / t)`.
     """
-    tokens, hidden = run.tokens_per_micro_batch, student.hidden_size
+    tokens, hidden = run.tokens_per_rank(layout), student.hidden_size
     norms = tokens * hidden * (4 * BF16_BYTES + 2 * run.dropout)
     attention = 2 * student.query_size + student.key_value_size
     mlp = student.mlp_matrices * student.ffn_hidden_size
@@ -109,14 +109,14 @@ def attention_score_bytes(student: ModelShape, layout: Layout, run: RunShape) ->
     if layout.flash_attention:
         return 0.0
     per_score = BF16_BYTES + (1 + BF16_BYTES) * run.dropout
-    scores = student.num_attention_heads * run.seq_length * run.tokens_per_micro_batch
+    scores = student.num_attention_heads * run.seq_length * run.tokens_per_rank(layout)
     return per_score * scores / layout.tp
 
 
 def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunShape) -> float:
     layer = layer_activation_bytes(student, layout, run)
     scores = attention_score_bytes(student, layout, run)
-    layer_input = BF16_BYTES * run.tokens_per_micro_batch * student.hidden_size
+    layer_input = BF16_BYTES * run.tokens_per_rank(layout) * student.hidden_size
     # What a layer keeps of each micro-batch in flight, and of the one being recomputed.
     waiting, working = {
         "none": (layer + scores, 0.0),
@@ -128,11 +128,11 @@ def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunS
     if stage == 0:
         embedding = TOKEN_ID_BYTES + student.hidden_size * run.dropout / layout.sequence_shards
         in_flight = _in_flight(stage, layout, run, chunk=0)
-        total += in_flight * run.tokens_per_micro_batch * embedding
+        total += in_flight * run.tokens_per_rank(layout) * embedding
     if stage == layout.pp - 1:
         norm = 2 * BF16_BYTES * student.hidden_size / layout.sequence_shards
         logits = LOGIT_BYTES * student.vocab_size / layout.tp
-        total += run.tokens_per_micro_batch * (norm + logits)
+        total += run.tokens_per_rank(layout) * (norm + logits)
     return total
 
 
@@ -156,7 +156,7 @@ def _teacher_bytes(
     if aligned_chunk is None and not distils:
         return 0.0, 0.0
     # The widest layer of the forward pass over the rows of one rank; nothing is kept.
-    at_once = micro_batches_at_once(run.micro_batch_size, layout.tp)
+    at_once = micro_batches_at_once(run.micro_batch_size, layout.sharing)
     attention = 2 * teacher.query_size + teacher.key_value_size
     widest = max(attention, teacher.mlp_matrices * teacher.ffn_hidden_size)
     per_token = at_once / layout.tp * BF16_BYTES * (2 * teacher.hidden_size + widest)
@@ -176,4 +176,4 @@ def _teacher_bytes(
         logits = part * LOGIT_BYTES * teacher.vocab_size / layout.tp
         per_token += BF16_BYTES * teacher.hidden_size + logits
     weights = teacher.parameters if distils else teacher.parameters_without_head
-    return BF16_BYTES * weights, run.tokens_per_micro_batch * per_token
+    return BF16_BYTES * weights, run.tokens_per_rank(layout) * per_token

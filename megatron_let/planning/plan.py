@@ -1,5 +1,6 @@
 """A plan: does it fit, what does the teacher cost, which split of the layers is best."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_let.errors import UsageError
@@ -7,7 +8,7 @@ from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import StageMemory, stages_memory
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.time import SplitTime, split_time, work_per_second
+from megatron_let.planning.time import SplitTime, split_time
 
 GIB = 1024**3
 WORTH_A_FLAG = 0.005
@@ -43,6 +44,23 @@ class Plan:
         return _fits(self.memory, self.gpu)
 
     @property
+    def flags(self) -> str:
+        """Megatron's flags of layout and micro-batch."""
+        layout = self.layout
+        words = [
+            f"--tensor-model-parallel-size {layout.tp}",
+            f"--pipeline-model-parallel-size {layout.pp}",
+            f"--micro-batch-size {self.run.micro_batch_size}",
+        ]
+        words += ["--sequence-parallel"] * (layout.sequence_shards > 1)
+        words += [f"--context-parallel-size {layout.cp}"] * (layout.cp > 1)
+        words += [f"--num-virtual-stages-per-pipeline-rank {layout.vpp}"] * (layout.vpp > 1)
+        if layout.recompute == "full":
+            words.append("--recompute-granularity full --recompute-method uniform")
+            words.append("--recompute-num-layers 1")
+        return " ".join(words)
+
+    @property
     def student_flops_per_token(self) -> float:
         """Forward and backward."""
         return self.student.training_flops_per_token(self.run.seq_length)
@@ -68,6 +86,7 @@ def plan(
     layout: Layout,
     run: RunShape,
     gpu: Gpu | None = None,
+    splits: Sequence[Layout] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -76,23 +95,19 @@ def plan(
         teacher: None only for the baseline, which ignores it.
         layout: GPUs and how the student lies on them.
         run: batch, steps and method.
-        gpu: the default is an A100 with 80 GiB at an MFU of 0.4.
+        gpu: the default is an A100 with 80 GiB, 0.4 of whose peak a stage's work uses.
+        splits: other splits of the layers to suggest one of; by default all.
 
     Raises:
         UsageError: Megatron would refuse the layout, or the method lacks something.
     """
     gpu = gpu or Gpu()
     teacher = _check(student, teacher, layout, run)
-    rate = work_per_second(student, layout, run, gpu)
-
-    def time_of(split: Layout) -> SplitTime:
-        return split_time(student, teacher, split, run, rate=rate)
-
-    given = time_of(layout)
-    splits = [layout, *layout.splits(student.num_layers)]
+    given = split_time(student, teacher, layout, run, gpu)
+    splits = [layout, *(layout.splits(student.num_layers) if splits is None else splits)]
     memory = {split: stages_memory(student, teacher, split, run) for split in splits}
     fitting = [split for split in splits if _fits(memory[split], gpu)]
-    times = [time_of(split) for split in fitting or splits]
+    times = [split_time(student, teacher, split, run, gpu) for split in fitting or splits]
     suggested = min(times, key=lambda t: t.run_seconds * (1 + WORTH_A_FLAG * _changes(t, given)))
     return Plan(
         student=student,
@@ -148,6 +163,11 @@ def _check_tensor_parallel(student: ModelShape, layout: Layout, run: RunShape) -
     }
     if layout.sequence_shards > 1:
         sizes["--seq-length"] = run.seq_length
+    if run.seq_length % (2 * layout.cp) and layout.cp > 1:
+        raise UsageError(
+            f"--seq-length {run.seq_length} does not divide into two parts for each of --cp "
+            f"{layout.cp} ranks. Change one of them."
+        )
     for name, size in sizes.items():
         if size % layout.tp:
             raise UsageError(

@@ -87,6 +87,10 @@ class RunShape:
         """On one data-parallel rank."""
         return self.micro_batch_size * self.seq_length
 
+    def tokens_per_rank(self, layout: Layout) -> float:
+        """Of a micro-batch, on one context-parallel rank."""
+        return self.tokens_per_micro_batch / layout.cp
+
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one step on each data-parallel rank.
 
@@ -141,7 +145,7 @@ class Gpu:
     """Of matrix products in the training precision; the default is the A100's in bf16."""
     memory_gib: float = 80.0
     mfu: float = 0.4
-    """Counted FLOPs of plain steps over the peak, pipeline bubble included."""
+    """Share of the peak at which a stage's own work passes, without the pipeline's bubble."""
 
     def __post_init__(self) -> None:
         values = {"gpu-peak-tflops": self.peak_tflops, "gpu-memory-gib": self.memory_gib}

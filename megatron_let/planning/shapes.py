@@ -155,6 +155,7 @@ class ModelShape:
 
 
 # Late-to-Early Training (arXiv 2602.05393) names its students by size only; these shapes give it.
+# 70b is Llama 3's.
 STUDENTS: dict[str, dict[str, int]] = {
     "1.4b": {
         "num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 5504, "num_attention_heads": 16,
@@ -164,6 +165,10 @@ STUDENTS: dict[str, dict[str, int]] = {
     },
     "7b": {
         "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32,
+    },
+    "70b": {
+        "num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28672, "num_attention_heads": 64,
+        "num_query_groups": 8,
     },
 }  # fmt: skip
 LLAMA_STYLE = {

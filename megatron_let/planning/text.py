@@ -7,7 +7,7 @@ from itertools import groupby
 from megatron_let.planning.memory import RUNTIME_BYTES
 from megatron_let.planning.plan import GIB, WORTH_A_FLAG, Plan
 from megatron_let.planning.shapes import ModelShape
-from megatron_let.planning.time import SplitTime, bubble_share
+from megatron_let.planning.time import SplitTime
 
 MEMORY_HEADINGS = ("weights", "grads", "optim", "activ", "teacher", "states")
 """Of the fields of `StageMemory`, in their order, without the runtime."""
@@ -20,6 +20,23 @@ def page(plan: Plan) -> str:
     """Return the whole plan as text."""
     head = [*_models(plan), *_layout(plan), *_run(plan)]
     return "\n".join([*head, "", *_stages(plan), "", *_time(plan)])
+
+
+def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float] | None) -> str:
+    """Return the best layouts as a table, and the flags of the first; bytes are of dry runs."""
+    heads = ["TP", "PP", "VPP", "rows", "recompute", "GiB", "MFU", "guided step", "whole run"]
+    rows = [["", *heads, *(["dry run"] if dry_bytes else [])]]
+    for number, one in enumerate(plans):
+        layout, time = one.layout, one.given
+        cells = [layout.tp, layout.pp, layout.vpp, one.run.micro_batch_size, layout.recompute]
+        gib = [f"{one.memory[one.fullest_stage].total / GIB:.1f}", f"{time.plain_mfu:.3f}"]
+        days = f"{time.run_seconds / SECONDS_PER_DAY:.2f} days"
+        rows.append([str(number + 1), *map(str, cells), *gib, f"{time.guided_seconds:.3f} s", days])
+        rows[-1] += [f"{dry_bytes[number] / GIB:.1f}"] if dry_bytes else []
+    memory = f"{plans[0].gpu.memory_gib:g} GiB"
+    head = f"The fastest layouts of {plans[0].layout.gpus} GPUs of {memory} that fit:"
+    left_out = "Communication is left out: among near ones fewer TP and PP are better."
+    return "\n".join([head, "", *_aligned(rows), "", left_out, "", plans[0].flags])
 
 
 def _section(label: str, *lines: str) -> list[str]:
@@ -49,6 +66,7 @@ def _shape(shape: ModelShape, flops: str) -> tuple[str, str]:
 def _layout(plan: Plan) -> list[str]:
     layout = plan.layout
     chunks = f" x {layout.vpp} chunks" if layout.vpp > 1 else ""
+    chunks += f" x CP {layout.cp}" if layout.cp > 1 else ""
     options = ["sequence parallel"] * (layout.sequence_shards > 1)
     options += ["flash attention" if layout.flash_attention else "no flash attention"]
     options += ["distributed optimizer"] * layout.distributed_optimizer
@@ -123,10 +141,9 @@ def _time(plan: Plan) -> list[str]:
     if plan.teacher is None:
         rows = [[*row[:2], row[4]] for row in rows]
     lines = [
-        f"Time at an MFU of {gpu.mfu:g} of {gpu.peak_tflops:g} TFLOP/s in plain steps as given",
+        f"Time if a stage's work passes at {gpu.mfu:g} of {gpu.peak_tflops:g} TFLOP/s",
         *_aligned(rows),
-        f"Pipeline bubble (PP - 1) / (micro-batches x chunks + PP - 1): "
-        f"{100 * bubble_share(plan.layout, plan.run):.1f} % of a step",
+        f"MFU of a plain step as given, with bubble and recomputation: {plan.given.plain_mfu:.3f}",
     ]
     if plan.teacher is not None:
         floor = f"Floor, were the teacher spread over all GPUs: +{100 * plan.overhead_floor:.1f} %"

@@ -1,8 +1,8 @@
 """Time of a step from the work of its pipeline stages.
 
-Work is counted in FLOPs of one micro-batch and of a stage's whole tensor-parallel group; the
-schedule says how long a step of stages with unequal work takes. Communication is left out: what it
-costs is part of the MFU that the plan is given.
+Work is counted in FLOPs of one micro-batch and of all ranks of a stage that share it; they pass it
+at the given share of their peak, whatever the layout. The schedule adds what unequal stages and the
+pipeline's bubble cost. Communication is part of that share.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ class SplitTime:
     """Of one step in each phase of the run, the most guided first."""
     plain_seconds: float
     """Of one step without the teacher."""
+    plain_mfu: float
+    """Counted FLOPs of a plain step over the peak of all GPUs: bubble, unequal stages and
+    recomputation included."""
 
     @property
     def guided_seconds(self) -> float:
@@ -52,15 +55,6 @@ class SplitTime:
     def run_overhead(self) -> float:
         """Of the whole run over a plain one of the same split."""
         return self.run_seconds / (sum(self.phase_steps) * self.plain_seconds) - 1
-
-
-def bubble_share(layout: Layout, run: RunShape) -> float:
-    """The part of a step in which each rank waits: (PP - 1) / (m v + PP - 1), equal stages.
-
-    m micro-batches, v virtual chunks on each stage.
-    """
-    waiting = layout.pp - 1
-    return waiting / (run.micro_batches(layout) * layout.vpp + waiting)
 
 
 def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Durations:
@@ -91,32 +85,26 @@ def teacher_places(
     return tuple(places[stage] for stage in sorted(places))
 
 
-def work_per_second(student: ModelShape, layout: Layout, run: RunShape, gpu: Gpu) -> float:
-    """Rate at which plain steps of this layout pass, such that they have the given MFU."""
-    counted = student.training_flops_per_token(run.seq_length) * run.tokens_per_step
-    seconds = counted / (layout.gpus * gpu.peak_tflops * 1e12 * gpu.mfu)
-    plain = student_work(student, layout, run)
-    return step_duration(plain, run.micro_batches(layout)) / seconds
-
-
 def split_time(
     student: ModelShape,
     teacher: ModelShape | None,
     layout: Layout,
     run: RunShape,
-    *,
-    rate: float,
+    gpu: Gpu,
 ) -> SplitTime:
-    """What this layout's split costs at `rate`, see `work_per_second`."""
+    """What this layout's split costs."""
+    peak = gpu.peak_tflops * 1e12
+    rate = layout.sharing * peak * gpu.mfu
+    counted = student.training_flops_per_token(run.seq_length) * run.tokens_per_step
     plain = student_work(student, layout, run)
 
     def work(phase: Phase) -> Durations:
         if teacher is None:
             return plain
         tokens = run.tokens_per_micro_batch
-        share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.tp)
+        share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.sharing)
         per_token = teacher.states_flops_per_token(run.seq_length, run.teacher_row)
-        states = tokens * per_token * share * layout.tp
+        states = tokens * per_token * share * layout.sharing
         forward = [list(chunks) for chunks in plain.forward]
         for stage, chunk in teacher_places(student, layout, run, phase):
             forward[stage][chunk] += states
@@ -138,4 +126,5 @@ def split_time(
         phase_steps=tuple(phase.steps for phase in phases),
         phase_seconds=tuple(seconds(work(phase)) for phase in phases),
         plain_seconds=seconds(plain),
+        plain_mfu=counted / (layout.gpus * peak * seconds(plain)),
     )

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import dry_run
 from benchmarks.recipes import recipe_flags
 from megatron_let.dry_run.flags import AS_IF, RESULT
 from megatron_let.dry_run.found import Found
+from megatron_let.methods.table import METHODS
 from tests.support.testing import run_program
 from tests.support.tiny_run import FLAGS
 
@@ -105,3 +107,22 @@ def test_an_error_is_the_runs_own_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("pretrain_let.py: error: --let-layer 99 ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", dry_run.SIZES)
+def test_every_recipe_is_as_the_plan_says(size, method):
+    """Tolerance: 10 % of the fullest rank's memory."""
+    row, apart = dry_run.compared("", size, dry_run.flags_of(size, method), "none")
+    assert abs(apart) <= 0.10, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "rank", "batch"), dry_run.MEASURED)
+def test_a_rank_is_as_a_gpu_measured(size, rank, batch):
+    """Tolerance: 5 % of what one H100 held."""
+    for method, gib in dry_run.MEASURED[size, rank, batch].items():
+        flags = dry_run.flags_of(size, method, "--global-batch-size", str(batch))
+        [found] = dry_run.dry(flags, str(rank))
+        assert found.peak / 2**30 == pytest.approx(gib, rel=0.05), method

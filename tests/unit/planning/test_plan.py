@@ -10,7 +10,7 @@ from megatron_let.planning.layout import Layout
 from megatron_let.planning.plan import plan
 from megatron_let.planning.run import Gpu
 from megatron_let.planning.shapes import student_shape
-from megatron_let.planning.time import split_time, work_per_second
+from megatron_let.planning.time import split_time
 
 
 def test_imports_neither_torch_nor_megatron():
@@ -42,10 +42,9 @@ def test_suggests_the_split_with_the_shortest_run(student, teacher, layout, run_
 def test_no_other_split_is_worth_its_flags_more(student, teacher, layout, run_with):
     run = run_with()
     paper = plan(student, teacher, layout, run)
-    rate = work_per_second(student, layout, run, Gpu())
 
     def time(split):
-        return split_time(student, teacher, split, run, rate=rate)
+        return split_time(student, teacher, split, run, Gpu())
 
     def price(split):
         return time(split).run_seconds * (1 + 0.005 * split.split_flags.count("--"))

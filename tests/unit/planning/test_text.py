@@ -1,9 +1,12 @@
 """The page, by way of the command line."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
+
+from megatron_let.planning.huggingface import TEACHERS
 
 TOOL = Path(__file__).parents[3] / "tools" / "plan.py"
 ISSUE = "--student 1.4b --teacher smollm-135m --gpus 32 --pp 4"
@@ -44,13 +47,42 @@ def test_fits_one_screen_and_is_ascii(page, flags):
     assert len(text.splitlines()) <= 40
 
 
+def test_the_search_fits_one_screen_and_ends_with_flags(page):
+    lines = page("--student 7b --teacher llama-3.2-1b --gpus 64 --search").splitlines()
+    assert len(lines) <= 12 and max(map(len, lines)) <= 100
+    assert lines[3].split()[:6] == ["1", "1", "1", "1", "2", "none"]
+    assert lines[-1] == (
+        "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --micro-batch-size 2"
+    )
+
+
+def test_the_flags_of_a_run_say_the_same(page):
+    run = (
+        "--num-layers 24 --hidden-size 2048 --ffn-hidden-size=5504 --num-attention-heads 16 "
+        "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+        "--untie-embeddings-and-output-weights --seq-length 2048 --max-position-embeddings 2048 "
+        "--train-iters 19073 --global-batch-size 512 --micro-batch-size 4 --lr 3e-4 --bf16 "
+        "--pipeline-model-parallel-size 4 --recompute-granularity full --recompute-method uniform "
+        "--data-path 1 a 2 b --method let --teacher-model HuggingFaceTB/SmolLM-135M"
+    )
+    found = page(f"--gpus 32 -- {run}").replace("custom", "1.4b")
+    assert found == page(f"{ISSUE} --recompute full")
+
+
+def test_a_folder_may_be_the_student(page, tmp_path):
+    config = TEACHERS["llama-3.2-1b"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = page(f"--student {tmp_path} --method baseline --gpus 8 --seq-length 4096")
+    assert "1,235,814,400 parameters" in text
+
+
 def test_the_issues_example(page):
     text = page(ISSUE)
     assert "1,415,677,952 parameters; 8.49 GFLOP/token" in text
     assert "134,515,008 parameters; 0.283 GFLOP/token" in text
     assert "teacher for layer 3 on stage 0 until step 1500 (7.9 % of the run)" in text
     assert "all GPUs: +3.3 %; after the stop: 0 %" in text
-    assert "15.8 % of a step" in text
+    assert "with bubble and recomputation: 0.288" in text
     assert "Fits: stage 0 needs 17.3 GiB of 80" in text
     assert "--decoder-last-pipeline-num-layers 3" in text
 
@@ -98,6 +130,9 @@ def test_learned_positions_are_megatrons_default(page):
         (f"{ISSUE} --train-tokens 1000", "--train-tokens 1000 is not a run"),
         (f"{ISSUE} --vocab-size 0", "--vocab-size 0"),
         (f"{ISSUE} --gpus 30", "--gpus 30 is not a multiple"),
+        (f"{ISSUE} --cp 5", "x --cp 5 = 20"),
+        (f"{ISSUE} --dry-run", "--dry-run has no effect without --search"),
+        (f"{ISSUE} --search --dry-run", "--dry-run needs the run's own flags, behind --"),
     ],
 )
 def test_a_mistake_ends_in_one_paragraph(main, capsys, flags, message):

@@ -4,12 +4,7 @@ import pytest
 
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import Gpu
-from megatron_let.planning.time import (
-    bubble_share,
-    split_time,
-    student_work,
-    work_per_second,
-)
+from megatron_let.planning.time import split_time, student_work
 
 LAYER, HEAD = 109_576_192, 201_326_592  # FLOPs of a forward pass per token, see test_flops.py
 TEACHER = 283_115_520
@@ -19,8 +14,7 @@ BATCH_TOKENS = 4 * 2048
 @pytest.fixture
 def time_of(student, teacher):
     def make(layout, run):
-        rate = work_per_second(student, layout, run, Gpu())
-        return split_time(student, teacher, layout, run, rate=rate)
+        return split_time(student, teacher, layout, run, Gpu())
 
     return make
 
@@ -33,10 +27,18 @@ def test_work_of_the_stages(student, layout, run_with):
     assert full.stages[3] == BATCH_TOKENS * (4 * 6 * LAYER + 3 * HEAD)
 
 
-def test_plain_steps_have_the_given_mfu(time_of, layout, run_with):
+def test_a_stages_work_passes_at_the_given_share_of_the_peak(time_of, layout, run_with):
     """Tolerance: rounding."""
     seconds = 8_493_465_600 * 512 * 2048 / (32 * 312e12 * 0.4)
-    assert time_of(layout, run_with()).plain_seconds == pytest.approx(seconds, rel=1e-9)
+    alone = time_of(Layout(gpus=32), run_with())
+    assert alone.plain_seconds == pytest.approx(seconds, rel=1e-9)
+    assert alone.plain_mfu == pytest.approx(0.4, rel=1e-9)
+    # Tensor and context parallelism share a micro-batch; a pipeline waits, and for its slowest.
+    shared = time_of(Layout(gpus=32, tp=2, cp=2), run_with())
+    assert shared.plain_seconds == pytest.approx(seconds, rel=1e-9)
+    piped = time_of(layout, run_with())
+    assert piped.plain_seconds > 19 / 16 * seconds
+    assert piped.plain_mfu == pytest.approx(0.4 * seconds / piped.plain_seconds, rel=1e-9)
 
 
 def test_on_one_stage_the_overhead_is_the_flops(time_of, run_with):
@@ -77,9 +79,3 @@ def test_where_the_teacher_shortens_nothing_it_costs_more_than_the_floor(time_of
     even = time_of(Layout(gpus=32, pp=4), run_with())
     # With 6 the last stage is, with the LM head, and the teacher hides behind it.
     assert 0 < even.guided_overhead < TEACHER / 8_493_465_600
-
-
-def test_bubble_share(run_with):
-    assert bubble_share(Layout(gpus=32, pp=4), run_with()) == 3 / 19
-    assert bubble_share(Layout(gpus=32, pp=4, vpp=2), run_with()) == 3 / 35
-    assert bubble_share(Layout(gpus=8), run_with()) == 0

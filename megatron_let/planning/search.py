@@ -1,0 +1,69 @@
+"""Which layout is the fastest that fits: all of them are planned, and ranked by the run's time."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_let.errors import UsageError
+from megatron_let.planning.layout import Layout
+from megatron_let.planning.plan import Plan, plan
+from megatron_let.planning.run import Gpu, RunShape
+from megatron_let.planning.shapes import ModelShape
+
+NODE_GPUS = 8
+"""Tensor parallelism stays inside a node."""
+ROWS = (1, 2, 4, 8, 16)
+CHUNKS = (1, 2, 4)
+
+
+def search(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    layout: Layout,
+    run: RunShape,
+    gpu: Gpu,
+    number: int = 5,
+) -> list[Plan]:
+    """Return the best plans for so many GPUs, the fastest first.
+
+    TP, PP, VPP, rows of a micro-batch and recomputation are tried; the rest is as given. Of equal
+    times the one with fewer ranks to talk to, and more rows at once, comes first. Raises ValueError
+    if nothing fits.
+    """
+    found: dict[Layout, Plan] = {}
+    for split, rows in candidates(student, layout, run):
+        try:
+            one = plan(student, teacher, split, replace(run, micro_batch_size=rows), gpu, ())
+        except UsageError:  # Megatron would refuse it
+            continue
+        if one.fits:
+            found[split] = min(one, found.get(split, one), key=_rank)
+    if not found:
+        raise UsageError(
+            f"No layout of {layout.gpus} GPUs with {gpu.memory_gib:g} GiB holds it, not even with "
+            "--recompute full. Use more GPUs, or a smaller student."
+        )
+    return sorted(found.values(), key=_rank)[:number]
+
+
+def candidates(student: ModelShape, layout: Layout, run: RunShape) -> Iterator[tuple[Layout, int]]:
+    """All layouts, and rows of a micro-batch, that divide."""
+    ranks = layout.gpus // layout.cp
+    for tp in (tp for tp in (1, 2, 4, 8) if tp <= NODE_GPUS and ranks % tp == 0):
+        stages = (pp for pp in range(1, student.num_layers + 1) if ranks // tp % pp == 0)
+        for pp in stages:
+            for vpp in CHUNKS if pp > 1 else (1,):
+                for recompute in ("none", "full"):
+                    own = Layout(
+                        gpus=layout.gpus, tp=tp, pp=pp, cp=layout.cp, vpp=vpp, recompute=recompute,
+                        distributed_optimizer=layout.distributed_optimizer,
+                        flash_attention=layout.flash_attention,
+                    )  # fmt: skip
+                    yield from ((own, rows) for rows in ROWS)
+
+
+def _rank(one: Plan) -> tuple[float, ...]:
+    layout = one.layout
+    seconds = float(
+        f"{one.given.run_seconds:.6g}"
+    )  # of equal work the sum differs in the last digits
+    return seconds, layout.tp, layout.pp, layout.vpp, -one.run.micro_batch_size
