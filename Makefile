@@ -18,7 +18,7 @@ setup: ## create or update .venv
 	@tools/setup_venv.sh
 
 quickstart: setup ## train a teacher, a plain and a LET student on this machine (ARGS=--fast: a short smoke)
-	@$(VENV)/bin/python examples/quickstart/run.py $(ARGS)
+	@$(VENV)/bin/python -m megatron_let quickstart $(ARGS)
 
 test: setup ## the tests that are neither slow nor for a GPU
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -49,7 +49,7 @@ def flags_of(size: str, method: str, *more: str) -> list[str]:
 def dry(flags: Sequence[str], ranks: str = "one-per-stage") -> list[Found]:
     """What ranks of a run of 32 GPUs hold."""
     own = f"--dry-run --dry-run-world-size {WORLD} --dry-run-ranks {ranks}".split()
-    return found_by([str(ROOT / "pretrain_let.py"), *flags, *own])[0]
+    return found_by([*flags, *own])[0]
 
 
 def measured() -> Iterator[str]:

@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 from transformers.convert_slow_tokenizer import TikTokenConverter  # noqa: E402
 
-from examples.quickstart.wheels import TEXT, fetch_wheels  # noqa: E402
 from examples.study.study import DOCUMENTATION  # noqa: E402
 from megatron_let.data.tokenizer import TokenizerConfig  # noqa: E402
+from megatron_let.quickstart.wheels import TEXT, fetch_wheels  # noqa: E402
 from megatron_let.translation.build import build_translator  # noqa: E402
 from megatron_let.translation.rows import NOTHING, Translator  # noqa: E402
 

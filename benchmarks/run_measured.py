@@ -180,7 +180,7 @@ def main() -> None:
     sys.argv += ["--train-iters", str(steps.number)]
     from megatron.training import training
 
-    import pretrain_let
+    from megatron_let import pretrain as pretrain_let
 
     if IS_ALONE:
         alone.fill_received()

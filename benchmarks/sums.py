@@ -71,7 +71,7 @@ def measure(result: Path, argv: list[str]) -> None:
     import torch
     from megatron.training import training
 
-    import pretrain_let
+    from megatron_let import pretrain as pretrain_let
     from megatron_let.checkpoint import sums
 
     torch.set_num_threads(1)

@@ -1,89 +1,11 @@
-"""Compare training runs by their metrics.jsonl: a table, and a picture.
+"""`megatron-let compare`, from a checkout."""
 
-    python tools/compare_runs.py runs/plain runs/let "LET, weight 3=runs/let3" --teacher runs/small
-
-Every seed needs its plain run (--method baseline); the target is that run's final validation loss.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.report.plot import plot_comparison  # noqa: E402
-from megatron_let.report.runs import Run, read_run  # noqa: E402
-from megatron_let.report.table import comparison_table, losses_table  # noqa: E402
-from megatron_let.report.targets import compare_all, regime_sentence  # noqa: E402
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="compare_runs.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[LABEL=]FOLDER",
-        help="a run's --save; runs of one label differ in their seeds (default label: the method)",
-    )
-    parser.add_argument(
-        "--teacher", type=Path, metavar="FOLDER", help="the teacher's own training run"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the tables there too")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses")
-    return parser
-
-
-def read_labelled(word: str) -> Run:
-    """Read the run of one `[LABEL=]FOLDER`.
-
-    Raises:
-        ValueError: there is no such run.
-    """
-    label, equals, folder = word.partition("=")
-    if equals and not Path(word).exists():
-        return read_run(Path(folder), label=label)
-    return read_run(Path(word))
-
-
-def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
-    """Return the tables and the sentence that names the regime.
-
-    Raises:
-        ValueError: the runs do not compare like with like.
-    """
-    comparisons = compare_all(runs)
-    parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
-    if teacher is not None:
-        parts.append(regime_sentence(comparisons[0].plain, teacher.final.loss))
-    return "\n\n".join(parts)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        runs = [read_labelled(word) for word in options.runs]
-        teacher = read_run(options.teacher) if options.teacher else None
-        text = compare_runs(runs, teacher)
-        print(text)
-        if options.output:
-            options.output.write_text(text + "\n")
-        if options.plot:
-            loss = teacher.final.loss if teacher else None
-            print(
-                f"\nPicture: {plot_comparison(compare_all(runs), options.plot, teacher_loss=loss)}"
-            )
-    except (ValueError, ImportError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
+from megatron_let.commands.compare_runs import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,49 +1,11 @@
-"""Join all .bin/.idx pairs of a folder into one, in the order of their names.
+"""`megatron-let merge`, from a checkout."""
 
-python tools/merge_datasets.py --input folder --output-prefix data/all_text_document
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.data.merge import merge  # noqa: E402
-
-
-def find_pairs(folder: Path) -> list[str]:
-    """Prefixes of the pairs in `folder`, sorted.
-
-    Raises:
-        ValueError: there are none, or one half of a pair is missing.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--input {folder} is no folder")
-    halves = {suffix: {p.stem for p in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
-    for stem in sorted(halves[".bin"] ^ halves[".idx"]):
-        raise ValueError(f"{folder / stem} has no {'.idx' if stem in halves['.bin'] else '.bin'}")
-    if not halves[".bin"]:
-        raise ValueError(f"--input {folder} holds no .bin/.idx pair")
-    return [str(folder / stem) for stem in sorted(halves[".bin"])]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", type=Path, required=True, help="folder of the pairs")
-    parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
-    options = parser.parse_args(arguments)
-    try:
-        prefixes = find_pairs(options.input)
-        merge(prefixes, options.output_prefix)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    print(f"Wrote {options.output_prefix}.bin, .idx and .json from {len(prefixes)} pairs")
-
+from megatron_let.commands.merge_datasets import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

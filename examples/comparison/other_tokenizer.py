@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.comparison.run import build_parser, open_quickstart  # noqa: E402
-from examples.quickstart.run import Quickstart  # noqa: E402
 from examples.study.record import score_model  # noqa: E402
+from megatron_let.commands import convert_checkpoint  # noqa: E402
+from megatron_let.commands.compare_runs import compare_runs  # noqa: E402
+from megatron_let.quickstart.run import Quickstart  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.targets import compare_all  # noqa: E402
-from tools import convert_checkpoint  # noqa: E402
-from tools.compare_runs import compare_runs  # noqa: E402
 
 TIMES = 2
 """So many times as many tokens has the other tokenizer."""

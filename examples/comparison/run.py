@@ -13,14 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from examples.quickstart.run import FAST, FULL, ROOT, Quickstart, Recipe  # noqa: E402
+from megatron_let.commands import convert_checkpoint  # noqa: E402
+from megatron_let.commands.compare_runs import compare_runs  # noqa: E402
+from megatron_let.quickstart.run import FAST, FULL, Quickstart, Recipe  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.targets import compare_all  # noqa: E402
-from tools import convert_checkpoint  # noqa: E402
-from tools.compare_runs import compare_runs  # noqa: E402
 
 REGIMES = ("behind", "pass")
 MAIN = ("let", "salt", "reverse-kd")

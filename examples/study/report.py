@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from examples.quickstart.run import ROOT  # noqa: E402
 from examples.study.results import Result, Results  # noqa: E402
 from examples.study.run import RECORD  # noqa: E402
 from examples.study.study import Study  # noqa: E402

@@ -11,11 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from examples.quickstart.run import ROOT  # noqa: E402
 from examples.study.study import Study  # noqa: E402
 from examples.study.table import FAST, STUDY  # noqa: E402
 from examples.study.workers import Workers  # noqa: E402

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from examples.quickstart.corpus import Deduplicator, default_roots, find_sources, write_split
-from examples.quickstart.run import ROOT, Model, Quickstart, is_finished
-from examples.quickstart.wheels import fetch_wheels
 from examples.study.record import Summary, read_summary, score_model, write_summary
 from examples.study.table import PLAIN, Planned, Regime, Setting, Table
+from megatron_let.commands import convert_checkpoint
+from megatron_let.quickstart.corpus import Deduplicator, default_roots, find_sources, write_split
+from megatron_let.quickstart.run import Model, Quickstart, is_finished
+from megatron_let.quickstart.wheels import fetch_wheels
 from megatron_let.report.runs import Evaluation, Run, read_run
 from megatron_let.report.targets import Cost, cost_to_target, loss_at
-from tools import convert_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTATION = Path(__file__).with_name("documentation.txt")
 
 

@@ -19,7 +19,7 @@ their arm's setting of `meet`.
 import math
 from dataclasses import dataclass, replace
 
-from examples.quickstart.run import Model, Recipe
+from megatron_let.quickstart.run import Model, Recipe
 
 MEET = "meet"
 

@@ -14,46 +14,53 @@ from megatron_let.dry_run import flags
 from megatron_let.dry_run.found import Found
 from megatron_let.dry_run.screen import screen
 from megatron_let.errors import UsageError
+from megatron_let.program import COMMAND, environment, expanded
 
 FAULT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b")
 """The last line of a traceback."""
 
 
-def begin(argv: Sequence[str]) -> None:
-    """Run the dry run, and end the process; in the process of a rank prepare torch, and go on.
+def before_megatron() -> None:
+    """What is done of a command line before Megatron is imported.
 
-    To be called before Megatron is imported.
-
-    Args:
-        argv: the program and its flags.
+    Run files are read into `sys.argv`, and the CPU is prepared where it is wanted. A dry run is
+    run, and ends the process; in that of one of its ranks torch is prepared.
     """
-    if flags.RESULT in os.environ:
-        from megatron_let.training.ignored_flags import NEEDS_GPU
-        from megatron_let.upstream import cpu, dry
+    from megatron_let.upstream import cpu
 
-        sys.argv = flags.without(
-            sys.argv, flags.named(*NEEDS_GPU.split())
-        )  # what they would do is not seen
-        cpu.activate()
-        dry.before_megatron()
-        return
     try:
-        print(dry_run(argv))
+        sys.argv[1:] = expanded(sys.argv[1:])
+        if "--dry-run" not in sys.argv:
+            cpu.activate_if_wanted()
+        elif flags.RESULT in os.environ:
+            _prepare_rank()
+        else:
+            print(dry_run(sys.argv[1:]))
+            sys.exit()
     except UsageError as error:
         print(f"pretrain_let.py: error: {error}", file=sys.stderr)
         sys.exit(error.status)
-    sys.exit(0)
 
 
-def dry_run(argv: Sequence[str]) -> str:
+def _prepare_rank() -> None:
+    from megatron_let.training.ignored_flags import NEEDS_GPU
+    from megatron_let.upstream import cpu, dry
+
+    # What these would do is not seen.
+    sys.argv = flags.without(sys.argv, flags.named(*NEEDS_GPU.split()))
+    cpu.activate()
+    dry.before_megatron()
+
+
+def dry_run(words: Sequence[str]) -> str:
     """Run dry what a command line describes, and return the screen; raises as `found_by`."""
-    found, said = found_by(argv)
-    options = flags.parse(argv[1:])
+    found, said = found_by(words)
+    options = flags.parse(words)
     return screen(found, options, flags.world_size(options), said)
 
 
-def found_by(argv: Sequence[str]) -> tuple[list[Found], list[str]]:
-    """Run some ranks of the run that a command line, the program first, describes.
+def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """Run some ranks of the run that a command line, without the program, describes.
 
     Returns:
         What each found, and what was replaced, a sentence each.
@@ -61,30 +68,33 @@ def found_by(argv: Sequence[str]) -> tuple[list[Found], list[str]]:
     Raises:
         UsageError: it cannot be run dry, or a rank ended in an error, in its words.
     """
-    options = flags.parse(argv[1:])
+    options = flags.parse(words)
     world = flags.world_size(options)
     chosen = flags.ranks(options, world)
     flags.refuse_unseen(options)
     with tempfile.TemporaryDirectory(prefix="dry-run-") as name:
         folder = Path(name)
-        words, said = flags.replaced(argv[1:], options, folder)
+        own, said = flags.replaced(words, options, folder)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            found = pool.map(lambda rank: _rank(argv[0], words, rank, world, folder), chosen)
+            found = pool.map(lambda rank: _rank(own, rank, world, folder), chosen)
             return list(found), said
 
 
-def _rank(program: str, words: list[str], rank: int, world: int, folder: Path) -> Found:
+def _rank(words: list[str], rank: int, world: int, folder: Path) -> Found:
     """Run one rank in a process of its own."""
     result = folder / f"{rank}.json"
-    environment = {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "nowhere", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", flags.RESULT: str(result),
-    }  # fmt: skip
-    command = [sys.executable, program, *words]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    own = environment(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK="0",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="nowhere",
+        MASTER_PORT="1",
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
     )
+    own[flags.RESULT] = str(result)
+    done = subprocess.run([*COMMAND, *words], env=own, capture_output=True, text=True, check=False)
     if done.returncode or not result.exists():
         raise UsageError(_reason(done.stderr) + f" (rank {rank} of {world})")
     return Found(**json.loads(result.read_text()))

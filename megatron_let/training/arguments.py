@@ -4,9 +4,11 @@ Everything else on the command line is Megatron-LM's. On Megatron's `args` only 
 ours are left, since checkpoints save them and load them again with `weights_only`.
 """
 
+import difflib
+import functools
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -127,6 +129,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     # The synopsis that argparse makes of 900 flags hides what follows it: help, or an error.
     parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
+    parser.error = functools.partial(_unknown, parser, parser.error)  # type: ignore[method-assign]
     upstream = list(parser._action_groups)
     add_groups(parser, groups())
     ours = [group for group in parser._action_groups if group not in upstream]
@@ -136,6 +139,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     # The format that another layout can resume from; Megatron's default one cannot be resharded.
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **accelerators.platform_defaults())
     return parser
+
+
+def _unknown(parser: ArgumentParser, end: Callable[[str], None], message: str) -> None:
+    """An error of argparse's, with the nearest name for each flag that it does not know."""
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    words = message.split() if message.startswith("unrecognized arguments") else []
+    for word in (word.partition("=")[0] for word in words if word.startswith("--")):
+        near = difflib.get_close_matches(word, known, n=1)
+        message += f"; {word}: did you mean {near[0]}?" if near else ""
+    end(message)
 
 
 def import_methods(argv: list[str]) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from megatron_let.checkpoint.folder import write_whole
 from megatron_let.errors import UsageError
+from megatron_let.program import as_lines
 from megatron_let.upstream.secrets import scrubbed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,8 @@ def record_start(save: Path, args: Namespace) -> None:
 
     `starts/iter_0000150_20261122-093000-123456-x.json`: the command line, all of Megatron's
     arguments, the versions of what computes, the state of this repository and the job's
-    environment; for its owner's eyes, and without what looks like a secret.
+    environment; for its owner's eyes, and without what looks like a secret. Beside it the flags
+    as a run file, `.flags`.
     """
     now = datetime.datetime.now(datetime.UTC)
     folder = save / STARTS
@@ -128,7 +130,10 @@ def record_start(save: Path, args: Namespace) -> None:
     }
     # A file of its own for each start, which its owner alone can read.
     name = f"iter_{args.iteration:07d}_{now:%Y%m%d-%H%M%S-%f}-"
-    descriptor, _ = tempfile.mkstemp(".json", name, folder)
+    descriptor, path = tempfile.mkstemp(".json", name, folder)
+    flags = Path(path).with_suffix(".flags")
+    flags.touch(mode=0o600)
+    flags.write_text(as_lines(scrubbed(sys.argv[1:])))
     with open(descriptor, "w") as file:
         json.dump(scrubbed(record), file, indent=1, default=lambda value: scrubbed(str(value)))
         file.write("\n")

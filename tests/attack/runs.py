@@ -12,7 +12,7 @@ UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 def train(argv: list[str]) -> str:
     """Run `pretrain_let.py`; return what it ended with, if not well."""
-    import pretrain_let
+    from megatron_let import pretrain as pretrain_let
 
     forget_last_run()
     os.environ[UNSAFE] = "1"

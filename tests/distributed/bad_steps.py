@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from megatron.training import get_args, training
 
-import pretrain_let
+from megatron_let import pretrain as pretrain_let
 from megatron_let.checkpoint.finite import FiniteCheck
 from megatron_let.teacher.host import TeacherHost
 from megatron_let.training.run import Run

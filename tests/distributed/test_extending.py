@@ -15,10 +15,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
+from megatron_let.commands.convert_checkpoint import main as convert
 from megatron_let.conversion.families import FAMILIES
 from tests.distributed.training import run, series
 from tests.support.tiny_run import FLAGS, checkpoint, hashes
-from tools.convert_checkpoint import main as convert
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "extending.md").read_text()

@@ -29,7 +29,7 @@ TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".spli
 
 def train(argv: list[str]) -> str | None:
     """Run `pretrain_let.py` on this rank; return the text of its usage error, if it has one."""
-    import pretrain_let
+    from megatron_let import pretrain as pretrain_let
 
     forget_last_run()
     sys.argv = ["pretrain_let.py", *argv]

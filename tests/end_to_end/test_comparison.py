@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.comparison.run import variants
-from examples.quickstart.run import FAST
+from megatron_let.quickstart.run import FAST
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from examples.real_teacher.run import teacher_file
-from tools import convert_checkpoint
+from megatron_let.commands import convert_checkpoint
 
 PROMPT = "The capital of France is"
 

@@ -114,7 +114,7 @@ def number_of_parameters(flags: list[str]) -> int:
 
 def train(flags: list[str]) -> str:
     """Run `pretrain_let.py` to its end; return what it printed."""
-    import pretrain_let
+    from megatron_let import pretrain as pretrain_let
 
     forget_last_run()
     sys.argv = ["pretrain_let.py", *MODEL, "--mock-data", *flags]

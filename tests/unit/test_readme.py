@@ -73,7 +73,8 @@ def test_checkpoints_names_what_is_converted_and_evaluated():
     assert re.findall(r"[a-z_]{4,}", sentence) == [task.name for task in PAPER_TASKS]
     flags = set(re.findall(r"`(--[a-z-]+)", text)) - set(FLAG_OF.values())
     tools = [
-        (ROOT / "tools" / f"{name}.py").read_text() for name in ("convert_checkpoint", "evaluate")
+        (ROOT / "megatron_let/commands" / f"{name}.py").read_text()
+        for name in ("convert_checkpoint", "evaluate")
     ]
     known = {"--save", "--openai-gelu", "--let-resize"}
     assert not {flag for flag in flags - known if not any(flag in tool for tool in tools)}

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_let.checkpoint.reader import Checkpoint
+from megatron_let.commands.convert_checkpoint import main
 from megatron_let.conversion.configs import (
     FLAG_OF,
     MUST_BE_OFF,
@@ -25,7 +26,6 @@ from megatron_let.conversion.to_hf import export, sample
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from tests.unit.conftest import VOCAB_SIZE, MadeCheckpoint
-from tools.convert_checkpoint import main
 
 ROOT = Path(__file__).resolve().parents[3]
 IDS = torch.tensor([[1, 5, 2, 8, 10, 0]])

@@ -7,6 +7,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
 from megatron_let.checkpoint.folder import find_checkpoint
+from megatron_let.commands.convert_checkpoint import main
 from megatron_let.conversion import verify as verify_module
 from megatron_let.conversion.from_hf import import_model
 from megatron_let.conversion.to_hf import export
@@ -14,7 +15,6 @@ from megatron_let.conversion.verify import TOLERANCE, verify
 from megatron_let.errors import UsageError
 from tests.support.testing import run_program
 from tests.unit.conversion.hf_models import MODELS, save_model
-from tools.convert_checkpoint import main
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_let.commands.evaluate import main
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import (
     PAPER_TASKS,
@@ -18,7 +19,6 @@ from megatron_let.evaluation.harness import (
 from megatron_let.evaluation.tables import accuracy_table, mean_of
 from tests.unit.conversion.hf_models import make_model, save_model, write_tokenizer
 from tests.unit.evaluation.task_data import QUESTIONS, write_task_data
-from tools.evaluate import main
 
 
 @pytest.fixture(scope="module")

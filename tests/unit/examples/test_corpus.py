@@ -3,8 +3,13 @@ import json
 
 import pytest
 
-from examples.quickstart import corpus
-from examples.quickstart.corpus import Deduplicator, build_corpus, find_sources, split_by_package
+from megatron_let.quickstart import corpus
+from megatron_let.quickstart.corpus import (
+    Deduplicator,
+    build_corpus,
+    find_sources,
+    split_by_package,
+)
 
 BOUNDS = {"max_train_bytes": 200_000, "max_valid_bytes": 50_000}
 

@@ -1,16 +1,18 @@
 """The page of the study says what the record says, and a wrong digit is seen."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from examples.quickstart.run import ROOT
 from examples.study.report import BLOCK, PAGE, TABLES, draw, fill, spread, unfounded
 from examples.study.results import Results
 from examples.study.run import RECORD
 from examples.study.study import Study
 from examples.study.table import GROWTH, GUIDED, PAPER, PLAIN, STUDY
 from tests.unit.examples.study_record import choose_teacher, new_study, write_run
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from examples.quickstart.tokenizer import END_OF_TEXT, train_tokenizer
+from megatron_let.quickstart.tokenizer import END_OF_TEXT, train_tokenizer
 
 SOURCE = '''def add(first: int, second: int) -> int:
     """Return the sum."""
@@ -53,7 +53,7 @@ def test_deterministic_across_processes_and_thread_counts(train_jsonl, tmp_path)
     here = train_tokenizer(train_jsonl, tmp_path / "here", vocab_size=300, max_bytes=10**6)
     code = (
         "import sys; from pathlib import Path;"
-        "from examples.quickstart.tokenizer import train_tokenizer as t;"
+        "from megatron_let.quickstart.tokenizer import train_tokenizer as t;"
         "t(Path(sys.argv[1]), Path(sys.argv[2]), vocab_size=300, max_bytes=10**6)"
     )
     there = tmp_path / "there"

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from examples.quickstart import wheels
 from examples.study.study import DOCUMENTATION
+from megatron_let.quickstart import wheels
 
 
 @pytest.fixture

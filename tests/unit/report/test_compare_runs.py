@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tools.compare_runs import main
+from megatron_let.commands.compare_runs import main
 
 
 @pytest.fixture

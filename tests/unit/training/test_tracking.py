@@ -137,8 +137,8 @@ def test_three_starts_in_a_second_keep_three_records_without_secrets(tmp_path):
     os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_NET": f"https://me:{secret}@host"}
     for iteration in (0, 0, 0):
         record_start(tmp_path, Namespace(iteration=iteration, data=f"s3://me:{secret}@x"))
-    paths = sorted((tmp_path / "starts").iterdir())
-    assert len(paths) == 3
+    paths = sorted((tmp_path / "starts").glob("*.json"))
+    assert len(paths) == 3 == len(list((tmp_path / "starts").glob("*.flags")))
     for path in paths:
         assert path.stat().st_mode & 0o777 == 0o600
         assert secret not in path.read_text()

@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 WHEELS = Path(__file__).with_name("wheels.txt")
-TEXT = Path(__file__).resolve().parents[2] / "runs" / "text"
-"""Where they are kept, once for all examples."""
+TEXT = Path("runs/text")
+"""Where they are kept, once for all examples, in the folder where they were called."""
 ENDINGS = (".py", "README.md")
 """Files to unpack: Python sources, and what people wrote about them."""
 

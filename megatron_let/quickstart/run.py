@@ -12,27 +12,26 @@ it runs on the CPU, GPUs or not: the models are small, and the processes share o
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
+from megatron_let.commands import convert_checkpoint, preprocess_data
+from megatron_let.program import COMMAND, environment
+from megatron_let.quickstart.corpus import build_corpus
+from megatron_let.quickstart.tokenizer import train_tokenizer
+from megatron_let.quickstart.wheels import fetch_wheels
+from megatron_let.report.plot import plot_comparison
+from megatron_let.report.runs import Run, read_run
+from megatron_let.report.table import comparison_table, losses_table
+from megatron_let.report.targets import compare_all, regime_sentence
 
-from examples.quickstart.corpus import build_corpus  # noqa: E402
-from examples.quickstart.tokenizer import train_tokenizer  # noqa: E402
-from examples.quickstart.wheels import fetch_wheels  # noqa: E402
-from megatron_let.report.plot import plot_comparison  # noqa: E402
-from megatron_let.report.runs import Run, read_run  # noqa: E402
-from megatron_let.report.table import comparison_table, losses_table  # noqa: E402
-from megatron_let.report.targets import compare_all, regime_sentence  # noqa: E402
-from tools import convert_checkpoint, preprocess_data  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
+RUNS = Path("runs")
+"""In the folder where it was called."""
 PROMPT = "import os\n\n\ndef "
 SMOKE = (
     "A SMOKE, NO EVIDENCE: so few steps show that everything runs, and nothing about the methods. "
@@ -185,11 +184,11 @@ class Quickstart:
         """Train one model, or go on with it; returns its record."""
         if not is_finished(save):
             save.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable]
+            command = COMMAND[:1]
             if self.processes > 1:
                 command += ["-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc_per_node", str(self.processes)]
-            command += [str(ROOT / "pretrain_let.py")]
+            command += COMMAND[1:]
             command += [*self.flags(model, save, seed, evaluations), *extra.split()]
             _run_with_progress(command, save, model.steps)
         return read_run(save)
@@ -255,7 +254,7 @@ def is_finished(save: Path) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return environment(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
 
 def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
@@ -325,7 +324,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=1, help="students of each kind (default 1)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart")
+    parser.add_argument("--output", type=Path, default=RUNS / "quickstart")
     return parser.parse_args()
 
 

@@ -1,0 +1,152 @@
+"""Convert checkpoints between Megatron and Hugging Face, or grow one; on CPU, a layer at a time."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_let.errors import UsageError
+from megatron_let.methods.table import import_file
+
+# The conversion imports torch and transformers, which --help does without.
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line, one subcommand a direction."""
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py", description=__doc__, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_hf = commands.add_parser(
+        "to-hf", help="Megatron's torch_dist to a Hugging Face folder", allow_abbrev=False
+    )
+    to_hf.add_argument("--load", type=Path, required=True, metavar="DIR", help="the run's --save")
+    to_hf.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: latest)")
+    to_hf.add_argument(
+        "--tokenizer-model", metavar="FOLDER", help="folder or hub id (default: the run's own)"
+    )
+    to_hf.add_argument(
+        "--sample", metavar="PROMPT", help="load the result and print how it goes on after this"
+    )
+    from_hf = commands.add_parser(
+        "from-hf", help="a Hugging Face model to Megatron's torch_dist", allow_abbrev=False
+    )
+    grow = commands.add_parser(
+        "grow",
+        help="a small Hugging Face model into a larger shape, to start a run from",
+        allow_abbrev=False,
+    )
+    add_growth_flags(grow)
+    for command in (from_hf, grow):
+        command.add_argument("--hf-model", required=True, metavar="FOLDER", help="folder or hub id")
+        command.add_argument("--revision", help="branch, tag or commit on the hub")
+    for command in (to_hf, grow):
+        command.add_argument(
+            "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
+        )
+    for command in (to_hf, from_hf, grow):
+        command.add_argument(
+            "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
+        )
+        default = "fp32" if command is grow else "as saved"
+        command.add_argument("--dtype", choices=DTYPES, help=f"default: {default}")
+    for command in (to_hf, from_hf):
+        command.add_argument(
+            "--family-module",
+            metavar="FILE",
+            help="Python file with an architecture of your own (docs/extending.md)",
+        )
+        command.add_argument(
+            "--verify", action="store_true", help="compare both models' logits on a text"
+        )
+    return parser
+
+
+SIZES = (
+    "hidden_size num_layers ffn_hidden_size num_attention_heads num_query_groups kv_channels"
+).split()
+HOW = {
+    "width": ("pad", "clone"),
+    "depth": ("identity", "stack", "interleave"),
+    "symmetry": ("none", "noise", "next-layer"),
+}
+
+
+def add_growth_flags(parser: argparse.ArgumentParser) -> None:
+    """The large model's sizes, by Megatron's names, and how the small one fills them."""
+    for name in SIZES:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, metavar="N", help="default: the small model's")
+    parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    for name, choices in HOW.items():
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
+    parser.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="tell the losses on it")
+
+
+def to_hf(values: dict[str, Any]) -> None:
+    """Export; then what was asked for besides."""
+    from megatron_let.checkpoint.folder import find_checkpoint
+    from megatron_let.conversion.to_hf import export, sample
+    from megatron_let.conversion.verify import verify
+
+    prompt, check = values.pop("sample"), values.pop("verify")
+    # A run that goes on training must not move on between the export and what follows.
+    step = find_checkpoint(values["load"], values["ckpt_step"])
+    if step.name != "release":
+        values["ckpt_step"] = int(step.name.removeprefix("iter_"))
+    folder = export(**values)
+    print(f"Wrote {folder}", flush=True)
+    if check:
+        print(f"Verified: {verify(step, folder)}", flush=True)
+    if prompt is not None:
+        print(sample(folder, prompt))
+
+
+def from_hf(values: dict[str, Any]) -> None:
+    """Import; then what was asked for besides."""
+    from megatron_let.checkpoint.folder import find_checkpoint
+    from megatron_let.conversion.from_hf import FLAGS_FILE, import_model, local_folder
+    from megatron_let.conversion.verify import verify
+
+    check = values.pop("verify")
+    folder = import_model(**values)
+    print(f"Wrote {folder}; the flags of a run that starts from it:\n", flush=True)
+    print((folder / FLAGS_FILE).read_text(), flush=True)
+    if check:
+        source = local_folder(values["hf_model"], values["revision"])
+        print(f"Verified: {verify(find_checkpoint(folder), source)}")
+
+
+def grow(values: dict[str, Any]) -> None:
+    """Grow, and say what came out."""
+    from megatron_let.conversion.grow import grow_model
+    from megatron_let.conversion.growth import Growth
+
+    sizes = {name: values.pop(name) for name in SIZES}
+    sizes["tied"] = not values.pop("untie_embeddings_and_output_weights")
+    how = {name: values.pop(name) for name in (*HOW, "seed")}
+    output = values["output"]
+    verdict = grow_model(**values, sizes=sizes, growth=Growth(**how))
+    print(f"Wrote {output}\nVerified: {verdict}")
+
+
+COMMANDS = {"to-hf": to_hf, "from-hf": from_hf, "grow": grow}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
+    parser = build_parser()
+    values = vars(parser.parse_args(arguments))
+    command = COMMANDS[values.pop("command")]
+    try:
+        if (path := values.pop("family_module", None)) is not None:
+            import_file("--family-module", path)
+        command(values)
+    except (UsageError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

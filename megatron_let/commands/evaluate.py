@@ -1,0 +1,234 @@
+"""Evaluate exported models side by side: the paper's nine tasks, or the loss on held-out text.
+
+    python tools/evaluate.py tasks plain=runs/plain-hf let=runs/let-hf --output runs/evaluation
+    python tools/evaluate.py text runs/plain-hf runs/let-hf --input pile/test.jsonl.zst
+
+What is done of an --output is not done again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
+
+from megatron_let.data import documents, sources
+from megatron_let.errors import UsageError
+from megatron_let.evaluation.harness import (
+    PAPER_TASKS,
+    Harness,
+    TaskScore,
+    find_tasks,
+    local_data,
+)
+from megatron_let.evaluation.results import Results, identity
+from megatron_let.hugging_face import load
+from megatron_let.upstream import gpus
+
+# The rest imports torch and transformers, which --help does without.
+if TYPE_CHECKING:
+    from megatron_let.evaluation.perplexity import Document
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line, a subcommand for each kind of evaluation."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    tasks = commands.add_parser(
+        "tasks", help="one-shot accuracy by lm-evaluation-harness", allow_abbrev=False
+    )
+    names = ", ".join(task.name for task in PAPER_TASKS)
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: {names}")
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="data sets as DIR/OWNER/NAME, for a machine without internet (default: the hub)",
+    )
+    tasks.add_argument("--num-fewshot", type=int, default=1, help="default: %(default)s")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only so many questions a task")
+    text = commands.add_parser(
+        "text", help="perplexity and bits per byte on held-out text", allow_abbrev=False
+    )
+    text.add_argument("--input", nargs="+", required=True, help="files as preprocess_data.py reads")
+    text.add_argument("--json-key", default="text", help="default: %(default)s")
+    text.add_argument(
+        "--by-meta",
+        metavar="KEY",
+        help='a row for each value of KEY in "meta", such as pile_set_name',
+    )
+    text.add_argument("--context", type=int, metavar="N", help="default: all the model reads")
+    text.add_argument("--stride", type=int, metavar="N", help="default: half the context")
+    for command in (tasks, text):
+        command.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER", help="exported models")
+        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
+        command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
+        command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+        command.add_argument("--device", help="default: cuda, or cpu where no GPU is promised")
+    return parser
+
+
+def labelled(words: Sequence[str]) -> dict[str, Path]:
+    """Return the folders by their labels, a folder's name unless one is given.
+
+    Raises:
+        UsageError: two have the same.
+    """
+    found: dict[str, Path] = {}
+    for word in words:
+        label, equals, folder = word.partition("=")
+        if not equals or Path(word).exists():
+            label, folder = Path(word).name, word
+        if label in found or "/" in label:
+            raise UsageError(f"{word} needs a label of its own: LABEL={folder}.")
+        found[label] = Path(folder)
+    return found
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+def evaluate_tasks(options: argparse.Namespace) -> str:
+    """Score every model on every task; returns the table."""
+    from megatron_let.evaluation.tables import accuracy_table
+
+    tasks = find_tasks(options.tasks)
+    data = local_data(tasks, options.task_data) if options.task_data is not None else {}
+    scores: dict[str, dict[str, TaskScore]] = {}
+    for label, folder in labelled(options.models).items():
+        about = {
+            "model": identity(folder),
+            "shots": options.num_fewshot,
+            "limit": options.limit,
+            "task data": None if options.task_data is None else str(options.task_data.absolute()),
+            "dtype": options.dtype,
+        }
+        results = Results(options.output / f"{label}-tasks.json", about)
+        harness = None
+        for task in tasks:
+            if task.name in results:
+                continue
+            harness = harness or Harness(folder, options.dtype, options.device, options.batch_size)
+            print(f"{label}: {task.name}", file=sys.stderr, flush=True)
+            score = harness.score(task, data.get(task.name), options.num_fewshot, options.limit)
+            results.keep(task.name, asdict(score))
+        scores[label] = {task.name: TaskScore(**results[task.name]) for task in tasks}
+    return accuracy_table(scores, options.num_fewshot)
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+def evaluate_text(options: argparse.Namespace) -> str:
+    """Score every model on the text; returns the table."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_let.conversion.tokenizer_files import load_tokenizer
+    from megatron_let.evaluation.perplexity import TextScore, score_text
+    from megatron_let.evaluation.tables import text_table
+
+    paths = sources.expand(options.input)
+    stats = {path: Path(path).stat() for path in paths}
+    scores: dict[str, dict[str, TextScore]] = {}
+    for label, folder in labelled(options.models).items():
+        about = {"model": identity(folder)}
+        context, stride = _windows(folder, options)
+        about |= {
+            "input": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
+            "json key": options.json_key,
+            "by meta": options.by_meta,
+            "context": context,
+            "stride": stride,
+            "dtype": options.dtype,
+        }
+        results = Results(options.output / f"{label}-text.json", about)
+        if "subsets" not in results:
+            print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
+            model = load(AutoModelForCausalLM, folder, dtype=options.dtype)
+            model = model.to(options.device).eval()
+            found = score_text(
+                model,
+                load_tokenizer(folder),
+                read_documents(paths, options.json_key, options.by_meta),
+                context=context,
+                stride=stride,
+                batch_size=options.batch_size,
+            )
+            del model
+            results.keep("subsets", {subset: asdict(score) for subset, score in found.items()})
+        scores[label] = {name: TextScore(**score) for name, score in results["subsets"].items()}
+    return text_table(scores)
+
+
+def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
+    """The context and stride in tokens."""
+    from transformers import AutoConfig
+
+    longest = load(AutoConfig, folder).max_position_embeddings
+    context = options.context or longest
+    stride = options.stride or max(context // 2, 1)
+    if not 1 <= context <= longest:
+        raise UsageError(f"--context {context}: {folder} reads 1 to {longest} tokens.")
+    if not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride} must be 1 to --context {context}, or tokens get lost.")
+    return context, stride
+
+
+def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator["Document"]:
+    """Yield the documents of the files.
+
+    Raises:
+        UsageError: a record is no document.
+    """
+    from megatron_let.evaluation.perplexity import Document
+
+    for index, path in enumerate(paths):
+        for block in sources.InputFile(path, index, [key]).blocks(sources.Position(index)):
+            found = documents.parse(block, [key], group)
+            if found.skipped:
+                raise UsageError(str(found.skipped[0]))
+            for subset, text in zip(found.groups, found.texts[key], strict=True):
+                yield Document(subset, text)
+
+
+def default_device() -> str:
+    """Return the GPU, or the CPU with a word; ends the process where a GPU is promised."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    gpus.fall_back("no GPU: evaluating on CPU", "--device cpu", sys.stderr)
+    return "cpu"
+
+
+COMMANDS = {"tasks": evaluate_tasks, "text": evaluate_text}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+
+    from safetensors import SafetensorError
+
+    options.device = options.device or default_device()
+    try:
+        print(COMMANDS[options.command](options))
+    except (ValueError, OSError, RuntimeError, AssertionError, SafetensorError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

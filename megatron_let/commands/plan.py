@@ -1,0 +1,283 @@
+"""Plan a pre-training run on paper: parameters, FLOPs, memory per rank, stage balance, days.
+
+Needs no GPU, no weights and no Megatron. For example:
+
+    python tools/plan.py --student 1.4b --teacher smollm-135m --gpus 32 --pp 4
+    python tools/plan.py --gpus 32 --search -- <the flags of pretrain_let.py>
+
+Behind -- stand the flags of a run; what is not known here changes neither size nor cost.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_let.dry_run.flags import named, without
+from megatron_let.dry_run.start import found_by
+from megatron_let.errors import UsageError
+from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, MAIN, METHODS
+from megatron_let.planning.huggingface import TEACHERS, folder_shape, teacher_shape
+from megatron_let.planning.layout import Layout
+from megatron_let.planning.memory import RUNTIME_BYTES
+from megatron_let.planning.plan import Plan, plan
+from megatron_let.planning.run import Gpu, RunShape
+from megatron_let.planning.search import search
+from megatron_let.planning.shapes import (
+    STUDENTS,
+    ModelShape,
+    padded_vocab_size,
+    student_shape,
+)
+from megatron_let.planning.text import page, ranking
+from megatron_let.program import expanded
+
+SIZE_FLAGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+)
+"""Flags that are fields of `ModelShape`."""
+LAYOUT_FLAGS = named(
+    *"sequence-parallel num-virtual-stages-per-pipeline-rank recompute-granularity".split(),
+    *"num-layers-per-virtual-pipeline-stage recompute-method recompute-num-layers".split(),
+    *(f"decoder-{end}-pipeline-num-layers" for end in ("first", "last")),
+    *"tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size".split(),
+)
+"""Of a run, which a found layout replaces."""
+UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
+"""Words of this tool that mean another thing in a run, or nothing there."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line; flags that Megatron has too are spelled as there."""
+    parser = argparse.ArgumentParser(
+        prog="plan.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_student_flags(parser.add_argument_group("student"))
+    _add_method_flags(parser.add_argument_group("method"))
+    _add_layout_flags(parser.add_argument_group("layout"))
+    _add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def _add_student_flags(group: argparse._ArgumentGroup) -> None:
+    names = ", ".join(STUDENTS)
+    group.add_argument(
+        "--student", metavar="NAME", help=f"{names}, which the flags below override; or a folder"
+    )
+    for name in (*SIZE_FLAGS, "max_position_embeddings"):
+        group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
+    vocabulary = group.add_mutually_exclusive_group()
+    vocabulary.add_argument("--vocab-size", type=int, metavar="N", help="default: the teacher's")
+    vocabulary.add_argument("--padded-vocab-size", type=int, metavar="N", help="rows, as they are")
+    group.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="default: 128"
+    )
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    group.add_argument("--swiglu", action="store_true")
+    group.add_argument("--qk-layernorm", action="store_true")
+    group.add_argument("--disable-bias-linear", action="store_true")
+    group.add_argument("--add-qkv-bias", action="store_true")
+    group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"])
+    group.add_argument("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
+
+
+def _add_method_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--method", choices=list(METHODS), default=MAIN, help=f"default: {MAIN}")
+    group.add_argument(
+        "--teacher", metavar="NAME_OR_FOLDER", help=f"{', '.join(TEACHERS)}, or a model's folder"
+    )
+    group.add_argument(
+        "--teacher-seq-length",
+        type=int,
+        metavar="N",
+        help="tokens that a teacher with another tokenizer reads for a row (default: the row's)",
+    )
+    group.add_argument("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
+    group.add_argument("--let-stop-step", type=int, metavar="N", help=f"default: {LET_STOP_STEP}")
+    group.add_argument("--kd-stop-step", type=int, metavar="N", help="default: 17.3 %% of the run")
+
+
+def _add_layout_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--gpus", type=int, required=True, metavar="N")
+    for short, long in (
+        ("--tp", "--tensor-model-parallel-size"),
+        ("--pp", "--pipeline-model-parallel-size"),
+        ("--cp", "--context-parallel-size"),
+        ("--vpp", "--num-virtual-stages-per-pipeline-rank"),
+    ):
+        group.add_argument(short, long, type=int, default=1, metavar="N", dest=short[2:])
+    for end in ("first", "last"):
+        flag, field = f"--decoder-{end}-pipeline-num-layers", f"{end}_stage_layers"
+        group.add_argument(flag, type=int, metavar="N", dest=field)
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--sequence-parallel", action=switch, help="default: if --tp is above 1")
+    group.add_argument("--distributed-optimizer", action=switch, default=True)
+    group.add_argument("--flash-attention", action=switch, default=True)
+    group.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    group.add_argument(
+        "--search", action="store_true", help="rank all layouts and micro-batches that fit"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="and run the best ones dry; needs flags behind --"
+    )
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    for name, type_, default, what in (
+        ("--seq-length", int, 2048, "tokens"),
+        ("--micro-batch-size", int, 4, "rows"),
+        ("--global-batch-size", int, 512, "rows of a step"),
+        (
+            "--mfu",
+            float,
+            Gpu.mfu,
+            "share of the peak at which a stage's work passes, bubble left out",
+        ),
+        ("--gpu-peak-tflops", float, Gpu.peak_tflops, "A100, bf16; H100: 989"),
+        ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
+    ):
+        text = f"{what} (default: {default:g})"
+        field = name.removeprefix("--").removeprefix("gpu-").replace("-", "_")
+        group.add_argument(name, type=type_, default=default, metavar="N", help=text, dest=field)
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--train-iters", type=int, metavar="N", help="steps")
+    length.add_argument(
+        "--train-tokens", type=float, default=20e9, metavar="N", help="default: 20e9, the paper's"
+    )
+    group.add_argument("--dropout", action="store_true", help="the run has dropout")
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    """Return the plan that the command line asks for."""
+    return plan(*_parts(args))
+
+
+def _parts(
+    args: argparse.Namespace,
+) -> tuple[ModelShape, ModelShape | None, Layout, RunShape, Gpu]:
+    _refuse_without_effect(args)
+    teacher = None if args.teacher is None else teacher_shape(args.teacher)
+    student, args.train_iters = _student(args, teacher), _train_iters(args)
+    return student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args)
+
+
+def words_of(flags: Sequence[str]) -> list[str]:
+    """Those of a run's flags that change its size or cost, as this tool spells them."""
+    renamed = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
+    known = build_parser()._option_string_actions.keys() - UNLIKE
+    words = [renamed.get(word, word) for flag in flags for word in flag.split("=", 1)]
+    return without(words, lambda flag: flag not in known)
+
+
+def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespace) -> Part:
+    """A part of the plan from the flags of its fields; where one was not given, its default."""
+    given = {field.name: getattr(args, field.name) for field in fields(part)}
+    return part(**{name: value for name, value in given.items() if value is not None})
+
+
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    if args.dry_run and not args.search:
+        raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
+    guidance = METHODS[args.method]
+    let = args.let_layer is not None or args.let_stop_step is not None
+    if let and not guidance.aligns:
+        raise UsageError(f"--let-... has no effect with --method {args.method}. Remove it.")
+    if args.kd_stop_step is not None and (not guidance.distils or guidance.distils_to_the_end):
+        raise UsageError(f"--kd-stop-step has no effect with --method {args.method}. Remove it.")
+
+
+def _student(args: argparse.Namespace, teacher: ModelShape | None) -> ModelShape:
+    if args.student is not None and Path(args.student).is_dir():
+        return replace(folder_shape(args.student), context=None)
+    padded, vocab_size = args.padded_vocab_size, args.vocab_size
+    if padded is None:
+        if vocab_size is None:
+            if teacher is None:
+                raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
+            vocab_size = teacher.vocab_size
+        padded = padded_vocab_size(
+            vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
+        )
+    return student_shape(args.student, vocab_size=padded, changes=_changes(args))
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as fields of `ModelShape`; None where a flag was not given."""
+    changes: dict[str, Any] = {name: getattr(args, name) for name in SIZE_FLAGS}
+    changes["gated"] = args.swiglu or None
+    changes["qk_norm"] = args.qk_layernorm or None
+    if args.untie_embeddings_and_output_weights:
+        changes["tied"] = False
+    if args.normalization is not None:
+        changes["rms_norm"] = args.normalization == "RMSNorm"
+    if args.disable_bias_linear:
+        changes |= {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+    if args.add_qkv_bias:
+        changes["qkv_bias"] = True
+    return changes | {"position_rows": _position_rows(args)}
+
+
+def _position_rows(args: argparse.Namespace) -> int | None:
+    """Megatron learns positions by default; the presets rotate."""
+    default = "learned_absolute" if args.student is None else "rope"
+    if (args.position_embedding_type or default) == "learned_absolute":
+        return args.max_position_embeddings or args.seq_length
+    if args.max_position_embeddings is not None:
+        raise UsageError(
+            "--max-position-embeddings has no effect without learned positions. Remove it, or add "
+            "--position-embedding-type learned_absolute."
+        )
+    return None
+
+
+def _train_iters(args: argparse.Namespace) -> int:
+    if args.train_iters is not None:
+        return args.train_iters
+    tokens_per_step = max(1, args.global_batch_size * args.seq_length)
+    if not tokens_per_step <= args.train_tokens < float("inf"):
+        raise UsageError(
+            f"--train-tokens {args.train_tokens:g} is not a run: a step alone has "
+            f"{tokens_per_step} tokens. The default is 20e9."
+        )
+    return int(args.train_tokens // tokens_per_step)
+
+
+def _dry(one: Plan, flags: Sequence[str]) -> float:
+    """Bytes of the fullest of a layout's stages, by a dry run; raises as `dry_run.start`."""
+    if not flags:
+        raise UsageError("--dry-run needs the run's own flags, behind --.")
+    words = [*without(flags, LAYOUT_FLAGS), *one.flags.split()]
+    world = ["--dry-run", "--dry-run-world-size", str(one.layout.gpus)]
+    return max(rank.peak for rank in found_by([*words, *world])[0]) + RUNTIME_BYTES
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
+    parser = build_parser()
+    own, flags = list(sys.argv[1:] if arguments is None else arguments), []
+    if "--" in own:
+        at = own.index("--")
+        own, flags = own[:at], expanded(own[at + 1 :])
+    args = parser.parse_args([*words_of(flags), *own])
+    try:
+        if not args.search:
+            print(page(plan_from(args)))
+            return
+        found = search(*_parts(args))
+        print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))
+    except UsageError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Build the index caches of a run's datasets ahead, on one node and without its GPUs.
+
+    python tools/prepare_cache.py <the flags of the run, with --data-cache-path>
+
+The run's ranks then find them instead of waiting while the first one builds.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_let.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_cache.py",
+        usage="%(prog)s <the flags of the run>",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _, flags = parser.parse_known_args(arguments)
+
+    from megatron_let.upstream import cpu
+
+    cpu.activate()  # before Megatron is imported, which reads torch.compile at import
+
+    from megatron_let.selection.run_data import build_datasets, parse_run
+
+    try:
+        args = parse_run(parser.prog, flags)
+        if args.data_cache_path is None or args.mock_data:
+            raise UsageError("Add --data-cache-path: it is where the caches are put.")
+        if "--global-batch-size" not in " ".join(flags):
+            raise UsageError("Add --global-batch-size: how many samples a run takes depends on it.")
+        datasets = build_datasets(args)
+    except UsageError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for name, dataset in zip(("train", "validation", "test"), datasets, strict=True):
+        several = dataset if isinstance(dataset, list) else [dataset]
+        sizes = ", ".join(f"{len(one):,}" for one in several if one is not None)
+        print(f"{name}: {sizes or 'none'}{' samples' * bool(sizes)}")
+    print(f"Caches are in {args.data_cache_path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Select the training samples that SALT distils on (SALT_DS, arXiv 2410.18779).
+
+    python tools/select_data.py --scorer-model FOLDER_OR_ID --keep-fraction 0.5 \\
+        --output selection.npz <the flags of the run that will use it: --method salt ...>
+    python pretrain_let.py <the same flags> --kd-selection selection.npz
+
+Scores the first samples of that run's training stream with a small model, best an early checkpoint
+of the teacher, and keeps the hard ones that are within its reach: those whose tokens, where they
+are among the model's ten likeliest, have the highest median loss. Without --scorer-model the
+samples are chosen at random, as a control. With torchrun the processes share the work; an
+interrupted call goes on where it stopped.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_let.errors import UsageError
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the tool's own part of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="select_data.py",
+        usage="%(prog)s [options] <the flags of the run>",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--scorer-model", metavar="FOLDER_OR_ID", help="default: none, at random")
+    parser.add_argument(
+        "--keep-fraction", type=float, required=True, help="part of the scored samples to keep"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.npz")
+    parser.add_argument(
+        "--top-k", type=int, default=10, help="tokens within the scorer's reach (default 10)"
+    )
+    parser.add_argument(
+        "--scorer-dtype", dest="dtype", choices=DTYPES, default="fp32", help="default: fp32"
+    )
+    parser.add_argument(
+        "--scorer-batch", dest="batch", type=int, default=8, help="samples at once (default 8)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
+    parser = build_parser()
+    options, flags = parser.parse_known_args(arguments)
+
+    from megatron_let.upstream import cpu
+
+    # Before Megatron is imported, which reads torch.compile at import.
+    cpu.activate_if_wanted(work="scoring")
+
+    from megatron_let.data.selection import number_wanted
+    from megatron_let.selection.run_data import build_datasets, parse_run
+    from megatron_let.selection.scoring import SelectConfig, select
+
+    try:
+        config = SelectConfig(**vars(options))
+        args = parse_run(parser.prog, flags)
+        number_wanted(args)
+        selection = select(config, args, build_datasets(args)[0])
+    except UsageError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if selection is None:  # not the first rank
+        return
+    if selection.beyond_reach:
+        print(
+            f"WARNING: {selection.beyond_reach} of the {len(selection.samples)} samples have less "
+            "than a tenth of their tokens within the scorer's reach, and were chosen for lack of "
+            "better ones. A better scorer, a larger --top-k or a smaller --keep-fraction helps."
+        )
+    print(
+        f"Wrote {config.output}: {len(selection.samples)} of {selection.candidates} samples; "
+        f"scoring took {selection.flops:.2e} FLOPs. Train with --kd-selection {config.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A teacher, a plain and a guided student on a laptop: `make quickstart`."""
