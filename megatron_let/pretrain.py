@@ -1,6 +1,8 @@
 """The program: `pretrain_let.py`, `megatron-let pretrain`, `torchrun -m megatron_let.pretrain`."""
 
+import contextlib
 import functools
+import os
 import sys
 
 from megatron_let.dry_run.start import before_megatron
@@ -19,6 +21,7 @@ from megatron_let.checkpoint.finite import FiniteCheck
 from megatron_let.checkpoint.lock import one_run_in, save_folder
 from megatron_let.checkpoint.retention import Retention
 from megatron_let.checkpoint.sums import Sums
+from megatron_let.console import VERBOSE, keep, quiet
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training.log import RunLog
@@ -36,7 +39,9 @@ def main() -> None:
 
         run_rank(train)
         return
-    with one_run_in(save_folder(sys.argv)):
+    with one_run_in(folder := save_folder(sys.argv)):
+        if os.environ.get("RANK", "0") == "0":  # it holds the lock; the others wait for it
+            keep(folder)
         train()
 
 
@@ -78,7 +83,8 @@ def train() -> None:
 def run() -> None:
     """Run the program; a mistake of the user's ends in one paragraph and exit status 2."""
     try:
-        main()
+        with contextlib.nullcontext() if VERBOSE in sys.argv else quiet():
+            main()
     except UsageError as error:
         print(f"pretrain_let.py: error: {scrubbed(str(error))}", file=sys.stderr)
         sys.exit(error.status)

@@ -25,6 +25,7 @@ from megatron_let.checkpoint.folder import (
     write_whole,
 )
 from megatron_let.checkpoint.reader import Checkpoint
+from megatron_let.console import say
 from megatron_let.errors import MachineError, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
@@ -160,10 +161,10 @@ def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
     if args.ckpt_step is not None or (is_tracked and not damaged):
         return
     if not is_tracked:
-        print(f"> {load / TRACKER} does not name the newest whole checkpoint", flush=True)
+        say(f"> {load / TRACKER} does not name the newest whole checkpoint")
     for path, problem in damaged.items():
-        print(f"> {path} is damaged: {problem}", flush=True)
-    print(f"> going on from {used}, the newest whole checkpoint", flush=True)
+        say(f"> {path} is damaged: {problem}")
+    say(f"> going on from {used}, the newest whole checkpoint")
     if not is_own(args, Path(args.load)):
         return
     try:
@@ -172,7 +173,7 @@ def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
         if not is_tracked and step != RELEASE:
             write_whole(load / TRACKER, str(step))
     except OSError as error:
-        print(f"> {args.load} is left as it is: {error}", flush=True)
+        say(f"> {args.load} is left as it is: {error}")
 
 
 def _free_name(path: Path) -> Path:

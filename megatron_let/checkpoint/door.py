@@ -19,6 +19,7 @@ from megatron_let.checkpoint import sums
 from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting
 from megatron_let.checkpoint.finite import gathered
 from megatron_let.checkpoint.folder import step_of
+from megatron_let.console import say
 from megatron_let.errors import MachineError, UsageError
 from megatron_let.upstream import safe_loading
 from megatron_let.upstream.table import apply
@@ -82,9 +83,9 @@ class Door:
             start = args.override_ckpt_iteration
         refuse_overwriting(args, start, self._damaged)
         if chosen is None and args.load is not None:
-            print(f"> {args.load} holds no checkpoint yet: starting from scratch", flush=True)
+            say(f"> {args.load} holds no checkpoint yet: starting from scratch")
         if args.verify_integrity and chosen is not None and not (chosen / sums.FILE).is_file():
-            print(f"> {chosen} has no sums: nobody can vouch for what is in its files", flush=True)
+            say(f"> {chosen} has no sums: nobody can vouch for what is in its files")
         return chosen, finetune, origin
 
     def _folder(self, args: Namespace, load: str) -> Path | None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from megatron_let.console import say
 from megatron_let.errors import MachineError
 
 FILE = "run.lock"
@@ -81,7 +82,7 @@ def _hold(path: Path) -> IO[str]:
         file.close()
         if first_touched is None:
             first_touched = stat.st_mtime_ns
-            print(f"> --save {path.parent} is in use by {holder}: waiting for its end", flush=True)
+            say(f"> --save {path.parent} is in use by {holder}: waiting for its end")
         if time.monotonic() > deadline:
             is_here = is_locked is False and holder.startswith(f"{platform.node()},")
             if is_here or stat.st_mtime_ns != first_touched:
@@ -89,7 +90,7 @@ def _hold(path: Path) -> IO[str]:
                     f"--save {path.parent} belongs to another run: {holder}. Two runs would "
                     "overwrite each other's checkpoints: end that one, or choose another --save."
                 )
-            print(f"> {holder}: gives no sign of life, this run takes its place", flush=True)
+            say(f"> {holder}: gives no sign of life, this run takes its place")
             path.unlink(missing_ok=True)
         time.sleep(0.2)
 
@@ -109,7 +110,7 @@ def _lock(file: IO[str]) -> bool | None:
 
 def _sign(file: IO[str], without_locks: bool) -> IO[str]:
     if without_locks:
-        print(f"> no locks on this file system: another run is known by {file.name}'s age alone")
+        say(f"> no locks on this file system: another run is known by {file.name}'s age alone")
     now = datetime.datetime.now(datetime.UTC)
     file.truncate(0)
     file.write(f"{platform.node()}, process {os.getpid()}, since {now:%Y-%m-%d %H:%M:%S} UTC\n")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_let.checkpoint.folder import is_written, iteration_folders, step_of
+from megatron_let.console import say
 from megatron_let.upstream.loop_hooks import Listener
 
 LEAVING = "removing_"
@@ -48,7 +49,7 @@ class Retention(Listener):
             for folder in superfluous(self._save, newest, keep_last, self._keep_every):
                 os.replace(folder, folder.with_name(f"{LEAVING}{folder.name}.{time.time_ns()}"))
         except OSError as error:
-            print(f"> --save-keep-last: {error}", flush=True)
+            say(f"> --save-keep-last: {error}")
         for folder in self._save.glob(f"{LEAVING}*"):  # by an earlier start too
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_let.checkpoint.folder import write_whole
+from megatron_let.console import say
 from megatron_let.errors import MachineError
 from megatron_let.upstream.loop_hooks import Listener, Save
 
@@ -90,7 +91,7 @@ def _sum_after(before: threading.Thread | None, folder: Path, rank: int, ranks: 
         if rank == 0:
             _put_together(folder, [folder / PARTS.format(other) for other in range(ranks)])
     except Exception as error:  # a full disk, or a checkpoint that has been removed
-        print(f"> {folder} stays without sums: {error}", flush=True)
+        say(f"> {folder} stays without sums: {error}")
 
 
 def _put_together(folder: Path, parts: list[Path]) -> None:

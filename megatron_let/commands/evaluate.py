@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
@@ -143,7 +143,7 @@ def evaluate_text(options: argparse.Namespace) -> str:
     stats = {path: Path(path).stat() for path in paths}
     scores: dict[str, dict[str, TextScore]] = {}
     for label, folder in labelled(options.models).items():
-        about = {"model": identity(folder)}
+        about: dict[str, Any] = {"model": identity(folder)}
         context, stride = _windows(folder, options)
         about |= {
             "input": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},

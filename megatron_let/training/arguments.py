@@ -40,6 +40,9 @@ class MethodArguments(Flags):
     cpu: bool = False
     """Run on CPU with gloo even though a GPU is there. Without a GPU this is the default."""
 
+    verbose_console: bool = False
+    """Show all that Megatron-LM prints; by default it goes to console/ in --save."""
+
 
 @dataclass(frozen=True)
 class CheckpointArguments(Flags):
@@ -129,7 +132,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     # The synopsis that argparse makes of 900 flags hides what follows it: help, or an error.
     parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
-    parser.error = functools.partial(_unknown, parser, parser.error)  # type: ignore[method-assign]
+    parser.error = functools.partial(_unknown, parser, parser.error)  # type: ignore[assignment,method-assign]
     upstream = list(parser._action_groups)
     add_groups(parser, groups())
     ours = [group for group in parser._action_groups if group not in upstream]

@@ -15,9 +15,10 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.training import get_tensorboard_writer, get_wandb_writer, training
-from megatron.training.utils import is_last_rank, print_rank_0
+from megatron.training.utils import is_last_rank
 
 from megatron_let.checkpoint.finite import ranks_with
+from megatron_let.console import keep, say
 from megatron_let.methods.base import Method
 from megatron_let.training.metrics import MetricsFile, Totals
 from megatron_let.training.tracking import record_start
@@ -25,6 +26,7 @@ from megatron_let.upstream import cpu
 from megatron_let.upstream.loop_hooks import Listener, Step
 
 TOKENS, TFLOPS = "tokens per second", "TFLOP/s per GPU"
+WEIGHT = " weight"
 TEACHER_SHARE, SECONDS_LEFT = "teacher share", "seconds left"
 
 
@@ -58,7 +60,7 @@ class RunLog(Listener):
             try:
                 record_start(path.parent, args)
             except OSError as error:  # it is no reason not to train
-                print(f"> this start is not recorded: {error}", flush=True)
+                say(f"> this start is not recorded: {error}")
         self._iteration = args.iteration
         self.file = MetricsFile(path, args.iteration)
         self._interval = Interval(dict(self.file.totals))
@@ -80,10 +82,14 @@ class RunLog(Listener):
             },
             **facts,
         )
-        print_rank_0(self._summary(facts))
+        keep(args.save)
+        if torch.distributed.get_rank() == 0:
+            say(self._summary(facts))
 
     def on_end(self, is_complete: bool) -> None:
         """Note how it ended: a run that was killed has no such line at its end."""
+        if is_last_rank():
+            say(f"> {'complete' if is_complete else 'stopped'} at step {self._iteration}")
         # A stop before the end: the totals of steps that are not logged yet.
         self.file.write("end" if is_complete else "stop", self._iteration)
 
@@ -138,7 +144,7 @@ class RunLog(Listener):
         if ranks:
             what = f"the loss is not finite on rank {', '.join(map(str, ranks))}"
         if is_last_rank():
-            print(f"> step {iteration}: no update, {what}", flush=True)
+            say(f"> step {iteration}: no update, {what}")
         self.file.write("skip", iteration, ranks=ranks)
 
     def after_log(self, step: Step) -> None:
@@ -151,14 +157,20 @@ class RunLog(Listener):
         )
         rate = {"learning-rate": step.learning_rate}
         self.file.write("train", step.number, **means, **speed, **rate)
+        if is_last_rank() or self.args.fake_process_group:
+            say(step_line(step.number, self.args.train_iters, means, speed))
         if is_last_rank():
-            print(speed_line(speed), flush=True)
             for key, value in speed.items():
                 if writer := get_tensorboard_writer():
                     writer.add_scalar(key, value, step.number)
             if wandb := get_wandb_writer():
                 wandb.log(speed, step.number)
         self._interval = Interval(dict(totals))
+
+    def after_save(self, folder: Path) -> None:
+        """Say it."""
+        if torch.distributed.get_rank() == 0:
+            say(f"> saved {folder}")
 
     def after_evaluation(self, losses: dict[str, torch.Tensor]) -> None:
         """Write the validation loss; of several sets each one's, and their mean as `valid`."""
@@ -173,6 +185,7 @@ class RunLog(Listener):
             if len(seen) == len(sets):
                 means = {key: fmean(values[key] for values in seen) for key in losses}
                 self.file.write("valid", self._iteration, **means, **{"peak memory": peak_memory})
+                say(evaluation_line(self._iteration, means, dict(zip(sets, seen, strict=True))))
         self.file.restart_clock()
 
     def _validation_sets(self) -> list[str]:
@@ -235,12 +248,25 @@ def tflops_name() -> str:
     return TFLOPS.replace("GPU", "process") if cpu.is_active() else TFLOPS
 
 
-def speed_line(speed: dict[str, float]) -> str:
-    """Return the console's line on an interval."""
-    share = f", teacher {100 * speed[TEACHER_SHARE]:.1f} %" if speed[TEACHER_SHARE] else ""
-    left = timedelta(seconds=round(speed[SECONDS_LEFT]))
-    tokens, rate = speed[TOKENS], f"{speed[tflops_name()]:.3g} {tflops_name()}"
-    return f"> {tokens:,.0f} tokens/s | {rate}{share} | {left} left"
+def step_line(
+    step: int, steps: int | None, means: dict[str, float], speed: dict[str, float]
+) -> str:
+    """Return the console's line on an interval, of at most 100 columns."""
+    parts = [f"> step {step}" + (f"/{steps}" if steps else "")]
+    parts += [f"loss {means['lm loss']:.4f}"] if "lm loss" in means else []
+    for name in (key.removesuffix(WEIGHT) for key in means if key.endswith(WEIGHT)):
+        if f"{name} loss" in means:
+            parts.append(f"{name} {means[f'{name} loss']:.4f} x {means[name + WEIGHT]:.3g}")
+    parts.append(f"{speed[TOKENS]:,.0f} tokens/s")
+    parts.append(f"{timedelta(seconds=round(speed[SECONDS_LEFT]))} left")
+    return " | ".join(parts)
+
+
+def evaluation_line(step: int, means: dict[str, float], sets: dict[str, dict[str, float]]) -> str:
+    """Return the console's line on an evaluation: the loss, and of several sets each one's."""
+    line = f"> step {step}: validation loss {means['lm loss']:.4f}"
+    each = ", ".join(f"{name} {losses['lm loss']:.4f}" for name, losses in sets.items())
+    return f"{line} ({each})" if len(sets) > 1 else line
 
 
 def _peak_memory() -> float:

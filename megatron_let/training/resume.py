@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_let.checkpoint.door import Door
+from megatron_let.console import say
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 from megatron_let.methods.table import BASELINE
@@ -89,7 +90,7 @@ def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
     saved_method = vars(saved).get("method", BASELINE)  # Megatron-LM's own checkpoints have none
     if saved_method != args.method:
         if os.environ.get("RANK", "0") == "0":
-            print(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
+            say(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
         return
     for name, kept in REMOVED.items():
         before = vars(saved).get(name, kept)

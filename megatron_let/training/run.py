@@ -20,6 +20,7 @@ from megatron.training import get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_let.checkpoint.finite import gathered
+from megatron_let.console import say
 from megatron_let.data.checked import check_loss_mask
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
@@ -96,7 +97,7 @@ class Run:
                 self.hooks.on_start(next(filter(None, gathered(data)), None))  # some rank knows it
             if self._is_alone:
                 rank = f"rank {self.args.rank} of {self.args.world_size}"
-                print(f"> {rank} alone: but for time and memory its numbers mean nothing")
+                say(f"> {rank} alone: but for time and memory its numbers mean nothing")
         return datasets
 
     datasets.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
@@ -251,5 +252,5 @@ class Run:
         if rejected:
             step, rank = self.args.curr_iteration + 1, torch.distributed.get_rank()
             when = f"step {step}" if loss.requires_grad else f"validation after step {step}"
-            print(f"> {when}, rank {rank}: {message}", flush=True)
+            say(f"> {when}, rank {rank}: {message}")
         return rejected

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_let.checkpoint.folder import write_whole
+from megatron_let.console import say
 from megatron_let.errors import UsageError
 from megatron_let.program import as_lines
 from megatron_let.upstream.secrets import scrubbed
@@ -77,10 +78,9 @@ def _prepare_wandb(args: Namespace) -> None:
     if "WANDB_MODE" not in os.environ and not _reachable():
         os.environ["WANDB_MODE"] = "offline"
         folder = args.wandb_save_dir or f"{args.save}/wandb"
-        print(
+        say(
             "> W&B's host does not answer: the run is logged offline (WANDB_MODE=online insists). "
-            f"Where it does, send it with: wandb sync {folder}/wandb/offline-run-*",
-            flush=True,
+            f"Where it does, send it with: wandb sync {folder}/wandb/offline-run-*"
         )
 
 

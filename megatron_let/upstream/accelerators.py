@@ -6,6 +6,7 @@ import importlib.util
 import os
 from typing import Any, NamedTuple
 
+from megatron_let.console import say
 from megatron_let.upstream import cpu
 
 
@@ -67,7 +68,7 @@ def accelerators() -> dict[str, bool]:
 @functools.cache
 def _tell_once(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        say(line)
 
 
 def _imports(name: str) -> bool:

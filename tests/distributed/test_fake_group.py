@@ -25,6 +25,6 @@ def test_a_rank_that_others_feed_trains_every_step(corpus, tmp_path, rank, stage
     argv = [*FLAGS, *corpus.flags, *elsewhere, *corpus.let("--let-layer", "4", *layout)]
     done = run_program(str(ROOT / "pretrain_let.py"), *argv, launcher=launcher)
     assert done.returncode == 0, done.stderr[-4000:]
-    steps = re.findall(rf"iteration +(\d+)/ +{STEPS} \|", done.stdout)
+    steps = re.findall(rf"> step (\d+)/{STEPS} ", done.stdout)
     assert steps == [str(step + 1) for step in range(STEPS)]
     assert f"rank {rank} of 8 alone" in done.stdout

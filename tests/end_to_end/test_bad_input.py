@@ -53,4 +53,4 @@ def test_a_teacher_that_guesses_is_named(untrained):
 
 
 def test_the_run_goes_on_after_the_warning(untrained):
-    assert len(re.findall(r"iteration +\d+/ +4 .*let loss", untrained)) == 4
+    assert len(re.findall(r"> step \d+/4 .*\| let ", untrained)) == 4

@@ -6,7 +6,8 @@ from megatron_let.training.log import (
     TFLOPS,
     TOKENS,
     Interval,
-    speed_line,
+    evaluation_line,
+    step_line,
 )
 from megatron_let.upstream import cpu
 
@@ -27,12 +28,24 @@ def test_an_interval_counts_what_was_done_since_the_last_one():
     )
 
 
-def test_the_line_names_the_teacher_as_long_as_it_works():
-    values = {TOKENS: 123456.7, TFLOPS: 151.26, TEACHER_SHARE: 0.0481, SECONDS_LEFT: 90061.0}
-    assert speed_line(values) == (
-        "> 123,457 tokens/s | 151 TFLOP/s per GPU, teacher 4.8 % | 1 day, 1:01:01 left"
+def test_the_line_of_a_step_fits_and_names_each_signal():
+    speed = {TOKENS: 1234567.8, SECONDS_LEFT: 12 * 86400.0 + 3661}
+    means = {"lm loss": 2.81234, "let loss": 0.23123, "let weight": 0.0871, "let gradient": 1.0}
+    line = step_line(19073, 19073, means, speed)
+    assert line == (
+        "> step 19073/19073 | loss 2.8123 | let 0.2312 x 0.0871 | 1,234,568 tokens/s | "
+        "12 days, 1:01:01 left"
     )
-    assert "teacher" not in speed_line(values | {TEACHER_SHARE: 0.0})
+    assert len(step_line(19073, 19073, means | {"kd loss": 1.5, "kd weight": 1e-5}, speed)) <= 125
+    assert "let" not in step_line(1, 2, {"lm loss": 1.0}, speed)[:40]
+    # Nothing was learnt in the interval: Megatron made no update. By samples, no end is known.
+    assert step_line(7, None, {}, speed).startswith("> step 7 | 1,234,568 tokens/s")
+
+
+def test_the_line_of_an_evaluation_names_several_sets():
+    means, sets = {"lm loss": 2.5}, {"web": {"lm loss": 2.0}, "code": {"lm loss": 3.0}}
+    assert evaluation_line(4, means, {"all": means}) == "> step 4: validation loss 2.5000"
+    assert evaluation_line(4, means, sets).endswith("2.5000 (web 2.0000, code 3.0000)")
 
 
 def test_a_process_on_cpu_is_no_gpu(monkeypatch):
@@ -41,4 +54,3 @@ def test_a_process_on_cpu_is_no_gpu(monkeypatch):
     end = {"tokens": 1, "flops": 1.0, "seconds": 1.0}
     found = interval.speed(end, num_ranks=1, steps_left=0)
     assert "TFLOP/s per process" in found and TFLOPS not in found
-    assert " TFLOP/s per process | " in speed_line(found)
