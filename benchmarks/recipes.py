@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_let.commands import plan
 from megatron_let.dry_run.flags import without  # noqa: F401
 from megatron_let.planning.plan import Plan
+from megatron_let.program import expanded
 
 ROOT = Path(__file__).resolve().parents[1]
 BLEND = "pile_text_blend.txt"
@@ -33,7 +34,7 @@ def recipe_flags(
     script = ["bash", str(_script(size))]
     done = subprocess.run(script, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return expanded(done.stdout.splitlines())
 
 
 def default_teacher(size: str) -> str:
