@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_let.report.page import write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
 from megatron_let.report.table import comparison_table, losses_table
@@ -34,6 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep the tables there too")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page: curves over any axis, tables"
+    )
     return parser
 
 
@@ -73,11 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(text)
         if options.output:
             options.output.write_text(text + "\n")
+        loss = teacher.final.loss if teacher else None
         if options.plot:
-            loss = teacher.final.loss if teacher else None
             print(
                 f"\nPicture: {plot_comparison(compare_all(runs), options.plot, teacher_loss=loss)}"
             )
+        if options.html:
+            print(f"\nPage: {write_page(compare_all(runs), options.html, text, loss)}")
     except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

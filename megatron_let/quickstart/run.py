@@ -25,6 +25,7 @@ from megatron_let.program import COMMAND, environment
 from megatron_let.quickstart.corpus import build_corpus
 from megatron_let.quickstart.tokenizer import train_tokenizer
 from megatron_let.quickstart.wheels import fetch_wheels
+from megatron_let.report.page import write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
 from megatron_let.report.table import comparison_table, losses_table
@@ -238,7 +239,8 @@ class Quickstart:
         picture = self.results / "report.png"
         title = self.recipe.warning and self.recipe.warning.split(":")[0]
         plot_comparison(comparisons, picture, teacher_loss=teacher.final.loss, title=title)
-        print(f"\n{text}\n\nPicture: {picture}")
+        page = write_page(comparisons, self.results / "report.html", text, teacher.final.loss)
+        print(f"\n{text}\n\nPicture: {picture}\nPage: {page}")
 
     def sample(self, folder: Path) -> None:
         """Let transformers generate from an exported student."""

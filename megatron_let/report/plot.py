@@ -79,7 +79,7 @@ def default_title(comparisons: Sequence[Comparison]) -> str:
     plain = comparisons[0].plain
     others = dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE)
     seeds = len({c.run.seed for c in comparisons})
-    what = " and ".join(_display(label) for label in others) + " against plain training"
+    what = " and ".join(display(label) for label in others) + " against plain training"
     return (
         f"{what if others else 'Plain training'}: {_short(plain.student_parameters)} student, "
         f"{plain.train_iters:,} steps of {plain.tokens_per_step:,} tokens, "
@@ -87,7 +87,8 @@ def default_title(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _display(label: str) -> str:
+def display(label: str) -> str:
+    """What a label is called: a method by its name."""
     return METHODS[label].label if label in METHODS else label
 
 
@@ -120,7 +121,7 @@ def _draw_losses(
     shown = [target]
     for label, look in looks.items():
         runs = [c.run for c in comparisons if c.run.label == label]
-        mean = _draw_runs(axes, runs, look, _display(label))
+        mean = _draw_runs(axes, runs, look, display(label))
         shown += [loss for step, loss in mean.items() if step >= SKIPPED_START * total]
     axes.axhline(target, color=TARGET_COLOUR, linestyle=":", label="target: plain run's end")
     if teacher_loss is not None:

@@ -1,19 +1,13 @@
 """The quickstart's own path, in its --fast form: from Python sources to the report."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.support.testing import run_program
 
-ROOT = Path(__file__).parents[2]
-
 
 def quickstart(folder, *options):
-    program = str(ROOT / "examples/quickstart/run.py")
-    result = run_program(
-        *(program, "--fast", "--processes", "1", "--output", str(folder), *options), timeout=560
-    )
+    command = ("megatron_let", "quickstart", "--fast", "--processes", "1")
+    result = run_program(*command, "--output", str(folder), *options, timeout=560)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -1,0 +1,184 @@
+"""A comparison as one page of HTML that needs no network: curves, tables, what differs."""
+
+import html
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_let.methods.table import BASELINE
+from megatron_let.report.plot import (
+    COLOURS,
+    PLAIN_COLOUR,
+    SKIPPED_START,
+    TEACHER_COLOUR,
+    default_title,
+    display,
+)
+from megatron_let.report.runs import Evaluation, Run
+from megatron_let.report.targets import Comparison
+
+AXES = {
+    "steps": "iteration",
+    "tokens": "tokens",
+    "FLOPs": "flops",
+    "seconds": "seconds",
+}
+"""What a click puts on the x-axis, and the field of `Evaluation` that it is."""
+LOGGED = ("let gradient cosine", "let gradient ratio", "let weight", "kd weight", "teacher loss")
+"""What is drawn over the steps where a run has logged it."""
+OF_A_START = frozenset(
+    "save load rank local_rank world_size iteration consumed_train_samples consumed_valid_samples "
+    "data_cache_path tensorboard_dir listener_states wandb_exp_name seed method_module".split()
+)
+"""Arguments that say where a run lies, or how far it is."""
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin-top: 2em }
+pre, td, th { font: 13px/1.4 ui-monospace, monospace } pre { overflow-x: auto }
+td, th { padding: .1em .8em .1em 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+"""
+
+
+def write_page(
+    comparisons: Sequence[Comparison], path: Path, tables: str, teacher_loss: float | None = None
+) -> Path:
+    """Write the page of a comparison.
+
+    Args:
+        comparisons: the runs, see `compare_all`.
+        path: where to; folders are made.
+        tables: as text, under the curves.
+        teacher_loss: in nats a token, on the same validation set.
+
+    Raises ImportError with the way out if plotly is missing.
+    """
+    title = default_title(comparisons)
+    runs = [c.run for c in comparisons]
+    figures = [_losses(comparisons, teacher_loss), *_logged(runs)]
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for number, figure in enumerate(figures):
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=number == 0))
+    parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(comparisons)]
+    parts += ["<h2>Costs and losses</h2>", f"<pre>{html.escape(tables)}</pre>"]
+    parts += ["<h2>What differs in their settings</h2>", _table(differing(runs))]
+    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<!doctype html><html lang=en>{head}<body>{''.join(parts)}</body></html>\n")
+    return path
+
+
+def _figure(**layout: Any) -> Any:
+    try:
+        from plotly.graph_objects import Figure
+    except ImportError as error:
+        raise ImportError("the page needs plotly: pip install plotly") from error
+    usual = {"template": "plotly_white", "hovermode": "x unified"}
+    margin = {"l": 70, "r": 20, "t": 50, "b": 50}
+    return Figure(layout={**usual, "margin": margin, **layout})
+
+
+def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> Any:
+    """Each label's mean over the seeds and their range as a band, over any of `AXES`."""
+    figure = _figure(height=520, yaxis_title="validation loss (nats a token)")
+    xs: dict[str, list[list[float]]] = {name: [] for name in AXES}
+    shown = [] if teacher_loss is None else [teacher_loss]
+    for label, colour in _colours(comparisons).items():
+        points = _shared([c.run for c in comparisons if c.run.label == label])
+        lows, highs = ([pick(e.loss for e in at) for at in points] for pick in (min, max))
+        means = [fmean(e.loss for e in at) for at in points]
+        for name, field in AXES.items():
+            own = [fmean(getattr(e, field) for e in at) for at in points]
+            xs[name] += [own, [*own, *reversed(own)]]
+        shown += means[int(SKIPPED_START * len(means)) :]
+        steps, band = xs["steps"][-2:]
+        figure.add_scatter(x=steps, y=means, name=display(label), line={"color": colour})
+        figure.add_scatter(
+            x=band, y=[*highs, *reversed(lows)], fill="toself", fillcolor=colour, opacity=0.15,
+            line={"width": 0}, showlegend=False, hoverinfo="skip",
+        )  # fmt: skip
+    if teacher_loss is not None:
+        words = f"teacher's own loss ({teacher_loss:.2f})"
+        figure.add_hline(
+            teacher_loss, line_dash="dash", line_color=TEACHER_COLOUR, annotation_text=words
+        )
+    buttons = [
+        {"label": name, "method": "update", "args": [{"x": x}, {"xaxis.title.text": name}]}
+        for name, x in xs.items()
+    ]
+    place = {"type": "buttons", "direction": "right", "x": 0, "y": 1.12, "xanchor": "left"}
+    figure.update_layout(xaxis_title="steps", updatemenus=[{"buttons": buttons, **place}])
+    finite = [loss for loss in shown if math.isfinite(loss)]
+    edge = 0.05 * (max(finite) - min(finite)) + 0.01
+    figure.update_yaxes(range=[min(finite) - edge, max(finite) + edge])
+    return figure
+
+
+def _shared(runs: Sequence[Run]) -> list[list[Evaluation]]:
+    """The evaluations of all runs at each step at which every one was evaluated."""
+    by_step = [{e.iteration: e for e in run.evaluations} for run in runs]
+    steps = sorted(set(by_step[0]).intersection(*by_step))
+    return [[found[step] for found in by_step] for step in steps]
+
+
+def _colours(comparisons: Sequence[Comparison]) -> dict[str, str]:
+    methods = {c.run.label: c.run.method for c in comparisons}
+    guided = [label for label, method in methods.items() if method != BASELINE]
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(guided)}
+    return {label: colours.get(label, PLAIN_COLOUR) for label in methods}
+
+
+def _logged(runs: Sequence[Run]) -> Iterator[Any]:
+    for key in LOGGED:
+        series = {f"{run.label}, seed {run.seed}": run.series(key) for run in runs}
+        if any(series.values()):
+            figure = _figure(height=260, xaxis_title="steps", yaxis_title=key)
+            for name, points in series.items():
+                if points:
+                    x, y = zip(*points, strict=True)
+                    figure.add_scatter(x=x, y=y, name=name, showlegend=True)
+            yield figure
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
+    """For each kind of run whether its last losses lie outside the plain runs' range."""
+    losses: dict[str, list[float]] = {}
+    for c in comparisons:
+        losses.setdefault(c.run.label, []).append(c.run.final.loss)
+    plain = [loss for c in comparisons if c.run == c.plain for loss in [c.run.final.loss]]
+    said = []
+    for label in dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE):
+        own = losses[label]
+        what = "within noise: the ranges of their last losses meet"
+        if max(own) < min(plain):
+            what = "better than every plain run"
+        elif min(own) > max(plain):
+            what = "worse than every plain run"
+        seeds = f"{len(own)} and {len(plain)} seeds" if len(own) > 1 else "one seed: no range"
+        said.append(f"{display(label)}: {what} ({seeds}).")
+    return said
+
+
+def differing(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows of the arguments in which the labels' first runs differ, the names of these first."""
+    first = {run.label: run for run in reversed(runs)}
+    found = {label: _arguments(run) for label, run in reversed(first.items())}
+    names = sorted(set().union(*found.values()) - OF_A_START)
+    rows = [[name, *(str(own.get(name, "-")) for own in found.values())] for name in names]
+    return [["", *found], *(row for row in rows if len(set(row[1:])) > 1)]
+
+
+def _arguments(run: Run) -> dict[str, Any]:
+    """Those of a run's latest start; none where it kept no record."""
+    starts = sorted((run.path.parent / "starts").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    try:
+        return dict(json.loads(starts[-1].read_text())["arguments"])
+    except (IndexError, KeyError, OSError, TypeError, ValueError):
+        return {}
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
