@@ -120,7 +120,7 @@ def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunS
     # What a layer keeps of each micro-batch in flight, and of the one being recomputed.
     waiting, working = {
         "none": (layer + scores, 0.0),
-        "selective": (layer, scores),
+        "selective": (layer + _rotated_bytes(student, layout, run), scores),
         "full": (layer_input / layout.sequence_shards, layer + scores),
     }[layout.recompute]
     chunk_layers = layout.split(student.num_layers)[stage] / layout.vpp
@@ -134,6 +134,17 @@ def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunS
         logits = LOGIT_BYTES * student.vocab_size / layout.tp
         total += run.tokens_per_rank(layout) * (norm + logits)
     return total
+
+
+def _rotated_bytes(student: ModelShape, layout: Layout, run: RunShape) -> float:
+    """What attention that is run again needs besides: queries and keys, rotated.
+
+    The values are a view of the joint projection, which stays whole.
+    """
+    if student.position_rows or not layout.flash_attention:
+        return 0.0
+    width = student.query_size + student.key_value_size / 2
+    return BF16_BYTES * run.tokens_per_rank(layout) * width / layout.tp
 
 
 def _in_flight(stage: int, layout: Layout, run: RunShape, chunk: int | None = None) -> int:

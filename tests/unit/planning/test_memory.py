@@ -68,9 +68,19 @@ def test_agrees_with_megatrons_activations(gelu_student, run_with):
     run = run_with(dropout=True)
     # Megatron divides the token ids over the tensor-parallel ranks; each rank has all of them.
     token_ids = 2 * 8 * BATCH_TOKENS / 2
-    first = stages_memory(gelu_student, None, layout, run)[0].activations
+    learned = replace(gelu_student, position_rows=2048)  # nothing is rotated
+    first = stages_memory(learned, None, layout, run)[0].activations
     expected = report.activation_bytes(gelu_student, layout, run) + token_ids
     assert first == pytest.approx(expected, rel=1e-12)
+
+
+def test_attention_that_is_run_again_keeps_the_joint_projection(student, run_with):
+    """What rotates queries and keys makes new ones; the values are a view of the projection."""
+    kept = [
+        stages_memory(student, None, Layout(gpus=1, recompute=how), run_with())[0].activations
+        for how in ("none", "selective")
+    ]
+    assert kept[1] - kept[0] == 24 * BATCH_TOKENS * 2 * 2 * 2048
 
 
 def test_a_swiglu_layer_without_dropout(student, run_with):
