@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-VERBOSE = "--verbose-console"
+LOUD = {"--verbose-console", "-h", "--help"}
+"""With one of these everything is shown."""
 FOLDER = "console"
 EARLY_LINES = 10_000
 """So many are kept until it is known where the log is."""

@@ -7,7 +7,7 @@ ours are left, since checkpoints save them and load them again with `weights_onl
 import difflib
 import functools
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -132,6 +132,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     # The synopsis that argparse makes of 900 flags hides what follows it: help, or an error.
     parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
+    parser.formatter_class = ArgumentDefaultsHelpFormatter
     parser.error = functools.partial(_unknown, parser, parser.error)  # type: ignore[assignment,method-assign]
     upstream = list(parser._action_groups)
     add_groups(parser, groups())

@@ -40,6 +40,11 @@ def test_everything_is_shown_where_it_is_asked_for(run, tmp_path):
     assert not (tmp_path / "run" / "console").exists()
 
 
+def test_help_is_shown_with_defaults():
+    done = run_program(PRETRAIN, "--help")
+    assert done.returncode == 0 and "--let-layer" in done.stdout and "(default: 3)" in done.stdout
+
+
 def test_a_fault_is_shown(run):
     done = run("--num-layers", "5", "--pipeline-model-parallel-size", "2")
     assert done.returncode == 2 and done.stderr.startswith("pretrain_let.py: error: ")
