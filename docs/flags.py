@@ -15,7 +15,9 @@ HEAD = """# Our flags
 
 Made by `.venv/bin/python docs/flags.py` from the program's `--help`; all others are Megatron-LM's,
 unchanged. Where a default comes from: [methods.md](methods.md). Flags may stand in files,
-`pretrain_let.py @run.flags` ([cluster.md](cluster.md#recipes)). A flag without effect is refused, and an unknown one gets the nearest name.
+`pretrain_let.py @run.flags` ([cluster.md](cluster.md#recipes)).
+
+A flag without effect is refused, and an unknown one gets the nearest name.
 """
 
 
