@@ -18,7 +18,7 @@ hub() {
     pythia-160m) echo EleutherAI/pythia-160m ;;
     llama-3.2-1b) echo meta-llama/Llama-3.2-1B ;;
     gpt2) echo openai-community/gpt2 ;;
-    */*) echo "$1" ;; # a folder, or another id
+    */*) if [ -e "$1" ]; then realpath "$1"; else echo "$1"; fi ;; # a folder, or another id
     *) echo "TEACHER or TOKENIZER $1 is unknown: smollm-135m, opt-125m, pythia-160m, llama-3.2-1b," \
         "gpt2, a folder or an id with a /" >&2 && exit 1 ;;
     esac

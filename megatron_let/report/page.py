@@ -18,7 +18,7 @@ from megatron_let.report.plot import (
     display,
 )
 from megatron_let.report.runs import Evaluation, Run
-from megatron_let.report.targets import Comparison
+from megatron_let.report.targets import Comparison, verdict
 
 AXES = {
     "steps": "iteration",
@@ -61,7 +61,9 @@ def write_page(
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for number, figure in enumerate(figures):
         parts.append(figure.to_html(full_html=False, include_plotlyjs=number == 0))
-    parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(comparisons)]
+    for label in dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE):
+        own = [c for c in comparisons if c.run.label == label]
+        parts.append(f"<p>{html.escape(f'{display(label)}: {verdict(own, comparisons)}.')}</p>")
     parts += ["<h2>Costs and losses</h2>", f"<pre>{html.escape(tables)}</pre>"]
     parts += ["<h2>What differs in their settings</h2>", _table(differing(runs))]
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
@@ -140,25 +142,6 @@ def _logged(runs: Sequence[Run]) -> Iterator[Any]:
                     x, y = zip(*points, strict=True)
                     figure.add_scatter(x=x, y=y, name=name, showlegend=True)
             yield figure
-
-
-def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
-    """For each kind of run whether its last losses lie outside the plain runs' range."""
-    losses: dict[str, list[float]] = {}
-    for c in comparisons:
-        losses.setdefault(c.run.label, []).append(c.run.final.loss)
-    plain = [loss for c in comparisons if c.run == c.plain for loss in [c.run.final.loss]]
-    said = []
-    for label in dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE):
-        own = losses[label]
-        what = "within noise: the ranges of their last losses meet"
-        if max(own) < min(plain):
-            what = "better than every plain run"
-        elif min(own) > max(plain):
-            what = "worse than every plain run"
-        seeds = f"{len(own)} and {len(plain)} seeds" if len(own) > 1 else "one seed: no range"
-        said.append(f"{display(label)}: {what} ({seeds}).")
-    return said
 
 
 def differing(runs: Sequence[Run]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """One picture of a comparison: who reaches the plain run's final loss, and how much earlier."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_let.methods.table import BASELINE, METHODS
 from megatron_let.report.runs import Run
-from megatron_let.report.targets import Comparison, mean_speed_up
+from megatron_let.report.targets import Comparison, mean_speed_up, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ STYLE = {
     "legend.frameon": False,
     "font.family": "sans-serif",
 }
+TITLE_COLUMNS = 105
+"""Of a title's line, so that the picture holds it."""
 MANY_LINES = 5
 """More than so many labels get a smaller legend, below the axes."""
 SKIPPED_START = 0.06
@@ -67,7 +70,8 @@ def plot_comparison(
         looks = _looks(comparisons)
         size = (9.2, 5.0 if len(looks) > MANY_LINES else 4.0)
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(title or default_title(comparisons), x=0.01, ha="left", weight="bold")
+        words = textwrap.fill(title or default_title(comparisons), TITLE_COLUMNS)
+        figure.suptitle(words, x=0.01, ha="left", weight="bold")
         _draw_losses(figure.add_subplot(), comparisons, looks, teacher_loss)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -155,12 +159,16 @@ def _draw_runs(axes: "Axes", runs: Sequence[Run], look: Look, label: str) -> dic
 def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: float) -> None:
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
     plain_end, crossing = fmean(c.plain_total.steps for c in comparisons), 0.0
-    guided = [c for c in comparisons if c.run.method != BASELINE]
-    labels = {c.run.label for c in guided}
-    speed_ups = [mean_speed_up([c for c in guided if c.run.label == label]) for label in labels]
-    best = max((speed_up or 0.0 for speed_up in speed_ups), default=0.0)
+    groups: dict[str, list[Comparison]] = {}
+    for c in comparisons:
+        if c.run.method != BASELINE:
+            groups.setdefault(c.run.label, []).append(c)
+    group = max(groups.values(), key=lambda group: mean_speed_up(group) or 0.0, default=[])
+    best = mean_speed_up(group) or 0.0
     text = "plain run's final loss: not reached"
-    if best:
+    if best and verdict(group, comparisons).startswith("within noise"):
+        text = "no difference beyond the seeds' range"
+    elif best:
         text = f"{best:.1f}x fewer steps" if best >= 1 else "more steps than plain"
         crossing = plain_end / best
         arrow = {"arrowstyle": "-|>", "color": "black"}

@@ -173,6 +173,19 @@ def _check_like_with_like(run: Run, plain: Run) -> None:
             )
 
 
+def verdict(group: Sequence[Comparison], comparisons: Sequence[Comparison]) -> str:
+    """Say whether the last losses of one kind of run lie outside the plain runs' range."""
+    own = [c.run.final.loss for c in group]
+    plain = [c.run.final.loss for c in comparisons if c.run == c.plain]
+    what = "within noise, the ranges of their last losses meet"
+    if max(own) < min(plain):
+        what = "better than every plain run"
+    elif min(own) > max(plain):
+        what = "worse than every plain run"
+    seeds = f"{len(own)} and {len(plain)} seeds" if len(own) > 1 else "one seed: no range"
+    return f"{what} ({seeds})"
+
+
 def regime_sentence(plain: Run, teacher_loss: float) -> str:
     """Say whether the plain student stays worse than its teacher or passes it, and where.
 

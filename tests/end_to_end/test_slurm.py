@@ -3,7 +3,10 @@
 Every job trains the same LET run; all end with the same weights, bit for bit.
 """
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +27,12 @@ STEPS, INTERVAL = 800, 100
 SECONDS = 1200
 RUN = f"--train-iters {STEPS} --save-interval {INTERVAL} --eval-interval {STEPS}".split()
 LET = f"--let-stop-step {STEPS // 2}".split()
+SMALL = (
+    "--num-layers 8 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
+    "--seq-length 16 --max-position-embeddings 16 --global-batch-size 16 --train-iters 6 "
+    "--lr-warmup-iters 1 --eval-interval 3 --eval-iters 1 --log-interval 1 --save-interval 3 "
+    "--num-workers 0 --make-vocab-size-divisible-by 8 --cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,7 @@ def test_term_saves_and_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dic
     job.wait_for_step(INTERVAL + 20)
     slurm.run("scancel", "--signal=TERM", job.id)
     text = job.wait_until_complete()
-    assert "exiting program after receiving SIGTERM" in text
+    assert re.search(r"^> stopped at step \d+$", text, re.M)
     [saved] = map(int, re.findall(r"stopped at step (\d+);", text))
     assert saved % INTERVAL != 0 and f"start 1, 1 x 2 processes, from step {saved}" in text
     assert hashes(job.save) == undisturbed
@@ -104,6 +113,27 @@ def test_time_limit_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dict, t
     if "start 1, " not in text:
         pytest.skip("the run was complete before its time limit")
     assert hashes(job.save) == undisturbed
+
+
+def test_a_recipes_file_is_run_dry_submitted_and_launched(
+    slurm: Cluster, corpus: Corpus, tmp_path: Path
+):
+    """The same file, the same small sizes behind it; Slurm's weights are torchrun's."""
+    words = ["@examples/pile_3b/run.flags", *SMALL, *corpus.flags, "--method", "baseline"]
+    dry = [sys.executable, "pretrain_let.py", *words, "--dry-run"]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "= TP 1 x PP 2 x DP 1: 2 of its ranks" in done.stdout, done.stderr
+    saves = [tmp_path / "slurm", tmp_path / "torchrun"]
+    log = tmp_path / "log"
+    flags = ["--parsable", f"--job-name={tmp_path.name}", "--gpus-per-node=0", f"--output={log}"]
+    job = slurm.run(
+        *("sbatch", *flags, SCRIPT, *words, "--save", str(saves[0])), cwd=ROOT, PROCESSES="2"
+    )
+    assert slurm.wait(job, "COMPLETED", "FAILED", seconds=SECONDS) == "COMPLETED", log.read_text()
+    launch = ["examples/torchrun/train.sh", *words, "--save", str(saves[1])]
+    environment = os.environ | {"PROCESSES": "2", "HEAD": "localhost:29611"}
+    subprocess.run(launch, cwd=ROOT, env=environment, check=True)
+    assert hashes(saves[0]) == hashes(saves[1])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from megatron_let.report.page import differing, verdicts, write_page
+from megatron_let.report.page import differing, write_page
 from megatron_let.report.runs import read_run
-from megatron_let.report.targets import compare_all
+from megatron_let.report.targets import compare_all, verdict
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CLICK = """
@@ -57,11 +57,9 @@ def test_the_page_says_it_all(runs, tmp_path):
     assert not re.search(r"<(script|link)[^>]+(src|href)=", text)  # nothing from a network
 
 
-def test_within_noise_is_said(runs):
-    compared = compare_all(runs)
-    assert verdicts(compared) == ["LET: better than every plain run (2 and 2 seeds)."]
-    [one] = verdicts([c for c in compared if c.run.seed == 1])
-    assert one.endswith("(one seed: no range).")
+def test_one_seed_has_no_range(runs):
+    compared = [c for c in compare_all(runs) if c.run.seed == 1]
+    assert verdict(compared[1:], compared) == "better than every plain run (one seed: no range)"
 
 
 @pytest.mark.parametrize(("end", "word"), [(4.1, "within noise"), (4.3, "worse than every plain")])
@@ -70,7 +68,8 @@ def test_other_verdicts(runs, write, lines, end, word):
     folder = write(
         start(method="salt", seed=1, data="d", teacher={"lm_loss": 3.0}), valid(40, end), folder="s"
     )
-    assert word in verdicts(compare_all([*runs[:2], read_run(folder)]))[0]
+    compared = compare_all([*runs[:2], read_run(folder)])
+    assert word in verdict(compared[2:], compared)
 
 
 def test_a_run_without_a_record_differs_in_nothing(runs):

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Train on nodes without Slurm: the same line on every node, torchrun's agents find each other at HEAD.
+#
+#   HEAD=node0:29500 NODES=2 examples/torchrun/train.sh @run.flags --save /shared/run ...
+#
+# PROCESSES: of a node (all GPUs by default; without GPUs give it, and --cpu). A rank that dies takes the others
+# along, and all begin anew from the newest checkpoint, RESTARTS times. ID: another
+# one for each run that shares a HEAD.
+set -euo pipefail
+HEAD=${HEAD:-localhost:29500}
+NODES=${NODES:-1}
+PROCESSES=${PROCESSES:-gpu}
+RESTARTS=${RESTARTS:-3}
+here=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
+PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python)}
+
+expand='import sys; from megatron_let.program import expanded; print(*expanded(sys.argv[1:]), sep="\n")'
+mapfile -t words < <(PYTHONPATH=$here "$PYTHON" -c "$expand" "$@")
+save="" previous=""
+for word in "${words[@]}"; do
+    [ "$previous" != --save ] || save=$word
+    previous=$word
+done
+[ -n "$save" ] || { echo "add --save DIR: without checkpoints nothing can go on" >&2 && exit 2; }
+case " ${words[*]} " in
+*" --load "* | *" --load="*) ;;
+*) words+=(--load "$save") ;; # where it is empty the run begins
+esac
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PYTHON" "$here/examples/slurm/launch.py" --nnodes "$NODES" --nproc-per-node "$PROCESSES" \
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${ID:-megatron_let}" \
+    --max-restarts "$RESTARTS" "$here/pretrain_let.py" "${words[@]}"

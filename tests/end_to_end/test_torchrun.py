@@ -1,0 +1,32 @@
+"""`examples/torchrun/train.sh`: two agents, as on two nodes, and no Slurm."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.training import records
+from tests.support.testing import _free_port
+from tests.support.tiny_run import FLAGS, STEPS, make_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "examples" / "torchrun" / "train.sh")
+
+
+@pytest.mark.slow
+def test_two_agents_find_each_other_and_a_second_call_goes_on(tmp_path):
+    corpus, save = make_corpus(tmp_path / "corpus"), tmp_path / "run"
+    run = tmp_path / "run.flags"
+    run.write_text(" ".join([*FLAGS, *corpus.flags, "--save", str(save), "--save-interval", "4"]))
+    environment = {"HEAD": f"localhost:{_free_port()}", "NODES": "2", "PROCESSES": "1"}
+    for steps in (4, STEPS):
+        call = [SCRIPT, f"@{run}", "--train-iters", str(steps), "--lr-decay-iters", str(STEPS)]
+        nodes = [
+            subprocess.Popen(call, cwd=tmp_path, env=os.environ | environment | {"ID": str(steps)})
+            for _ in range(2)
+        ]
+        assert [node.wait(200) for node in nodes] == [0, 0]
+        assert max(records(save, "train")) == steps
+    missing = subprocess.run([SCRIPT, "--train-iters", "4"], capture_output=True, text=True)
+    assert missing.returncode == 2 and "add --save DIR" in missing.stderr
