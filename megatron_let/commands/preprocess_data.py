@@ -59,12 +59,6 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="end every document with the end-of-document token",
     )
     group.add_argument(
-        "--shuffle-documents",
-        type=int,
-        metavar="SEED",
-        help="put the documents into a random order (default: that of the inputs)",
-    )
-    group.add_argument(
         "--on-error",
         choices=["stop", "skip"],
         default="stop",

@@ -21,7 +21,6 @@ from megatron_let.data.encode import BlockEncoder, EngineDiffers, dataset_name
 from megatron_let.data.engines import ENGINES, make_engine
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.indexed import token_dtype, write_index
-from megatron_let.data.shuffle import shuffle_documents
 from megatron_let.data.sources import InputFile, expand
 from megatron_let.data.stream import Stream
 from megatron_let.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -48,7 +47,6 @@ class PreprocessConfig(TokenizerConfig):
     """Of the documents, the part that gigatoken's tokens are compared on."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a record that is no document."""
-    shuffle_documents: int | None = None
     """Seed of a random order of the documents; None keeps the order of the inputs."""
     workers: int = 1
     """Processes that tokenize, besides the one that reads and writes."""
@@ -130,7 +128,6 @@ def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -
         "split_by_meta": config.split_by_meta,
         "append_eod": config.append_eod,
         "engine": config.engine,
-        "shuffle_documents": config.shuffle_documents,
         "include_special_tokens": not config.tokenizer_hf_no_include_special_tokens,
     }
 
@@ -202,8 +199,6 @@ class _Job:
         goes: dict[str, str] = {}  # from a name in the folder to one behind the prefix
         for name, counts in state.counts.items():
             made = folder / name
-            if self.config.shuffle_documents is not None:
-                made = shuffle_documents(made, self.dtype, self.config.shuffle_documents)
             write_index(made, self.dtype)
             (folder / f"{name}.json").write_text(json.dumps(record | counts, indent=2))
             goes |= {f"{made.name}.bin": f"{name}.bin", f"{name}.json": f"{name}.json"}

@@ -22,7 +22,7 @@ from megatron.training import get_tokenizer
 from megatron_let.data.selection import SelectedFirst, load_selection, number_wanted
 from megatron_let.errors import UsageError
 from megatron_let.losses.distilled_cross_entropy import TeacherHead, distilled_cross_entropy
-from megatron_let.methods.schedules import distillation_weight, run_length
+from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import KD_STOP_SHARE, Flags, method_row
 from megatron_let.teacher.load import TeacherConfig
@@ -48,9 +48,8 @@ class DistillFlags(Flags):
     """SALT's step from which on training is plain and the teacher released; the default is 17.3
     percent of the run's steps."""
 
-    kd_decay: Literal["step", "linear", "ratio-linear"] = "step"
-    """SALT's course of the weight until there: full weight, linear to zero, or the ratio of the
-    two losses linear to zero."""
+    kd_decay: Literal["step", "linear"] = "step"
+    """SALT's course of the weight until there: full weight, or linear to zero."""
 
     kd_selection: str | None = None
     """SALT_DS: file of tools/select_data.py with the samples to see until the stop step."""
@@ -96,7 +95,7 @@ class Distill(Signal):
     def weight_at(self, step: int, samples: int) -> float:
         """omega(s)."""
         flags = self.flags
-        return distillation_weight(flags.kd_weight, step, flags.kd_stop_step, flags.kd_decay)
+        return flags.kd_weight * guidance_factor(step, flags.kd_stop_step, flags.kd_decay)
 
     # --- before the run -----------------------------------------------------------------------
 
@@ -224,9 +223,4 @@ def _check_salt_stop(args: Namespace) -> None:
         raise UsageError(
             f"--kd-selection has no effect with --dataloader-type {args.dataloader_type}, which "
             "draws its own order. Use --dataloader-type single."
-        )
-    if args.kd_decay == "ratio-linear" and args.kd_weight == 1:
-        raise UsageError(
-            "--kd-decay ratio-linear divides by the language-model loss's part, which --kd-weight "
-            "1 makes zero. Use a smaller weight, or --kd-decay linear."
         )

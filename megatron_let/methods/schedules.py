@@ -15,22 +15,6 @@ DECAYS: dict[str, Callable[[float], float]] = {
 """
 
 
-def distillation_weight(weight: float, done: int, stop: int | None, decay: str) -> float:
-    """Weight of distillation, 0 to 1, after `done` of `stop` steps.
-
-    Args:
-        weight: at the first step.
-        done: steps completed before this one, 0 at the first.
-        stop: step from which on the weight is zero; None to distil during the whole run.
-        decay: a key of `DECAYS`, or `ratio-linear`: the ratio of distillation to language-model
-            loss, weight / (1 - weight), falls linearly to zero at the stop.
-    """
-    if decay != "ratio-linear":
-        return weight * guidance_factor(done, stop, decay)
-    ratio = weight / (1.0 - weight) * guidance_factor(done, stop, "linear")
-    return ratio / (1.0 + ratio)
-
-
 def guidance_factor(done: int, stop: int | None, decay: str) -> float:
     """Factor of the initial weight after `done` of `stop` steps (or samples).
 

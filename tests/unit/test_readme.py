@@ -26,11 +26,38 @@ def test_make_targets_exist():
 def test_commands_run_as_typed_in_a_bare_shell():
     """After the line that activates .venv, which stands before all of them."""
     typed = re.findall(r"^(?:python|torchrun) \S+|^\. \S+", README, re.MULTILINE)
-    assert typed[0] == ". .venv/bin/activate" and len(typed) > 5
+    assert typed[0] == ". .venv/bin/activate" and len(typed) > 5, typed
     plan = re.findall(r"^python tools/plan.py .*", README, re.MULTILINE)[0]
     for command in (plan, "torchrun --help"):
         script = f"{typed[0]} && {command} > /dev/null"
         subprocess.run(["sh", "-ec", script], check=True, cwd=ROOT, env={"PATH": "/usr/bin:/bin"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="make has made no .venv here")
+def test_the_first_ten_commands_run_as_typed():
+    """In shells of their own but for the activation; the first one needs a network.
+
+    By their variable ARGS make's targets do a smoke of the quickstart and one file of tests.
+    """
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()][:10]
+    clone, activate = commands.pop(0), commands.pop(2)
+    assert clone.startswith("git clone ") and activate.startswith(". .venv/bin/activate")
+    arguments = {"make quickstart": "--fast", "make test": "tests/unit/test_setup_venv.py"}
+    for command in commands:
+        args = arguments.get(" ".join(command.split()[:2]), "")
+        typed = command if args else f"{activate}\n{command}"
+        home = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(Path.home())}
+        done = subprocess.run(
+            ["bash", "-ec", typed],
+            cwd=ROOT,
+            env=home | {"ARGS": args},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
 
 
 def test_linked_and_listed_files_exist():

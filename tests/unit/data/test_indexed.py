@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_let.data import indexed, shuffle
+from megatron_let.data import indexed
 from megatron_let.data.indexed import PairWriter, pair_files, write_index
-from megatron_let.data.shuffle import shuffle_documents
 
 LENGTHS = [3, 0, 5, 1, 0, 0, 700, 2]
 
@@ -83,29 +82,3 @@ def test_a_file_shorter_than_its_commit_is_refused(tmp_path: Path) -> None:
     tokens.write_bytes(b"")
     with pytest.raises(ValueError, match="is shorter than the"):
         PairWriter(tmp_path / "out", committed)
-
-
-@pytest.mark.parametrize("bucket_bytes", [64, 10**9])
-def test_shuffled_documents_are_the_same_in_another_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket_bytes: int
-) -> None:
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", bucket_bytes)
-    docs, prefix = documents(np.uint16, [n % 7 for n in range(3000)]), tmp_path / "out"
-    writer = PairWriter(prefix)
-    add(writer, docs)
-    writer.close()
-    orders = []
-    for seed in (1, 1, 2):
-        made = shuffle_documents(prefix, np.uint16, seed)
-        write_index(made, np.uint16)
-        dataset = IndexedDataset(str(made))
-        orders.append([bytes(ids) for ids in dataset])
-        assert len(dataset.document_indices) == 3001
-        del dataset
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2]) == sorted(bytes(doc) for doc in docs if len(doc))
-    # A random order leaves few documents beside their old neighbour.
-    old = {bytes(a) + b"|" + bytes(b) for a, b in zip(docs, docs[1:], strict=False) if len(b) == 6}
-    new = [a + b"|" + b for a, b in zip(orders[0], orders[0][1:], strict=False)]
-    assert sum(pair in old for pair in new) < 10
-    assert not list(tmp_path.glob("*bucket*"))

@@ -78,13 +78,10 @@ def killed_after(seconds: float, config: dict[str, object]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "shuffle, kills",
-    [(None, 3), (7, 2), pytest.param(7, 20, marks=pytest.mark.slow)],
+    "kills",
+    [3, pytest.param(20, marks=pytest.mark.slow)],
 )
-def test_killed_at_random_instants(
-    tmp_path: Path, config: dict[str, object], shuffle: int | None, kills: int
-) -> None:
-    config["shuffle_documents"] = shuffle
+def test_killed_at_random_instants(tmp_path: Path, config: dict[str, object], kills: int) -> None:
     out = tmp_path / "out"
     out.mkdir()
     start = time.monotonic()
@@ -173,7 +170,6 @@ def test_a_name_that_clashes_leaves_no_half_block(
     [
         ({"append_eod": False}, "holds an interrupted run with another append_eod"),
         ({"json_keys": ("text",)}, "holds an interrupted run with another json_keys"),
-        ({"shuffle_documents": 1}, "holds an interrupted run with another shuffle_documents"),
     ],
 )
 def test_another_run_does_not_go_on(

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from megatron_let.methods.schedules import DECAYS, distillation_weight, guidance_factor
+from megatron_let.methods.schedules import DECAYS, guidance_factor
 
 
 @pytest.mark.parametrize("done", [0, 1, 300, 599, 600, 10_000])
@@ -38,23 +38,3 @@ def test_step_keeps_full_weight_until_the_stop():
 
 def test_constant_needs_no_stop_and_never_ends():
     assert guidance_factor(10**9, None, "constant") == 1.0
-
-
-# --- distillation -------------------------------------------------------------------------------
-
-
-def test_distillation_without_a_stop_keeps_its_weight():
-    assert [distillation_weight(0.4, step, None, "step") for step in (0, 1000)] == [0.4, 0.4]
-
-
-@pytest.mark.parametrize("decay", ["step", "linear", "ratio-linear"])
-def test_distillation_begins_at_its_weight_and_ends_at_the_stop(decay):
-    assert distillation_weight(0.6, 0, 10, decay) == pytest.approx(0.6)
-    assert distillation_weight(0.6, 9, 10, decay) > 0
-    assert distillation_weight(0.6, 10, 10, decay) == distillation_weight(0.6, 11, 10, decay) == 0
-
-
-def test_ratio_of_the_two_losses_falls_linearly():
-    weights = [distillation_weight(0.75, step, 4, "ratio-linear") for step in range(5)]
-    ratios = [weight / (1 - weight) for weight in weights]
-    assert ratios == pytest.approx([3.0, 2.25, 1.5, 0.75, 0.0])

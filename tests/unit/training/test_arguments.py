@@ -224,10 +224,6 @@ MISTAKES = {
         f"{SALT} --method reverse-kd --kd-stop-step 5",
         "--kd-stop-step, --kd-decay and .* have no effect with --method reverse-kd.*--method salt",
     ),
-    "ratio to nothing": (
-        f"{SALT} --kd-weight 1 --kd-decay ratio-linear",
-        "--kd-decay ratio-linear divides.*smaller weight, or --kd-decay linear",
-    ),
     "distillation and multi-token prediction": (
         f"{SALT} --mtp-num-layers 1 --position-embedding-type rope",
         "--mtp-num-layers 1 is not supported with --method salt: .*--method baseline",
@@ -254,7 +250,7 @@ MISTAKES = {
 FINE = {
     "salt": SALT,
     "let+salt": f"{CONSTANT} --method let+salt --kd-weight 0.5 --teacher-control shuffled",
-    "salt with a falling ratio": f"{SALT} --kd-decay ratio-linear --kd-stop-step 10",
+    "salt with a falling weight": f"{SALT} --kd-decay linear --kd-stop-step 10",
     "reverse KD": f"{SALT} --method reverse-kd --kd-temperature 2",
     "baseline": PLAIN,
     "guided for the whole run": CONSTANT,
