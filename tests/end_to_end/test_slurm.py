@@ -14,7 +14,9 @@ import pytest
 
 from tests.distributed.training import records
 from tests.end_to_end.slurm_cluster import Cluster, cluster, missing
+from tests.end_to_end.test_pile import MODEL, write_pile
 from tests.support.tiny_run import FLAGS, Corpus, hashes, make_corpus
+from tests.unit.data.test_preprocess import save_tokenizer
 
 pytestmark = [
     pytest.mark.slow,
@@ -113,6 +115,40 @@ def test_time_limit_goes_on(slurm: Cluster, corpus: Corpus, undisturbed: dict, t
     if "start 1, " not in text:
         pytest.skip("the run was complete before its time limit")
     assert hashes(job.save) == undisturbed
+
+
+@pytest.mark.parametrize("merge", ["", "1"])
+def test_an_array_preprocesses_the_pile_and_its_parts_train(
+    slurm: Cluster, tmp_path: Path, merge: str
+):
+    write_pile(tmp_path / "pile")
+    tokenizer, data = save_tokenizer(tmp_path / "tokenizer"), tmp_path / "data"
+    script = str(ROOT / "examples" / "pile" / "preprocess.sbatch")
+    log = f"--output={tmp_path}/%a.log"
+    common = ["sbatch", "--parsable", "--cpus-per-task=1", log, f"--job-name={tmp_path.name}"]
+    words = [script, str(tmp_path / "pile"), str(tokenizer), str(data)]
+    wrong = slurm.run(*common, "--array=0-2", *words, cwd=ROOT)
+    assert slurm.wait(f"{wrong}_0", "FAILED", "COMPLETED", seconds=SECONDS) == "FAILED"
+    assert "--array=0-1 has a task for each" in (tmp_path / "0.log").read_text()
+    job = slurm.run(*common, "--array=0-1", *words, cwd=ROOT, MERGE=merge)
+    for task in (0, 1):
+        state = slurm.wait(f"{job}_{task}", "COMPLETED", "FAILED", seconds=SECONDS)
+        assert state == "COMPLETED", (tmp_path / f"{task}.log").read_text()
+    blend = (data / "pile_text_blend.txt").read_text().split()
+    assert len(blend) == 2 * 3 * (1 if merge else 2)
+    whole = tmp_path / "whole"
+    at_once = [str(ROOT / "examples/pile/preprocess.sh"), *words[1:3], str(whole), "1"]
+    subprocess.run(at_once, check=True, capture_output=True)
+    tokens = (whole / "pile_text_blend.txt").read_text().split()[::2]
+    assert sum(map(int, blend[::2])) == sum(map(int, tokens))
+    if merge:
+        for prefix in blend[1::2]:
+            name = Path(prefix).name
+            assert Path(f"{prefix}.bin").read_bytes() == (whole / f"{name}.bin").read_bytes()
+    flags = f"{MODEL} --tokenizer-model {tokenizer} --data-args-path {data}/pile_text_blend.txt"
+    train = [sys.executable, "pretrain_let.py", *flags.split(), "--split", "90,10,0"]
+    done = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "> step 2/2 " in done.stdout, done.stderr
 
 
 def test_a_recipes_file_is_run_dry_submitted_and_launched(
