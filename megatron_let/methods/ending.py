@@ -66,6 +66,10 @@ class Ending:
     def __init__(self, args: Namespace) -> None:
         self._args = args
         self._of = [args.method, args.guidance_stop]
+        share = args.lr_warmup_fraction
+        length = args.lr_decay_iters or args.train_iters or 0
+        self._warm_up = args.lr_warmup_iters if share is None else int(share * length)
+        """Steps of the learning rate's, in which nothing is judged: gradients mean little yet."""
         self._average: torch.Tensor | None = None
         self._is_low: torch.Tensor | None = None
         """Of the step before, on its way to the host."""
@@ -95,7 +99,8 @@ class Ending:
         new = value.detach().float().view(())
         old = torch.full_like(new, torch.nan) if self._average is None else self._average
         new = self._average = averaged(old.to(new.device), new, new.isfinite())
-        self._copy(new <= self._args.guidance_margin)
+        is_low = new <= self._args.guidance_margin
+        self._copy(is_low if step > self._warm_up else torch.zeros_like(is_low))
         if self._since is None and self._patience >= self._args.guidance_patience:
             self._since = step
             what = WORDS[self._args.guidance_stop].format(new.item())

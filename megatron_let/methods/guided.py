@@ -9,8 +9,8 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.utils import print_rank_0
 
+from megatron_let.console import say
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
 from megatron_let.methods.ending import (
@@ -278,8 +278,8 @@ class TeacherMethod(Method):
     def _judge(self, signal: Signal, totals: Sequence[torch.Tensor]) -> None:
         if signal.measure == self.args.guidance_stop:
             why = self._ending.learn(self.args.curr_iteration + 1, signal.measured(*totals))
-            if why is not None:
-                print_rank_0(f"> the guidance ends in {self.args.guidance_ramp} steps: {why}")
+            if why is not None and torch.distributed.get_rank() == 0:
+                say(f"> the guidance ends in {self.args.guidance_ramp} steps: {why}")
 
     def on_load(self, state: dict[str, Any]) -> None:
         """Where a guidance that ends itself was."""

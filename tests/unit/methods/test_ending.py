@@ -17,6 +17,9 @@ FLAGS = Namespace(
     train_iters=100,
     kd_temperature=1.0,
     method="salt",
+    lr_warmup_iters=0,
+    lr_warmup_fraction=None,
+    lr_decay_iters=None,
 )
 
 
@@ -56,6 +59,14 @@ def test_a_step_that_is_not_finite_changes_nothing():
     _, _, other = ended([0.3, torch.nan, torch.inf])
     assert one.state()["average"] == other.state()["average"]
     assert ended([torch.nan] + [-0.5] * 4)[0] == 4
+
+
+@pytest.mark.parametrize(
+    "warm_up", [{"lr_warmup_iters": 5}, {"lr_warmup_fraction": 0.05}, {"lr_warmup_fraction": 0.0}]
+)
+def test_nothing_is_judged_in_the_warm_up_of_the_learning_rate(warm_up):
+    begun = 5 if warm_up != {"lr_warmup_fraction": 0.0} else 0
+    assert ended([-0.5] * 20, changed(**warm_up))[0] == begun + 3
 
 
 def test_a_margin_ends_it_earlier():
