@@ -19,6 +19,8 @@ class Found:
     """At the step's fullest moment, beside what was there before."""
     flops: float = 0.0
     teacher_flops: float = 0.0
+    reads: int = 0
+    """How often the host asks for contents of a tensor, which waits for a GPU if it lies there."""
     collectives: list[tuple[str, str, int, int]] = field(default_factory=list)
     """Group, kind, number and bytes of each kind."""
     seconds: float = 0.0

@@ -128,6 +128,7 @@ class DryRank:
             watch = self.watch
             held, watch.peak = watch.now, watch.now
             watch.flops = self._teacher_flops = 0.0
+            watch.reads = 0
             watch.collectives.clear()
             watch.collective_bytes.clear()
             result = train_step(forward, data, chunks, *args, **kwargs)
@@ -149,6 +150,7 @@ class DryRank:
         found.optimizer = held - found.weights - found.gradients - found.teacher
         found.step = watch.peak - held
         found.flops, found.teacher_flops = watch.flops, self._teacher_flops
+        found.reads = watch.reads
         found.collectives = [
             (*key, number, watch.collective_bytes[key]) for key, number in watch.collectives.items()
         ]

@@ -10,8 +10,8 @@ GIB, MIB, TERA = 2**30, 2**20, 1e12
 KINDS = ("weights", "gradients", "optimizer", "teacher", "step", "peak")
 MOST_COLLECTIVES = 12
 UNSEEN = (
-    "It can't see numbers, speed, the order in which ranks meet, what waits for\nthe GPU. "
-    "Transformer Engine's kernels are counted by what they keep (docs/benchmarks.md: how near)."
+    "It can't see numbers, speed, the order in which ranks meet. Transformer\n"
+    "Engine's kernels are counted by what they keep (docs/benchmarks.md: how near)."
 )
 
 
@@ -60,7 +60,8 @@ def _memory(found: Sequence[Found], gpu_gib: float) -> list[str]:
 def _work(found: Sequence[Found]) -> list[str]:
     return [
         f"rank {one.rank:<5}{one.flops / TERA:10.2f} TFLOP a step, the teacher's "
-        f"{one.teacher_flops / TERA:.2f} ({one.teacher_flops / max(one.flops, 1):.1%})"
+        f"{one.teacher_flops / TERA:.2f} ({one.teacher_flops / max(one.flops, 1):.1%}); the host "
+        f"reads {one.reads} values"
         for one in found
     ]
 

@@ -12,6 +12,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ITEM = torch.ops.aten._local_scalar_dense.default
+SHAPED_BY_CONTENTS = {
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+}
 
 
 def _attention_flops(
@@ -39,6 +44,8 @@ class Watch(TorchDispatchMode):
         """Bytes that live."""
         self.peak = 0
         """The most of them since somebody set it."""
+        self.reads = 0
+        """How often the host asked for contents, which waits for a GPU."""
         self.collectives: Counter[tuple[str, str]] = Counter()
         """How many, by group and kind."""
         self.collective_bytes: Counter[tuple[str, str]] = Counter()
@@ -51,7 +58,9 @@ class Watch(TorchDispatchMode):
         """Do what was asked for, and note what it makes."""
         kwargs = kwargs or {}
         if func is ITEM and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            self.reads += 1
             return _zero(args[0].dtype)
+        self.reads += func in SHAPED_BY_CONTENTS
         if func.namespace == "c10d":
             self._count(func, args)
         out = func(*args, **kwargs)

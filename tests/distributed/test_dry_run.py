@@ -23,6 +23,18 @@ LAYOUT = (
     "--use-distributed-optimizer"
 ).split()
 WORLD = 8
+READING_LOSS = """
+from megatron_let.losses.table import add_loss, cosine
+
+
+def read(student_SBH, teacher_SBH):
+    losses = cosine(student_SBH, teacher_SBH)
+    losses.sum().item()
+    return losses
+
+
+add_loss("read", read)
+"""
 
 
 @pytest.fixture
@@ -84,6 +96,19 @@ def test_what_travels_is_counted_by_group(rank):
     assert kinds["DATA_PARALLEL_GROUP_WITH_CP", "allgather_base"] > 0
     alone = rank(0, AS_IF, world=1)
     assert alone.collectives == []
+
+
+def test_a_guided_step_reads_no_more_than_a_plain_one(corpus, rank, tmp_path):
+    """What the host reads waits for a GPU. The twin, a loss that is read, is seen."""
+    rows = ["--micro-batch-size", "1"]
+    plain = rank(0, AS_IF, *rows, world=1).reads
+    for flags in (["--let-stop-step", "8"], ["--method", "salt", "--kd-stop-step", "8"]):
+        own = corpus.let() if "salt" not in flags else corpus.let()[-2:]
+        assert rank(0, AS_IF, *rows, *own, *flags, world=1).reads == plain
+    module = tmp_path / "reads.py"
+    module.write_text(READING_LOSS)
+    let = [*corpus.let(), "--method-module", str(module), "--let-loss", "read"]
+    assert rank(0, AS_IF, *rows, *let, world=1).reads >= plain + 8
 
 
 def test_the_whole_command_runs_a_recipe_that_has_nothing_here(tmp_path):
