@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_let.errors import UsageError
+
 LOUD = {"--verbose-console", "-h", "--help"}
 """With one of these everything is shown."""
 FOLDER = "console"
-EARLY_LINES = 10_000
-"""So many are kept until it is known where the log is."""
+EARLY_PIECES = 20_000
+TAIL_LINES = 20
 
 
 class Console(io.TextIOBase):
@@ -27,37 +29,45 @@ class Console(io.TextIOBase):
 
     def __init__(self, terminal: TextIO) -> None:
         self.terminal = terminal
-        self._early: deque[str] = deque(maxlen=EARLY_LINES)
+        self.is_kept = False
+        self._last: deque[str] = deque(maxlen=EARLY_PIECES)
+        """Until it is known where the log is."""
+        self._path: Path | None = None
         self._log: TextIO | None = None
 
     def write(self, text: str) -> int:
-        """Note it."""
-        if self._log is None:
-            self._early.append(text)
-        else:
-            self._log.write(text)
+        """Note it. A log that cannot be written is given up: it is no reason not to train."""
+        if not isinstance(text, str):
+            raise TypeError(f"{type(text).__name__} is no text")
+        if not self.is_kept:
+            self._last.append(text)
+        elif self._path is not None:
+            try:
+                if self._log is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._log = self._path.open("a", buffering=1, errors="replace")
+                self._log.write(text)
+            except OSError:
+                self._path = None
         return len(text)
-
-    def flush(self) -> None:
-        """Of the log."""
-        if self._log is not None:
-            self._log.flush()
 
     def say(self, line: str) -> None:
         """Show a line, and note it."""
-        self.write(f"{line}\n")
         print(line, file=self.terminal, flush=True)
+        self.write(f"{line}\n")
 
-    def keep(self, folder: Path) -> None:
-        """Write the log into a run's folder, behind those of earlier starts."""
-        if self._log is not None:
-            return
-        path = folder / FOLDER / f"rank_{int(os.environ.get('RANK', 0)):05d}.log"
-        with contextlib.suppress(OSError):  # it is no reason not to train
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = path.open("a", buffering=1, errors="replace")
-            self._log.writelines(self._early)
-            self._early.clear()
+    def keep(self, folder: Path | None) -> None:
+        """Write the log into a run's folder, behind those of earlier starts; None keeps none."""
+        if not self.is_kept:
+            rank = int(os.environ.get("RANK", "0"))
+            self._path = None if folder is None else folder / FOLDER / f"rank_{rank:05d}.log"
+            self.is_kept, early = True, "".join(self._last)
+            if early:
+                self.write(early)
+
+    def tail(self) -> str:
+        """What was written last, before the log was kept."""
+        return "\n".join("".join(self._last).splitlines()[-TAIL_LINES:])
 
 
 def say(line: str) -> None:
@@ -68,10 +78,10 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def keep(folder: str | Path | None) -> None:
+def keep(folder: Path | None) -> None:
     """Keep the log there from now on, see `Console.keep`."""
-    if folder is not None and isinstance(sys.stdout, Console):
-        sys.stdout.keep(Path(folder))
+    if isinstance(sys.stdout, Console):
+        sys.stdout.keep(folder)
 
 
 @contextlib.contextmanager
@@ -90,4 +100,11 @@ def quiet() -> Iterator[None]:
         for handler in logging.root.handlers:  # Megatron's own, made when it was imported
             if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
                 stack.callback(handler.setStream, handler.setStream(console))
-        yield
+        try:
+            yield
+        except UsageError:
+            raise
+        except BaseException as error:  # Megatron says some things only on its way out
+            if not console.is_kept and not (isinstance(error, SystemExit) and error.code == 2):
+                print(console.tail(), file=sys.stderr)
+            raise

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import sys
 
 from megatron_let.dry_run.start import before_megatron
@@ -21,7 +20,7 @@ from megatron_let.checkpoint.finite import FiniteCheck
 from megatron_let.checkpoint.lock import one_run_in, save_folder
 from megatron_let.checkpoint.retention import Retention
 from megatron_let.checkpoint.sums import Sums
-from megatron_let.console import LOUD, keep, quiet
+from megatron_let.console import LOUD, quiet
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training.log import RunLog
@@ -39,9 +38,7 @@ def main() -> None:
 
         run_rank(train)
         return
-    with one_run_in(folder := save_folder(sys.argv)):
-        if os.environ.get("RANK", "0") == "0":  # it holds the lock; the others wait for it
-            keep(folder)
+    with one_run_in(save_folder(sys.argv)):
         train()
 
 

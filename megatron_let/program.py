@@ -1,6 +1,7 @@
 """How the program is started: in a process of its own, with flags from run files, `@run.flags`."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -8,15 +9,19 @@ from pathlib import Path
 
 from megatron_let.errors import UsageError
 
+COMMENT = re.compile(r"""^((?:[^'"\s]|\s(?!\#)|'[^']*'|"[^"]*")*?)(?:(?<!\S)|\s)\#.*""")
+"""From a `#` that begins a word, outside of quotes."""
 COMMAND = [sys.executable, "-m", "megatron_let.pretrain"]
 """What runs it."""
 
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's, with these variables, in which `COMMAND` is of this very package."""
-    here = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": paths} | variables
+    here, found = Path(__file__).resolve().parents[1], dict(os.environ)
+    if (here / "pyproject.toml").exists():  # a checkout, which need not be the one installed
+        paths = [str(here), *filter(None, [found.get("PYTHONPATH")])]
+        found["PYTHONPATH"] = os.pathsep.join(paths)
+    return found | variables
 
 
 def expanded(
@@ -24,9 +29,9 @@ def expanded(
 ) -> list[str]:
     """Return a command line with what stands in its `@FILE`s in their place.
 
-    A file has a flag with its values on each line, `#` begins a comment, and quotes are the
-    shell's. It may name further ones, whose paths start at its own folder. As on any command line
-    the last value of a flag counts.
+    A file has a flag with its values on each line; quotes are the shell's, and so is `#` before a
+    comment. It may name further ones, whose paths start at its own folder. As on any command line
+    the last value of a flag counts. `@@` stands for a word that begins with `@`.
 
     Args:
         words: without the program.
@@ -38,15 +43,15 @@ def expanded(
     """
     found: list[str] = []
     for word in words:
-        if not word.startswith("@"):
-            found.append(word)
+        if not word.startswith("@") or word.startswith("@@"):
+            found.append(word.removeprefix("@") if word.startswith("@@") else word)
             continue
         path = within / word[1:]
         if path.resolve() in opened:
             raise UsageError(f"{word}: {path} names itself.")
         try:
             lines = path.read_text().splitlines()
-            inner = [part for line in lines for part in shlex.split(line, comments=True)]
+            inner = [part for line in lines for part in shlex.split(COMMENT.sub(r"\1", line))]
         except (OSError, ValueError) as error:
             raise UsageError(f"{word} is no readable run file: {error}") from error
         found += expanded(inner, path.parent, (*opened, path.resolve()))
@@ -57,8 +62,9 @@ def as_lines(words: Sequence[str]) -> str:
     """The text of a run file with these flags, one a line."""
     lines: list[str] = []
     for word in words:
+        quoted = shlex.quote(f"@{word}" if word.startswith("@") else word)
         if word.startswith("--") or not lines:
-            lines.append(shlex.quote(word))
+            lines.append(quoted)
         else:
-            lines[-1] += f" {shlex.quote(word)}"
+            lines[-1] += f" {quoted}"
     return "".join(f"{line}\n" for line in lines)

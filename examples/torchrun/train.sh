@@ -14,18 +14,29 @@ RESTARTS=${RESTARTS:-3}
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python)}
 
+[ "$NODES" = 1 ] || [ "${HEAD%%:*}" != localhost ] || { echo "HEAD: a node's name that all reach" >&2 && exit 2; }
 expand='import sys; from megatron_let.program import expanded; print(*expanded(sys.argv[1:]), sep="\n")'
-mapfile -t words < <(PYTHONPATH=$here "$PYTHON" -c "$expand" "$@")
-save="" previous=""
+expanded=$(PYTHONPATH=$here "$PYTHON" -c "$expand" "$@") || exit 2
+mapfile -t words <<<"$expanded"
+save="" load="" previous=""
 for word in "${words[@]}"; do
+    case $word in
+    --save=*) save=${word#*=} ;;
+    --load=*) load=${word#*=} ;;
+    --finetune) echo "every start would begin anew: use --pretrained-checkpoint in place of --finetune" >&2 && exit 2 ;;
+    esac
     [ "$previous" != --save ] || save=$word
+    [ "$previous" != --load ] || load=$word
     previous=$word
 done
 [ -n "$save" ] || { echo "add --save DIR: without checkpoints nothing can go on" >&2 && exit 2; }
-case " ${words[*]} " in
-*" --load "* | *" --load="*) ;;
-*) words+=(--load "$save") ;; # where it is empty the run begins
-esac
+if [ -n "$load" ] && [ "$load" != "$save" ]; then
+    echo "every start would begin from --load $load: use --pretrained-checkpoint for it" >&2
+    exit 2
+fi
+[ -n "$load" ] || words+=(--load "$save") # where it is empty the run begins
+words+=(--exit-signal-handler)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-540} # torchrun kills its ranks after 30 s otherwise
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" "$here/examples/slurm/launch.py" --nnodes "$NODES" --nproc-per-node "$PROCESSES" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${ID:-megatron_let}" \

@@ -5,7 +5,7 @@ Needs no GPU, no weights and no Megatron. For example:
     python tools/plan.py --student 1.4b --teacher smollm-135m --gpus 32 --pp 4
     python tools/plan.py --gpus 32 --search -- <the flags of pretrain_let.py>
 
-Behind -- stand the flags of a run; what is not known here changes neither size nor cost.
+Behind -- stand the flags of a run; what would change size or cost and is not known here is refused.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_let.dry_run.flags import named, without
 from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
-from megatron_let.methods.table import LET_LAYER, LET_STOP_STEP, MAIN, METHODS
+from megatron_let.methods.table import BASELINE, LET_LAYER, LET_STOP_STEP, MAIN, METHODS
 from megatron_let.planning.huggingface import TEACHERS, folder_shape, teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import RUNTIME_BYTES
@@ -45,11 +45,22 @@ SIZE_FLAGS = (
 """Flags that are fields of `ModelShape`."""
 LAYOUT_FLAGS = named(
     *"sequence-parallel num-virtual-stages-per-pipeline-rank recompute-granularity".split(),
-    *"num-layers-per-virtual-pipeline-stage recompute-method recompute-num-layers".split(),
+    *"recompute-activations recompute-method recompute-num-layers sequence-parallel".split(),
     *(f"decoder-{end}-pipeline-num-layers" for end in ("first", "last")),
     *"tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size".split(),
 )
 """Of a run, which a found layout replaces."""
+RENAMED = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
+UNPLANNED = {
+    f"--{name}"
+    for name in "train-samples num-layers-per-virtual-pipeline-stage num-experts mtp-num-layers "
+    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format".split()
+}
+"""Flags of a run that change its size or cost, and not as this tool knows."""
+BESIDE_A_DRY_RUN = {
+    f"--{name}"
+    for name in "gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher".split()
+}
 UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
 """Words of this tool that mean another thing in a run, or nothing there."""
 
@@ -171,12 +182,44 @@ def _parts(
     return student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args)
 
 
-def words_of(flags: Sequence[str]) -> list[str]:
-    """Those of a run's flags that change its size or cost, as this tool spells them."""
-    renamed = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
+def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
+    """A run's flags as this tool spells them, with Megatron's defaults where they are others.
+
+    Args:
+        flags: of `pretrain_let.py`; those that change neither size nor cost are left out.
+        search: leave those of the layout out, too.
+
+    Raises:
+        UsageError: one that changes them in a way that is not known here.
+    """
+    words = [part for word in flags for part in _parted(word)]
+    given = {word for word in words if word.startswith("--")}
+    for name in sorted(given & UNPLANNED):
+        raise UsageError(f"{name} is not planned here: --dry-run of pretrain_let.py takes it.")
+    found = ["--method", BASELINE] * ("--method" not in given)
+    found += ["--no-distributed-optimizer"] * ("--use-distributed-optimizer" not in given)
+    tp = dict(zip(words, words[1:], strict=False)).get("--tensor-model-parallel-size", "1")
+    if tp != "1" and "--sequence-parallel" not in given and not search:
+        found.append("--no-sequence-parallel")
+    if any(_value(words, f"--{kind}-dropout", "0.1") > 0 for kind in ("attention", "hidden")):
+        found.append("--dropout")
+    if "--recompute-activations" in given and not search:
+        found += ["--recompute", "selective"]
     known = build_parser()._option_string_actions.keys() - UNLIKE
-    words = [renamed.get(word, word) for flag in flags for word in flag.split("=", 1)]
-    return without(words, lambda flag: flag not in known)
+    known |= RENAMED.keys()
+
+    def unwanted(flag: str) -> bool:
+        return flag not in known or (search and LAYOUT_FLAGS(flag))
+
+    return [*found, *(RENAMED.get(word, word) for word in without(words, unwanted))]
+
+
+def _parted(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--") else [word]
+
+
+def _value(words: Sequence[str], flag: str, default: str) -> float:
+    return float(dict(zip(words, words[1:], strict=False)).get(flag, default))
 
 
 def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespace) -> Part:
@@ -198,7 +241,11 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
 
 def _student(args: argparse.Namespace, teacher: ModelShape | None) -> ModelShape:
     if args.student is not None and Path(args.student).is_dir():
-        return replace(folder_shape(args.student), context=None)
+        found = folder_shape(args.student)
+        rows = padded_vocab_size(
+            found.vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
+        )
+        return replace(found, vocab_size=rows, context=None)
     padded, vocab_size = args.padded_vocab_size, args.vocab_size
     if padded is None:
         if vocab_size is None:
@@ -252,27 +299,41 @@ def _train_iters(args: argparse.Namespace) -> int:
     return int(args.train_tokens // tokens_per_step)
 
 
-def _dry(one: Plan, flags: Sequence[str]) -> float:
-    """Bytes of the fullest of a layout's stages, by a dry run; raises as `dry_run.start`."""
+def _check_dry_run(own: Sequence[str], flags: Sequence[str]) -> None:
+    """Raise UsageError where a dry run would not be of what is planned."""
     if not flags:
         raise UsageError("--dry-run needs the run's own flags, behind --.")
+    for word in (word.partition("=")[0] for word in own if word.startswith("--")):
+        if word not in BESIDE_A_DRY_RUN:
+            raise UsageError(f"{word} stands before --, where no dry run sees it: put it behind.")
+
+
+def _dry(one: Plan, flags: Sequence[str]) -> float | None:
+    """Bytes of the fullest of a layout's stages, by a dry run; None where that ends in an error."""
     words = [*without(flags, LAYOUT_FLAGS), *one.flags.split()]
     world = ["--dry-run", "--dry-run-world-size", str(one.layout.gpus)]
-    return max(rank.peak for rank in found_by([*words, *world])[0]) + RUNTIME_BYTES
+    try:
+        return max(rank.peak for rank in found_by([*words, *world])[0]) + RUNTIME_BYTES
+    except UsageError as error:
+        print(f"{one.flags}: {error}", file=sys.stderr)
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
-    own, flags = list(sys.argv[1:] if arguments is None else arguments), []
-    if "--" in own:
-        at = own.index("--")
-        own, flags = own[:at], expanded(own[at + 1 :])
-    args = parser.parse_args([*words_of(flags), *own])
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    at = own.index("--") if "--" in own else len(own)
+    own, flags = own[:at], own[at + 1 :]
     try:
+        flags = expanded(flags)
+        words = words_of(flags, search="--search" in own) if flags else []
+        args = parser.parse_args([*words, *own])
         if not args.search:
             print(page(plan_from(args)))
             return
+        if args.dry_run:
+            _check_dry_run(own, flags)
         found = search(*_parts(args))
         print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))
     except UsageError as error:

@@ -19,13 +19,14 @@ DATA = (
     "data-path train-data-path valid-data-path test-data-path data-args-path "
     "per-split-data-args-path"
 ).split()
-WITH_DATA = "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets"
-
-
+WITH_DATA = (
+    "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
+    "kd-selection"
+)
 TRACKERS = ("tensorboard-dir", "wandb-project")
 SWITCHES = (
     "use-tp-pp-dp-mapping multi-latent-attention use-megatron-fsdp use-torch-fsdp2 "
-    "enable-cuda-graph external-cuda-graph"
+    "enable-cuda-graph external-cuda-graph use-checkpoint-args skip-train"
 ).split()
 _KERNELS, _SHARDS = "its kernels are not known by shapes", "it moves shards on its own"
 UNSEEN = {
@@ -36,8 +37,11 @@ UNSEEN = {
     "fp4_format": _KERNELS,
     "use_megatron_fsdp": _SHARDS,
     "use_torch_fsdp2": _SHARDS,
+    "cuda_graph_impl": "nothing is captured",
     "enable_cuda_graph": "nothing is captured",
     "external_cuda_graph": "nothing is captured",
+    "use_checkpoint_args": "no checkpoint is read",
+    "skip_train": "it has no step",
 }
 """What a rank on tensors without contents cannot do, and why."""
 
@@ -51,6 +55,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--num-experts", type=int)
     for name in ("fp8-format", "fp4-format"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--cuda-graph-impl", default="none")
+    parser.add_argument("--kd-selection")
+    parser.add_argument("--step-batch-size-schedule")
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--transformer-impl")
@@ -133,16 +140,25 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
         "--fake-process-group",
         *([] if is_local else [AS_IF]),
     ]
-    missing = [path for path in _prefixes(options) if not Path(f"{path}.idx").exists()]
-    if missing:
+    if (missing := _missing(options)) is not None:
         kept = [*without(kept, named(*DATA, *WITH_DATA.split())), "--mock-data"]
-        said.append(f"the data ({missing[0]} is not here) by Megatron's mock data")
+        said.append(f"the data ({missing} is not here) by Megatron's mock data")
+    if options.step_batch_size_schedule is not None:
+        said.append("all batches by the first one of --step-batch-size-schedule")
     tokenizer, teacher = options.tokenizer_model, options.teacher_model
     if (config := _known(tokenizer)) is not None:
         rows = config["vocab_size"]
         kept = without(kept, named("tokenizer-type", "tokenizer-model"))
         kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
         said.append(f"the tokenizer {tokenizer} by {rows:,} numbers")
+    if (here := _known(tokenizer)) is not None and teacher is not None:
+        if (there := _known(teacher)) is not None and there is not here:
+            raise UsageError(
+                f"--tokenizer-model {tokenizer} and --teacher-model {teacher} are not here, and "
+                "only their tokenizers tell how long the teacher's rows are. Download both."
+            )
+        if there is None:
+            said.append(f"whatever tokenizer {teacher} has by the student's")
     if (config := _known(teacher)) is not None:
         place = folder / teacher.rpartition("/")[2]
         place.mkdir()
@@ -152,9 +168,22 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
     return kept, said
 
 
-def _prefixes(options: Namespace) -> list[str]:
-    given = [word for name in DATA for word in vars(options)[name.replace("-", "_")]]
-    return [word for word in given if not word.replace(".", "", 1).isdecimal()]
+def _missing(options: Namespace) -> str | None:
+    """A path of the data that is not on this machine."""
+    for name in DATA:
+        ending = "" if name.endswith("args-path") else ".idx"
+        for word in vars(options)[name.replace("-", "_")]:
+            if not _is_number(word) and not Path(word + ending).exists():
+                return word
+    return None
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _known(name: str | None) -> dict | None:

@@ -34,6 +34,8 @@ def before_megatron() -> None:
             cpu.activate_if_wanted()
         elif flags.RESULT in os.environ:
             _prepare_rank()
+        elif os.environ.get("RANK", "0") != "0":  # one says it for all that torchrun has started
+            sys.exit()
         else:
             print(dry_run(sys.argv[1:]))
             sys.exit()
@@ -96,7 +98,8 @@ def _rank(words: list[str], rank: int, world: int, folder: Path) -> Found:
     own[flags.RESULT] = str(result)
     done = subprocess.run([*COMMAND, *words], env=own, capture_output=True, text=True, check=False)
     if done.returncode or not result.exists():
-        raise UsageError(_reason(done.stderr) + f" (rank {rank} of {world})")
+        reason = _reason(done.stderr) or f"The process ended with status {done.returncode}."
+        raise UsageError(f"{reason} (rank {rank} of {world})")
     return Found(**json.loads(result.read_text()))
 
 
@@ -107,4 +110,4 @@ def _reason(stderr: str) -> str:
     if errors:
         return errors[-1].partition(": error: ")[2]
     faults = [line for line in lines if FAULT.match(line)]
-    return f"The run ends with {(faults or lines or ['no words'])[-1]}"
+    return f"The run ends with {(faults or lines)[-1]}" if lines else ""

@@ -22,7 +22,7 @@ def page(plan: Plan) -> str:
     return "\n".join([*head, "", *_stages(plan), "", *_time(plan)])
 
 
-def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float] | None) -> str:
+def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float | None] | None) -> str:
     """Return the best layouts as a table, and the flags of the first; bytes are of dry runs."""
     heads = ["TP", "PP", "VPP", "rows", "recompute", "GiB", "MFU", "guided step", "whole run"]
     rows = [["", *heads, *(["dry run"] if dry_bytes else [])]]
@@ -32,7 +32,9 @@ def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float] | None) -> str:
         gib = [f"{one.memory[one.fullest_stage].total / GIB:.1f}", f"{time.plain_mfu:.3f}"]
         days = f"{time.run_seconds / SECONDS_PER_DAY:.2f} days"
         rows.append([str(number + 1), *map(str, cells), *gib, f"{time.guided_seconds:.3f} s", days])
-        rows[-1] += [f"{dry_bytes[number] / GIB:.1f}"] if dry_bytes else []
+        if dry_bytes:
+            dry = dry_bytes[number]
+            rows[-1].append("-" if dry is None else f"{dry / GIB:.1f}")
     memory = f"{plans[0].gpu.memory_gib:g} GiB"
     head = f"The fastest layouts of {plans[0].layout.gpus} GPUs of {memory} that fit:"
     left_out = "Communication is left out: among near ones fewer TP and PP are better."

@@ -12,6 +12,7 @@ it runs on the CPU, GPUs or not: the models are small, and the processes share o
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -289,6 +290,9 @@ def _steps(lines: Iterator[str], file: object) -> Iterator[tuple[int, float]]:
 def main() -> None:
     """Run all stages."""
     options = _parse()
+    for package in ("matplotlib", "plotly"):
+        if importlib.util.find_spec(package) is None:
+            sys.exit(f"The report at the end needs {package}: pip install 'megatron_let[plot]'")
     folder = options.output / ("fast" if options.fast else "full")
     recipe = FAST if options.fast else FULL
     quickstart = Quickstart(recipe, folder, options.regime, options.processes)

@@ -163,10 +163,11 @@ def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: floa
     for c in comparisons:
         if c.run.method != BASELINE:
             groups.setdefault(c.run.label, []).append(c)
-    group = max(groups.values(), key=lambda group: mean_speed_up(group) or 0.0, default=[])
-    best = mean_speed_up(group) or 0.0
+    reached = [group for group in groups.values() if mean_speed_up(group)]
+    beyond = [g for g in reached if not verdict(g, comparisons).startswith("within noise")]
+    best = max((mean_speed_up(group) or 0.0 for group in beyond), default=0.0)
     text = "plain run's final loss: not reached"
-    if best and verdict(group, comparisons).startswith("within noise"):
+    if reached and not beyond:
         text = "no difference beyond the seeds' range"
     elif best:
         text = f"{best:.1f}x fewer steps" if best >= 1 else "more steps than plain"

@@ -177,6 +177,10 @@ def verdict(group: Sequence[Comparison], comparisons: Sequence[Comparison]) -> s
     """Say whether the last losses of one kind of run lie outside the plain runs' range."""
     own = [c.run.final.loss for c in group]
     plain = [c.run.final.loss for c in comparisons if c.run == c.plain]
+    if not all(math.isfinite(loss) for loss in own):
+        return "diverged"
+    if not all(c.run.finished for c in group):
+        return "not finished"
     what = "within noise, the ranges of their last losses meet"
     if max(own) < min(plain):
         what = "better than every plain run"

@@ -6,12 +6,13 @@ each shape of its inputs. SmolLM-135M with 4 rows of 2,048 tokens on an H100: 22
 (13.8 ms of kernels), 7.2 ms so, where its matrix products alone take 4.7 ms.
 """
 
-import warnings
 from collections.abc import Callable
 from subprocess import SubprocessError
 from typing import Any
 
 import torch
+
+from megatron_let.console import say
 
 SHAPES = 4
 """Recorded at most; a run has one or two, and each holds memory."""
@@ -64,7 +65,7 @@ class Recorded:
             for layer in self._layers:
                 layer._compiled_call_impl = None
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"the teacher runs uncompiled, which is slower: {reason}", stacklevel=2)
+            say(f"> the teacher runs uncompiled, which is slower: {reason}")
 
 
 def _record(

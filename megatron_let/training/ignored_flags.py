@@ -12,6 +12,7 @@ IGNORED = {
     "openai-gelu": "Leave it out: with biases GELU is computed in that form (tanh), and with "
     "--no-bias-gelu-fusion in the exact one.",
     "use-flash-attn": "Use --attention-backend flash.",
+    "checkpoint-activations": "Use --recompute-granularity.",
     "inprocess-": "A run is started again by torchrun or Slurm (docs/reliability.md).",
     "log-straggler straggler- disable-straggler-on-startup": "Use --timing-log-level 2 "
     "--timing-log-option all for each rank's times (docs/reliability.md).",

@@ -82,7 +82,7 @@ class RunLog(Listener):
             },
             **facts,
         )
-        keep(args.save)
+        keep(args.save and Path(args.save))
         if torch.distributed.get_rank() == 0:
             say(self._summary(facts))
 
@@ -185,7 +185,8 @@ class RunLog(Listener):
             if len(seen) == len(sets):
                 means = {key: fmean(values[key] for values in seen) for key in losses}
                 self.file.write("valid", self._iteration, **means, **{"peak memory": peak_memory})
-                say(evaluation_line(self._iteration, means, dict(zip(sets, seen, strict=True))))
+                if is_last_rank() or self.args.fake_process_group:
+                    say(evaluation_line(self._iteration, means, dict(zip(sets, seen, strict=True))))
         self.file.restart_clock()
 
     def _validation_sets(self) -> list[str]:

@@ -56,6 +56,8 @@ def test_ranks_that_do_not_exist_are_refused(line, words):
         "--multi-latent-attention",
         "--use-megatron-fsdp",
         "--enable-cuda-graph",
+        "--cuda-graph-impl local",
+        "--skip-train",
     ],
 )
 def test_what_cannot_be_seen_is_refused_by_name(line):
@@ -73,7 +75,7 @@ def test_what_is_not_here_is_replaced_by_its_sizes(tmp_path):
     line = (
         "--num-layers 2 --train-data-path 1 /gone/a 0.5 /gone/b --valid-data-path /gone/c "
         "--data-cache-path /gone --tokenizer-type HuggingFaceTokenizer "
-        "--tokenizer-model meta-llama/Llama-3.2-1B --method let --teacher-model opt-125m --lr 1e-3 "
+        "--tokenizer-model meta-llama/Llama-3.2-1B --method let --teacher-model x/llama-3.2-1b --lr 1e-3 "
         "--tensorboard-dir /gone/t"
     )
     kept, said = replaced(line, tmp_path)
@@ -82,10 +84,11 @@ def test_what_is_not_here_is_replaced_by_its_sizes(tmp_path):
         == (
             "--num-layers 2 --method let --lr 1e-3 --cpu --fake-process-group "
             "--transformer-impl=transformer_engine --mock-data --tokenizer-type NullTokenizer "
-            f"--vocab-size 128255 --teacher-model {tmp_path}/opt-125m"
+            f"--vocab-size 128255 --teacher-model {tmp_path}/llama-3.2-1b"
         ).split()
     )
-    assert json.loads((tmp_path / "opt-125m" / "config.json").read_text())["ffn_dim"] == 3072
+    config = json.loads((tmp_path / "llama-3.2-1b" / "config.json").read_text())
+    assert config["intermediate_size"] == 8192
     assert [sentence.split()[1] for sentence in said] == ["data", "tokenizer", "config"]
 
 
@@ -98,3 +101,21 @@ def test_what_is_here_stays(tmp_path):
     )
     kept, said = replaced(line, tmp_path)
     assert kept == [*line.split(), "--cpu", "--fake-process-group"] and said == []
+
+
+def test_two_tokenizers_that_are_not_here_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--tokenizer-model gpt2 and --teacher-model opt-125m"):
+        replaced("--tokenizer-model gpt2 --teacher-model opt-125m", tmp_path)
+    (tmp_path / "own").mkdir()
+    _, said = replaced(f"--tokenizer-model gpt2 --teacher-model {tmp_path}/own", tmp_path)
+    assert said[1].startswith("whatever tokenizer ")
+
+
+def test_a_list_of_data_that_is_here_stays(tmp_path):
+    (tmp_path / "blend.txt").write_text("1 a")
+    (tmp_path / "a.idx").touch()
+    for line in (f"--data-args-path {tmp_path}/blend.txt", f"--data-path 1e-3 {tmp_path}/a"):
+        kept, said = replaced(line, tmp_path)
+        assert "--mock-data" not in kept and not said
+    kept, said = replaced(f"--data-args-path {tmp_path}/gone --kd-selection s.npz", tmp_path)
+    assert "--mock-data" in kept and "--kd-selection" not in kept

@@ -63,10 +63,25 @@ def test_the_flags_of_a_run_say_the_same(page):
         "--untie-embeddings-and-output-weights --seq-length 2048 --max-position-embeddings 2048 "
         "--train-iters 19073 --global-batch-size 512 --micro-batch-size 4 --lr 3e-4 --bf16 "
         "--pipeline-model-parallel-size 4 --recompute-granularity full --recompute-method uniform "
+        "--use-distributed-optimizer --attention-dropout 0 --hidden-dropout 0 "
         "--data-path 1 a 2 b --method let --teacher-model HuggingFaceTB/SmolLM-135M"
     )
     found = page(f"--gpus 32 -- {run}").replace("custom", "1.4b")
     assert found == page(f"{ISSUE} --recompute full")
+
+
+def test_a_runs_defaults_are_megatrons(page):
+    size = (
+        "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --vocab-size 1000 --seq-length 64"
+    )
+    run = f"{size} --micro-batch-size 1 --global-batch-size 8 --train-iters 9"
+    plain = page(f"--gpus 4 -- {run} --tensor-model-parallel-size 2")
+    assert "method baseline" in plain and "distributed optimizer" not in plain
+    assert "sequence parallel" not in plain
+    same = f"{run} --tensor-model-parallel-size 2 --use-distributed-optimizer --sequence-parallel"
+    given = page(f"--gpus 4 -- {same} --attention-dropout 0 --hidden-dropout 0")
+    assert "sequence parallel" in given and "distributed optimizer" in given
+    assert page(f"--gpus 4 --search -- {same} --pipeline-model-parallel-size 4")
 
 
 def test_a_folder_may_be_the_student(page, tmp_path):
@@ -132,6 +147,9 @@ def test_learned_positions_are_megatrons_default(page):
         (f"{ISSUE} --gpus 30", "--gpus 30 is not a multiple"),
         (f"{ISSUE} --cp 5", "x --cp 5 = 20"),
         (f"{ISSUE} --dry-run", "--dry-run has no effect without --search"),
+        ("--gpus 8 -- --num-experts 4 --lr 1", "--num-experts is not planned here"),
+        ("--gpus 8 -- @/no/such.flags", "is no readable run file"),
+        ("--gpus 8 --seq-length 64 --search --dry-run -- --lr 1", "before --, where"),
         (f"{ISSUE} --search --dry-run", "--dry-run needs the run's own flags, behind --"),
     ],
 )

@@ -22,6 +22,7 @@ def test_a_file_stands_for_its_flags(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path):
     words = ["--data-path", "1", "a b", "it's", "--bf16", "--lr", "-1e-3", "--note", "#5 $HOME"]
+    words += ["--entity", "@me", "--save", "/runs/a#1"]
     (tmp_path / "start.flags").write_text(as_lines(words))
     assert expanded([f"@{tmp_path}/start.flags"]) == words
     assert as_lines(words).splitlines()[1] == "--bf16"
@@ -45,4 +46,10 @@ def test_what_cannot_be_read_is_named(tmp_path, text, words):
 
 def test_a_line_without_files_stays():
     words = shlex.split("--eod-mask-loss --hub-id a@b --seed 1")
-    assert expanded(words) == words
+    assert expanded(words) == words and expanded(["@@me"]) == ["@me"]
+
+
+def test_a_comment_begins_at_a_word(tmp_path):
+    run = tmp_path / "run.flags"
+    run.write_text("# all\n--save /runs/a#1 # here\n--note 'a # b' \"c # d\"#e\n   # x\n")
+    assert expanded([f"@{run}"]) == ["--save", "/runs/a#1", "--note", "a # b", "c # d#e"]
