@@ -75,7 +75,8 @@ def test_what_is_not_here_is_replaced_by_its_sizes(tmp_path):
     line = (
         "--num-layers 2 --train-data-path 1 /gone/a 0.5 /gone/b --valid-data-path /gone/c "
         "--data-cache-path /gone --tokenizer-type HuggingFaceTokenizer "
-        "--tokenizer-model meta-llama/Llama-3.2-1B --method let --teacher-model x/llama-3.2-1b --lr 1e-3 "
+        "--tokenizer-model meta-llama/Llama-3.2-1B --method let "
+        "--teacher-model x/llama-3.2-1b --lr 1e-3 "
         "--tensorboard-dir /gone/t"
     )
     kept, said = replaced(line, tmp_path)
