@@ -69,11 +69,13 @@ def test_help_is_given_on_any_machine():
 def test_a_run_on_a_machine_without_gpus_says_so_and_speaks_of_none():
     flags = [word for word in FLAGS if word != "--cpu"]
     data = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split()
-    result = call(PRETRAIN, *flags, *data, "--log-throughput", "--train-iters", "2")
+    result = call(
+        PRETRAIN, *flags, *data, "--log-throughput", "--train-iters", "2", "--verbose-console"
+    )
     assert result.returncode == 0, result.stderr
     first, *lines = result.stdout.splitlines()
     assert first == "no GPU: training on CPU"
     rates = [line for line in lines if "TFLOP/s" in line]
-    assert len(rates) == 4 and not any("GPU" in line for line in rates)
+    assert len(rates) == 2 and not any("GPU" in line for line in rates)
     assert sum("throughput per process (TFLOP/s/process)" in line for line in rates) == 2
     assert "without Transformer Engine" not in result.stdout
