@@ -16,7 +16,7 @@ SECRETS = ("open" + "sesame", "hunter" + "2", "hf_AbCdEfGh" + "IjKlMnOpQrSt")
 
 @pytest.fixture(scope="module")
 def watched(corpus, tmp_path_factory):
-    """A run with W&B, and what it printed."""
+    """A run with W&B, and what was printed, shown or not."""
     save = tmp_path_factory.mktemp("watched") / "run"
     argv = [*FLAGS, *corpus.flags, "--save", str(save), "--exit-interval", "2"]
     argv += ["--wandb-project", "tests", "--wandb-exp-name", "tiny", "--log-progress"]
@@ -25,7 +25,8 @@ def watched(corpus, tmp_path_factory):
     # A process of its own: W&B's service does not survive its run.
     done = run_program(str(PRETRAIN), *argv, launcher={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
-    return save, done.stdout + done.stderr
+    log = (save / "console" / "rank_00000.log").read_text()
+    return save, done.stdout + done.stderr + log
 
 
 def test_the_log_hides_them(watched):
