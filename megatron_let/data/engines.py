@@ -23,6 +23,7 @@ _CACHE_GROWTH_BYTES = 128 * 1024**2
 """What gigatoken's table of words seen may take before it starts anew."""
 _UNWATCHED_CHARACTERS = 4 * 1024**2
 """Between two looks at the memory, which take a quarter of a millisecond."""
+_UNPROVEN_OF_MODEL = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 _PROVEN_NORMALIZERS = {"Prepend", "Replace"}
 """Which gigatoken does by itself, besides the Unicode forms, which it is not let do."""
 
@@ -75,6 +76,7 @@ class Gigatoken:
             # and normalizes U+0085 and some combined letters differently.
             raise Unsuited("gigatoken does not take this kind of tokenizer")
         source = orjson.loads(tokenizer.fast.to_str())
+        _check_features(source)
         normalizer = _take_out_unicode_form(source, tokenizer.fast)
         self._source = orjson.dumps(source)
         self._tokenizer = _gigatoken(self._source)
@@ -121,6 +123,19 @@ class Gigatoken:
 
 Engine = Library | Gigatoken
 """Tokenizes texts, with what the tokenizer itself adds around each."""
+
+
+def _check_features(source: dict[str, Any]) -> None:
+    """Raise Unsuited for what a tokenizer.json says and gigatoken does not do.
+
+    Each was found by `benchmarks/tokenizer_fuzz.py`, or never tried.
+    """
+    for name in _UNPROVEN_OF_MODEL:
+        if source["model"].get(name):
+            raise Unsuited(f"gigatoken is not used with a model's {name}")
+    for token in source["added_tokens"]:
+        if token["single_word"]:
+            raise Unsuited(f"gigatoken finds the added token {token['content']!r} inside words")
 
 
 def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Any:
@@ -196,5 +211,6 @@ def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) ->
     except Unsuited as error:
         if name == "gigatoken":
             raise
-        tell(f"{error}: tokenizing with the tokenizer's own library")
+        reason = str(error).partition("\n")[0]
+        tell(f"{reason}: tokenizing with the tokenizer's own library")
         return Library(tokenizer)

@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -232,3 +241,24 @@ def test_ids_and_ends_of_every_family(family) -> None:
     assert max(ids.values()) == tokenizer.vocab_size - 1
     end = {"llama2": "</s>"}.get(name, "</s>" if "piece" in name else EOD)
     assert ids[end] == tokenizer.eod
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda made: setattr(made.model, "dropout", 0.1), "with a model's dropout"),
+        (
+            lambda made: made.add_tokens([AddedToken("random", single_word=True)]),
+            "finds the added token 'random' inside words",
+        ),
+    ],
+)
+def test_what_gigatoken_does_not_do_goes_to_the_library(tmp_path, change, why) -> None:
+    made = load_tokenizer(byte_level(tmp_path / "first")).fast
+    change(made)
+    tokenizer = load_tokenizer(save(tmp_path / "second", made, eos_token=EOD))
+    told: list[str] = []
+    assert make_engine("auto", tokenizer, told.append).name == "tokenizers"
+    assert why in told[0]
+    with pytest.raises(Unsuited, match=why):
+        make_engine("gigatoken", tokenizer, print)
