@@ -20,8 +20,8 @@ def test_two_agents_find_each_other_and_a_second_call_goes_on(tmp_path):
     run = tmp_path / "run.flags"
     run.write_text(" ".join([*FLAGS, *corpus.flags, "--save", str(save), "--save-interval", "4"]))
     environment = {"HEAD": f"127.0.0.1:{_free_port()}", "NODES": "2", "PROCESSES": "1"}
-    for steps in (4, STEPS):
-        call = [SCRIPT, f"@{run}", "--train-iters", str(steps), "--lr-decay-iters", str(STEPS)]
+    for steps, ends in ((4, ["--exit-interval", "4"]), (STEPS, [])):
+        call = [SCRIPT, f"@{run}", *ends]
         nodes = [
             subprocess.Popen(call, cwd=tmp_path, env=os.environ | environment | {"ID": str(steps)})
             for _ in range(2)
