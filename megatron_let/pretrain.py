@@ -4,9 +4,15 @@ import contextlib
 import functools
 import sys
 
-from megatron_let.dry_run.start import before_megatron
+from megatron_let.dry_run import start
+from megatron_let.program import read_command_line
+from megatron_let.upstream import cpu
 
-before_megatron()  # which reads torch.compile when it is imported
+read_command_line()
+if "--dry-run" in sys.argv:
+    start.begin()
+else:
+    cpu.activate_if_wanted()  # before Megatron is imported, which reads torch.compile at import
 
 from megatron.core.enums import ModelType
 from megatron.training import pretrain

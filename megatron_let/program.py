@@ -68,3 +68,17 @@ def as_lines(words: Sequence[str]) -> str:
         else:
             lines[-1] += f" {quoted}"
     return "".join(f"{line}\n" for line in lines)
+
+
+def read_command_line() -> None:
+    """Put what stands in run files into this process's `sys.argv`; a mistake ends the process."""
+    try:
+        sys.argv[1:] = expanded(sys.argv[1:])
+    except UsageError as error:
+        print(f"pretrain_let.py: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+if __name__ == "__main__":  # for scripts that look for flags: a word a line
+    read_command_line()
+    print(*sys.argv[1:], sep="\n")

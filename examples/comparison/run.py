@@ -2,7 +2,7 @@
 
     .venv/bin/python examples/comparison/run.py [--seeds 3] [--fast]
 
-Sizes, data, teachers and plain students are those of `examples/quickstart`, whose finished stages
+Sizes, data, teachers and plain students are those of the quickstart, whose finished stages
 are taken over. The main methods run with every seed, controls with the first. Every run is kept
 under runs/quickstart; a second call goes on where the first one stopped.
 """

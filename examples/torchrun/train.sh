@@ -15,8 +15,7 @@ here=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python)}
 
 [ "$NODES" = 1 ] || [ "${HEAD%%:*}" != localhost ] || { echo "HEAD: a node's name that all reach" >&2 && exit 2; }
-expand='import sys; from megatron_let.program import expanded; print(*expanded(sys.argv[1:]), sep="\n")'
-expanded=$(PYTHONPATH=$here "$PYTHON" -c "$expand" "$@") || exit 2
+expanded=$(PYTHONPATH=$here "$PYTHON" -m megatron_let.program "$@") || exit 2
 mapfile -t words <<<"$expanded"
 save="" load="" previous=""
 for word in "${words[@]}"; do

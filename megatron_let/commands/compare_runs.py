@@ -78,12 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.output:
             options.output.write_text(text + "\n")
         loss = teacher.final.loss if teacher else None
+        compared = compare_all(runs)
         if options.plot:
-            print(
-                f"\nPicture: {plot_comparison(compare_all(runs), options.plot, teacher_loss=loss)}"
-            )
+            print(f"\nPicture: {plot_comparison(compared, options.plot, teacher_loss=loss)}")
         if options.html:
-            print(f"\nPage: {write_page(compare_all(runs), options.html, text, loss)}")
+            print(f"\nPage: {write_page(compared, options.html, text, loss)}")
     except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

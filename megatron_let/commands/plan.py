@@ -194,14 +194,16 @@ def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
     """
     words = [part for word in flags for part in _parted(word)]
     given = {word for word in words if word.startswith("--")}
+    values = dict(zip(words, words[1:], strict=False))
     for name in sorted(given & UNPLANNED):
         raise UsageError(f"{name} is not planned here: --dry-run of pretrain_let.py takes it.")
     found = ["--method", BASELINE] * ("--method" not in given)
     found += ["--no-distributed-optimizer"] * ("--use-distributed-optimizer" not in given)
-    tp = dict(zip(words, words[1:], strict=False)).get("--tensor-model-parallel-size", "1")
+    tp = values.get("--tensor-model-parallel-size", "1")
     if tp != "1" and "--sequence-parallel" not in given and not search:
         found.append("--no-sequence-parallel")
-    if any(_value(words, f"--{kind}-dropout", "0.1") > 0 for kind in ("attention", "hidden")):
+    dropouts = (values.get(f"--{kind}-dropout", "0.1") for kind in ("attention", "hidden"))
+    if any(float(share) > 0 for share in dropouts):
         found.append("--dropout")
     if "--recompute-activations" in given and not search:
         found += ["--recompute", "selective"]
@@ -216,10 +218,6 @@ def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
 
 def _parted(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--") else [word]
-
-
-def _value(words: Sequence[str], flag: str, default: str) -> float:
-    return float(dict(zip(words, words[1:], strict=False)).get(flag, default))
 
 
 def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespace) -> Part:

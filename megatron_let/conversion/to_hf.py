@@ -4,8 +4,10 @@ It goes layer by layer from disk to disk: the largest thing in memory is one lay
 embedding.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -53,21 +55,17 @@ def export(
     checkpoint = Checkpoint(find_checkpoint(load, ckpt_step))
     args = checkpoint.args()
     family = configs.family_of_run(args)
-    # A model that came with more rows than tokens keeps them.
-    rows, tokenizer = vars(args).get("vocab_size") or 0, None
     source = tokenizer_model or tokenizer_files.tokenizer_of_run(args)
-    if source is not None:
-        tokenizer = tokenizer_files.load_tokenizer(source)
-        tokenizer_files.check_tokenizer(args, tokenizer, source)
-        rows = max(rows, len(tokenizer))
+    tokenizer = None if source is None else _tokenizer(args, source)
+    # A model that came with more rows than tokens keeps them.
+    rows = max(vars(args).get("vocab_size") or 0, 0 if tokenizer is None else len(tokenizer))
     shape = configs.model_shape(args, rows)
     config = configs.hugging_face_config(family, args, shape, tokenizer)
 
     rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
     what = f"the checkpoint, by its arguments a {family.name},"
-    checks.check_names(
-        [rule.megatron for rule in rules], checkpoint.names, what, checks.NOT_WEIGHTS
-    )
+    wanted = [rule.megatron for rule in rules]
+    checks.check_names(wanted, checkpoint.names, what, checks.NOT_WEIGHTS)
     tensors = _stand_ins(checkpoint, rules, shape, DTYPES[dtype] if dtype else None)
     model = configs.empty_model(config)
     checks.check_shapes(tensors, model.state_dict(), "the run's arguments make")
@@ -85,6 +83,12 @@ def export(
         if source is not None:
             tokenizer_files.write_tokenizer(source, tokenizer, folder)
     return output
+
+
+def _tokenizer(args: Namespace, source: str) -> Any:
+    tokenizer = tokenizer_files.load_tokenizer(source)
+    tokenizer_files.check_tokenizer(args, tokenizer, source)
+    return tokenizer
 
 
 def _stand_ins(

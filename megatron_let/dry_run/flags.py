@@ -22,7 +22,7 @@ DATA = (
 WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
-)
+).split()
 TRACKERS = ("tensorboard-dir", "wandb-project")
 SWITCHES = (
     "use-tp-pp-dp-mapping multi-latent-attention use-megatron-fsdp use-torch-fsdp2 "
@@ -56,7 +56,6 @@ def parse(argv: Sequence[str]) -> Namespace:
     for name in ("fp8-format", "fp4-format"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--cuda-graph-impl", default="none")
-    parser.add_argument("--kd-selection")
     parser.add_argument("--step-batch-size-schedule")
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
@@ -141,25 +140,26 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
         *([] if is_local else [AS_IF]),
     ]
     if (missing := _missing(options)) is not None:
-        kept = [*without(kept, named(*DATA, *WITH_DATA.split())), "--mock-data"]
+        kept = [*without(kept, named(*DATA, *WITH_DATA)), "--mock-data"]
         said.append(f"the data ({missing} is not here) by Megatron's mock data")
     if options.step_batch_size_schedule is not None:
         said.append("all batches by the first one of --step-batch-size-schedule")
     tokenizer, teacher = options.tokenizer_model, options.teacher_model
-    if (config := _known(tokenizer)) is not None:
-        rows = config["vocab_size"]
+    vocabulary, config = _known(tokenizer), _known(teacher)
+    if vocabulary is not None:
+        rows = vocabulary["vocab_size"]
         kept = without(kept, named("tokenizer-type", "tokenizer-model"))
         kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
         said.append(f"the tokenizer {tokenizer} by {rows:,} numbers")
-    if (here := _known(tokenizer)) is not None and teacher is not None:
-        if (there := _known(teacher)) is not None and there is not here:
+    if vocabulary is not None and teacher is not None:
+        if config is not None and config is not vocabulary:
             raise UsageError(
                 f"--tokenizer-model {tokenizer} and --teacher-model {teacher} are not here, and "
                 "only their tokenizers tell how long the teacher's rows are. Download both."
             )
-        if there is None:
+        if config is None:
             said.append(f"whatever tokenizer {teacher} has by the student's")
-    if (config := _known(teacher)) is not None:
+    if config is not None:
         place = folder / teacher.rpartition("/")[2]
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))

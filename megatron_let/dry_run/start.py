@@ -14,34 +14,27 @@ from megatron_let.dry_run import flags
 from megatron_let.dry_run.found import Found
 from megatron_let.dry_run.screen import screen
 from megatron_let.errors import UsageError
-from megatron_let.program import COMMAND, environment, expanded
+from megatron_let.program import COMMAND, environment
 
 FAULT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b")
 """The last line of a traceback."""
 
 
-def before_megatron() -> None:
-    """What is done of a command line before Megatron is imported.
+def begin() -> None:
+    """Run the dry run of this process's command line, and end the process.
 
-    Run files are read into `sys.argv`, and the CPU is prepared where it is wanted. A dry run is
-    run, and ends the process; in that of one of its ranks torch is prepared.
+    In the process of one of its ranks torch is prepared instead; Megatron must not be there yet.
     """
-    from megatron_let.upstream import cpu
-
+    if flags.RESULT in os.environ:
+        _prepare_rank()
+        return
     try:
-        sys.argv[1:] = expanded(sys.argv[1:])
-        if "--dry-run" not in sys.argv:
-            cpu.activate_if_wanted()
-        elif flags.RESULT in os.environ:
-            _prepare_rank()
-        elif os.environ.get("RANK", "0") != "0":  # one says it for all that torchrun has started
-            sys.exit()
-        else:
+        if os.environ.get("RANK", "0") == "0":  # one says it for all that torchrun has started
             print(dry_run(sys.argv[1:]))
-            sys.exit()
     except UsageError as error:
         print(f"pretrain_let.py: error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    sys.exit()
 
 
 def _prepare_rank() -> None:

@@ -9,7 +9,7 @@ from megatron_let.planning.plan import Plan, plan
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.shapes import ModelShape
 
-NODE_GPUS = 8
+SHARDS = (1, 2, 4, 8)
 """Tensor parallelism stays inside a node."""
 ROWS = (1, 2, 4, 8, 16)
 CHUNKS = (1, 2, 4)
@@ -48,7 +48,7 @@ def search(
 def candidates(student: ModelShape, layout: Layout, run: RunShape) -> Iterator[tuple[Layout, int]]:
     """All layouts, and rows of a micro-batch, that divide."""
     ranks = layout.gpus // layout.cp
-    for tp in (tp for tp in (1, 2, 4, 8) if tp <= NODE_GPUS and ranks % tp == 0):
+    for tp in (tp for tp in SHARDS if ranks % tp == 0):
         stages = (pp for pp in range(1, student.num_layers + 1) if ranks // tp % pp == 0)
         for pp in stages:
             for vpp in CHUNKS if pp > 1 else (1,):

@@ -4,7 +4,6 @@ import resource
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -88,7 +87,7 @@ class RunLog(Listener):
 
     def on_end(self, is_complete: bool) -> None:
         """Note how it ended: a run that was killed has no such line at its end."""
-        if is_last_rank():
+        if self._speaks():
             say(f"> {'complete' if is_complete else 'stopped'} at step {self._iteration}")
         # A stop before the end: the totals of steps that are not logged yet.
         self.file.write("end" if is_complete else "stop", self._iteration)
@@ -157,7 +156,7 @@ class RunLog(Listener):
         )
         rate = {"learning-rate": step.learning_rate}
         self.file.write("train", step.number, **means, **speed, **rate)
-        if is_last_rank() or self.args.fake_process_group:
+        if self._speaks():
             say(step_line(step.number, self.args.train_iters, means, speed))
         if is_last_rank():
             for key, value in speed.items():
@@ -185,9 +184,13 @@ class RunLog(Listener):
             if len(seen) == len(sets):
                 means = {key: fmean(values[key] for values in seen) for key in losses}
                 self.file.write("valid", self._iteration, **means, **{"peak memory": peak_memory})
-                if is_last_rank() or self.args.fake_process_group:
+                if self._speaks():
                     say(evaluation_line(self._iteration, means, dict(zip(sets, seen, strict=True))))
         self.file.restart_clock()
+
+    def _speaks(self) -> bool:
+        """Whether this rank tells how the run gets on; one that is alone does."""
+        return is_last_rank() or self.args.fake_process_group
 
     def _validation_sets(self) -> list[str]:
         if not self.args.multiple_validation_sets:
@@ -257,9 +260,11 @@ def step_line(
     parts += [f"loss {means['lm loss']:.4f}"] if "lm loss" in means else []
     for name in (key.removesuffix(WEIGHT) for key in means if key.endswith(WEIGHT)):
         if f"{name} loss" in means:
-            parts.append(f"{name} {means[f'{name} loss']:.4f} x {means[name + WEIGHT]:.3g}")
-    parts.append(f"{speed[TOKENS]:,.0f} tokens/s")
-    parts.append(f"{timedelta(seconds=round(speed[SECONDS_LEFT]))} left")
+            parts.append(f"{name} {means[f'{name} loss']:.3f} x {means[name + WEIGHT]:.2g}")
+    tokens = speed[TOKENS]
+    parts.append(f"{tokens:,.0f} tok/s" if tokens < 1e5 else f"{tokens / 1e3:,.0f}k tok/s")
+    hours, minutes = divmod(round(speed[SECONDS_LEFT] / 60), 60)
+    parts.append(f"{hours}:{minutes:02d} left")
     return " | ".join(parts)
 
 

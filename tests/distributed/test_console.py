@@ -24,7 +24,7 @@ def test_a_run_of_eight_steps_fits_a_screen(run, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= 60 and done.stderr == ""
-    steps = [line for line in lines if line.startswith("> step ") and "tokens/s" in line]
+    steps = [line for line in lines if line.startswith("> step ") and "tok/s" in line]
     assert len(steps) == STEPS and max(map(len, steps)) <= 100
     assert f"> saved {tmp_path}/run/iter_0000004" in lines
     assert any(line.startswith("> step 3: validation loss ") for line in lines)
