@@ -7,6 +7,7 @@ temperature) and the weight w, per token:
       = CE((1 - w) * onehot(x) + w * p_T, softmax(z))          gradient: softmax(z) - target
 
 (method.md, section 3.1; forward KL up to the teacher's entropy, which has no gradient.)
+With a gate w is zero on the tokens whose label the teacher predicts no better than the student.
 
 Every tensor-parallel rank holds a slice of the vocabulary. As in Megatron's own cross-entropy only
 maxima and sums travel, two a token each, float32 logits are overwritten, and one buffer of their
@@ -50,6 +51,8 @@ class TokenLosses(NamedTuple):
     """KL(p_T || p_student)."""
     teacher: torch.Tensor
     """CE of the labels by the teacher's probabilities."""
+    is_better: torch.Tensor
+    """1.0 where that is less than the student's, else 0.0."""
 
 
 def distilled_cross_entropy(
@@ -60,13 +63,15 @@ def distilled_cross_entropy(
     weight: float,
     group: Any,
     at_once: int,
+    gated: bool = False,
 ) -> TokenLosses:
     """Return the losses of each token; only `total` carries a gradient, to the logits alone.
 
-    Float32 logits are overwritten, as by Megatron's cross-entropy. `weight` is w, 0 to 1; the
-    teacher's logits exist for `at_once` tokens at a time.
+    Float32 logits are overwritten, as by Megatron's cross-entropy. `weight` is w, 0 to 1, `gated`
+    on the tokens alone on which the teacher is better; the teacher's logits exist for `at_once`
+    tokens at a time.
     """
-    inputs = logits_SBV, labels_SB, states_SBD, head, weight, group, at_once
+    inputs = logits_SBV, labels_SB, states_SBD, head, weight, group, at_once, gated
     return TokenLosses(*_DistilledCrossEntropy.apply(*inputs))
 
 
@@ -81,11 +86,12 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         weight: float,
         group: Any,
         at_once: int,
+        gated: bool,
     ) -> tuple[torch.Tensor, ...]:
         gradient_NV = logits_SBV.detach().float().flatten(0, 1)
         labels_N, states_ND = labels_SB.flatten(), states_SBD.flatten(0, 1)
         losses = [
-            _chunk(gradient, labels, states, head, weight, group)
+            _chunk(gradient, labels, states, head, weight, group, gated)
             for gradient, labels, states in zip(
                 *(every.split(at_once) for every in (gradient_NV, labels_N, states_ND)), strict=True
             )
@@ -94,15 +100,17 @@ class _DistilledCrossEntropy(torch.autograd.Function):
         lm, kd, teacher = (torch.cat(part).view_as(labels_SB) for part in parts)
         ctx.save_for_backward(gradient_NV)
         ctx.dtype = logits_SBV.dtype
-        ctx.mark_non_differentiable(lm, kd, teacher)
-        return (1 - weight) * lm + weight * kd, lm, kd, teacher
+        is_better = _is_better(lm, teacher)
+        share = weight * is_better if gated else weight
+        ctx.mark_non_differentiable(lm, kd, teacher, is_better)
+        return (1 - share) * lm + share * kd, lm, kd, teacher, is_better
 
     @staticmethod
     def backward(ctx: Any, upstream_SB: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         [gradient_NV] = ctx.saved_tensors
         gradient_NV *= upstream_SB.flatten()[:, None]
         gradient_SBV = gradient_NV.view(*upstream_SB.shape, -1).to(ctx.dtype)
-        return gradient_SBV, None, None, None, None, None, None
+        return gradient_SBV, *[None] * 7
 
 
 def _chunk(
@@ -112,6 +120,7 @@ def _chunk(
     head: TeacherHead,
     weight: float,
     group: Any,
+    gated: bool,
 ) -> torch.Tensor:
     """Return student's loss, KL and teacher's loss of some tokens `[3, N]`.
 
@@ -120,16 +129,22 @@ def _chunk(
     teacher_NV = torch.nn.functional.linear(states_ND, head.weight_VD, head.bias_V)
     teacher_NV[:, head.num_tokens :] = -torch.inf
     both = logits_NV, teacher_NV, head.temperature
+    local_labels_N = labels_N - head.first_id
     maxima_2N = _fused(_maxima, *both)
     dist.all_reduce(maxima_2N, op=dist.ReduceOp.MAX, group=group)
-    sums_2N = _fused(_sums, *both, maxima_2N)
-    dist.all_reduce(sums_2N, group=group)
+    sums_4N = _fused(_sums, *both, maxima_2N, local_labels_N)
+    dist.all_reduce(sums_4N, group=group)
+    normalizers_2N = maxima_2N + sums_4N[:2].log()
+    lm_N, teacher_N = normalizers_2N - sums_4N[2:]
     # A number would have the function compiled anew for each of its values.
-    share = torch.full((), weight, device=logits_NV.device)
-    normalizers_2N = maxima_2N + sums_2N.log()
-    losses_3N = _fused(_finish, *both, normalizers_2N, labels_N - head.first_id, share)
-    dist.all_reduce(losses_3N, group=group)
-    return losses_3N
+    share_N = torch.full_like(lm_N, weight) * (_is_better(lm_N, teacher_N) if gated else 1)
+    kd_N = _fused(_finish, *both, normalizers_2N, local_labels_N, share_N)
+    dist.all_reduce(kd_N, group=group)
+    return torch.stack([lm_N, kd_N, teacher_N])
+
+
+def _is_better(lm: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (teacher < lm).float()
 
 
 # --- on this rank's slice: a few passes over the logits where they are compiled, on a GPU ---------
@@ -139,12 +154,24 @@ def _maxima(logits_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: floa
     return torch.stack([logits_NV.amax(-1), teacher_NV.amax(-1).float() / temperature])
 
 
+def _is_label(local_labels_N: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
+    """Where a token's label is `[N, V]`: nowhere, if another rank has it."""
+    return torch.arange(logits_NV.size(1), device=logits_NV.device) == local_labels_N[:, None]
+
+
 def _sums(
-    logits_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float, maxima_2N: torch.Tensor
+    logits_NV: torch.Tensor,
+    teacher_NV: torch.Tensor,
+    temperature: float,
+    maxima_2N: torch.Tensor,
+    local_labels_N: torch.Tensor,
 ) -> torch.Tensor:
-    student, teacher = maxima_2N[:, :, None]
-    powers = logits_NV - student, teacher_NV.float() / temperature - teacher
-    return torch.stack([power.exp().sum(-1) for power in powers])
+    """Of the powers, student's and teacher's, and of the labels' logits; `[4, N]`."""
+    is_label_NV = _is_label(local_labels_N, logits_NV)
+    both = logits_NV, teacher_NV.float() / temperature
+    powers = [(every - most[:, None]).exp() for every, most in zip(both, maxima_2N, strict=True)]
+    labels = [torch.where(is_label_NV, every, 0.0) for every in both]
+    return torch.stack([every.sum(-1) for every in (*powers, *labels)])
 
 
 def _finish(
@@ -153,19 +180,15 @@ def _finish(
     temperature: float,
     normalizers_2N: torch.Tensor,
     local_labels_N: torch.Tensor,
-    weight: torch.Tensor,
+    share_N: torch.Tensor,
 ) -> torch.Tensor:
     student, teacher = normalizers_2N[:, :, None]
     log_NV, log_target_NV = logits_NV - student, teacher_NV.float() / temperature - teacher
     target_NV = log_target_NV.exp()
-    columns = torch.arange(logits_NV.size(1), device=logits_NV.device)
-    is_label_NV = columns == local_labels_N[:, None]  # nowhere, if another rank has it
-    lm_N, teacher_N = (
-        -torch.where(is_label_NV, own_NV, 0.0).sum(-1) for own_NV in (log_NV, log_target_NV)
-    )
     kd_N = (target_NV * (log_target_NV.clamp(min=-1e30) - log_NV)).sum(-1)
-    logits_NV.copy_(log_NV.exp() - weight * target_NV - (1 - weight) * is_label_NV)
-    return torch.stack([lm_N, kd_N, teacher_N])
+    share, is_label_NV = share_N[:, None], _is_label(local_labels_N, logits_NV)
+    logits_NV.copy_(log_NV.exp() - share * target_NV - (1 - share) * is_label_NV)
+    return kd_N
 
 
 def _fused(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

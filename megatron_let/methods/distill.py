@@ -51,6 +51,9 @@ class DistillFlags(Flags):
     kd_decay: Literal["step", "linear"] = "step"
     """SALT's course of the weight until there: full weight, or linear to zero."""
 
+    kd_token_gate: bool = False
+    """Distil only the tokens whose label the teacher predicts better than the student does."""
+
     kd_selection: str | None = None
     """SALT_DS: file of tools/select_data.py with the samples to see until the stop step."""
 
@@ -64,7 +67,7 @@ class Distill(Signal):
     refused_flags = Signal.refused_flags | {"context_parallel_size": (1,), "use_mup": (False,)}
     danger = "the loss could be computed without the teacher."
     logged = ("kd loss", "kd weight")
-    recorded = ("loss", "tokens", "lm", "teacher")
+    recorded = ("loss", "tokens", "lm", "teacher", "better")
     measure = "loss"
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
@@ -84,6 +87,11 @@ class Distill(Signal):
             )
         if not (args.kd_temperature > 0 and math.isfinite(args.kd_temperature)):
             raise UsageError(f"--kd-temperature {args.kd_temperature} must be positive.")
+        if args.kd_token_gate and args.kd_temperature != 1:
+            raise UsageError(
+                f"--kd-token-gate compares losses at a temperature of 1, not --kd-temperature "
+                f"{args.kd_temperature}. Remove one of the two."
+            )
         if not method_row(args.method).distils_to_the_end:
             _check_salt_stop(args)
         elif (args.kd_stop_step, args.kd_decay, args.kd_selection) != (None, "step", None):
@@ -169,11 +177,13 @@ class Distill(Signal):
             self.weight,
             mpu.get_tensor_model_parallel_group(),
             logits_at_once(labels_BS.numel()),
+            self.flags.kd_token_gate,
         )
         self.queue.micro_batches += 1
-        sums = {"loss": losses.kd, "lm": losses.lm, "teacher": losses.teacher}
-        for name, losses_SB in sums.items():  # a masked one may be infinite
-            self.queue.add(**{name: losses_SB.transpose(0, 1).where(mask_BS > 0, 0.0).sum()})
+        recorded = losses.kd, losses.lm, losses.teacher, losses.is_better
+        for name, each_SB in zip(("loss", "lm", "teacher", "better"), recorded, strict=True):
+            counted_BS = each_SB.transpose(0, 1).where(mask_BS > 0, 0.0)  # others may be infinite
+            self.queue.add(**{name: counted_BS.sum()})
         self.queue.add(tokens=mask_BS.sum())
         if self.is_control:
             return plain(labels_BS, logits_SBV)
@@ -181,13 +191,16 @@ class Distill(Signal):
         return losses.total.transpose(0, 1).contiguous()
 
     def report(self, loss: torch.Tensor, tokens: torch.Tensor, *own: Any) -> dict[str, Any]:
-        """The teacher's own loss on the same tokens, too; at another temperature it is another."""
-        teacher = {"teacher loss": own[1] / tokens.clamp(min=1)}
-        return super().report(loss, tokens) | (teacher if self.flags.kd_temperature == 1 else {})
+        """The teacher's own loss on the same tokens, too, and the share on which it is better."""
+        report = super().report(loss, tokens)
+        if self.flags.kd_temperature == 1:  # at another they are others
+            for name, total in zip(("teacher loss", "teacher better share"), own[1:], strict=True):
+                report[name] = total / tokens.clamp(min=1)
+        return report
 
     def measured(self, *totals: torch.Tensor) -> torch.Tensor:
         """How far the student's loss is above the teacher's, nats a token."""
-        _, tokens, lm, teacher = totals
+        _, tokens, lm, teacher, _ = totals
         return (lm - teacher) / tokens
 
     def language_model_losses(self) -> torch.Tensor | None:
@@ -201,6 +214,8 @@ class Distill(Signal):
         flags, course = self.flags, "during the whole run"
         if flags.kd_stop_step is not None:
             course = f"{flags.kd_decay} until step {flags.kd_stop_step}"
+        if flags.kd_token_gate:
+            course += ", on the tokens that the teacher predicts better"
         temperature = flags.kd_temperature
         return f"distillation: weight {flags.kd_weight} {course}, temperature {temperature}"
 

@@ -17,11 +17,17 @@ from tests.distributed.contract import (
 
 
 def reference_gradients(
-    flags: list[str], global_batch: int, weight: float, teacher: str, temperature: float
+    flags: list[str],
+    global_batch: int,
+    weight: float,
+    teacher: str,
+    temperature: float,
+    gated: bool,
 ) -> Gradients:
     """Gradients of the language-model loss, and of what distillation with `weight` adds to it.
 
-    Keys are `("lm" | "part", global name)`. `flags` are the student's shape.
+    Keys are `("lm" | "part", global name)`. `flags` are the student's shape. `gated`: only on the
+    tokens whose label the teacher predicts better.
     """
     student = build_student(flags, global_batch, torch.float32)
     module = unwrap_model(student.chunks[0])
@@ -33,7 +39,8 @@ def reference_gradients(
     for batch in batches:
         logits = module(batch["tokens"], batch["position_ids"], batch["attention_mask"]).double()
         teacher_logits = model(input_ids=batch["tokens"]).logits.double()
-        lm, kd = _losses(logits, teacher_logits[..., :known], batch["labels"], temperature)
+        lm, kd, own = _losses(logits, teacher_logits[..., :known], batch["labels"], temperature)
+        kd = torch.where(own < lm, kd, lm) if gated else kd
         per_token = "--calculate-per-token-loss" in flags
         tokens = all_tokens if per_token else batch["loss_mask"].sum() * len(batches)
         lm_total = lm_total + (lm * batch["loss_mask"]).sum() / tokens
@@ -46,11 +53,13 @@ def _losses(
     teacher_logits_BSV: torch.Tensor,
     labels_BS: torch.Tensor,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The labels' loss, the teacher's probabilities', and the teacher's own of the labels."""
     lm_BS = -logits_BSV.log_softmax(-1).gather(-1, labels_BS[..., None])[..., 0]
     target = torch.zeros_like(logits_BSV)
     target[..., : teacher_logits_BSV.size(-1)] = (teacher_logits_BSV / temperature).softmax(-1)
-    return lm_BS, -(target * logits_BSV.log_softmax(-1)).sum(-1)
+    own_BS = -target.gather(-1, labels_BS[..., None])[..., 0].log()
+    return lm_BS, -(target * logits_BSV.log_softmax(-1)).sum(-1), own_BS
 
 
 def _gradients(chunk: Any, lm: torch.Tensor, part: torch.Tensor) -> Gradients:

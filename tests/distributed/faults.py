@@ -10,6 +10,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import make_viewless_tensor, unwrap_model
 
+from megatron_let.losses import distilled_cross_entropy
 from megatron_let.losses.attach import Alignment
 from megatron_let.losses.table import cosine
 
@@ -183,7 +184,21 @@ def _head_rows_shifted(method: Any, chunks: list[Any]) -> None:
     signal._head = dataclasses.replace(signal._head, weight_VD=rows)
 
 
+def _gate_left_out(method: Any, chunks: list[Any]) -> None:
+    """Every token is distilled, whoever predicts its label better."""
+    signal = method.signals[0]
+    signal.flags = dataclasses.replace(signal.flags, kd_token_gate=False)
+
+
+def _gate_of_the_next_token(method: Any, chunks: list[Any]) -> None:
+    """A token is distilled where the teacher is better on another one."""
+    right = distilled_cross_entropy._is_better
+    distilled_cross_entropy._is_better = lambda *both: right(*both).roll(1)
+
+
 DISTILLATION_FAULTS: dict[str, Fault] = {
+    "gate_left_out": _gate_left_out,
+    "gate_of_the_next_token": _gate_of_the_next_token,
     "padding_kept": _padding_kept,
     "head_rows_shifted": _head_rows_shifted,
     "rows_of_another_rank": _rows_of_another_rank,

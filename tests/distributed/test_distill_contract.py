@@ -16,7 +16,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 UNTIED = "--untie-embeddings-and-output-weights"
 # 15 of the teacher's 256 rows are no tokens.
 SMALL_VOCABULARY = "--vocab-size 240 --make-vocab-size-divisible-by 64"
-TEMPERATURE = "--kd-temperature 2.5"
+TEMPERATURE, GATE = "--kd-temperature 2.5", "--kd-token-gate"
 
 # name: world size, flags, global batch size (micro-batches of 2)
 LAYOUTS = {
@@ -31,6 +31,9 @@ LAYOUTS = {
     "vpp2": (2, f"{PP2} {VPP2} {UNTIED}", 8),
     "dp2_distributed_optimizer": (2, f"{UNTIED} --use-distributed-optimizer", 8),
     "tp2_pp2_sp": (4, f"{TP2} {PP2} {SP} {UNTIED}", 8),
+    "gate": (1, f"{UNTIED} {GATE}", 8),
+    "gate_tp4_sp_padding": (4, f"{TP2.replace('2', '4')} {SP} {SMALL_VOCABULARY} {GATE}", 6),
+    "gate_tp2_pp2_full_recompute": (4, f"{TP2} {PP2} {FULL} {GATE}", 8),
     "temperature": (2, f"{TP2} {UNTIED} {TEMPERATURE}", 8),
 }
 
@@ -40,14 +43,14 @@ def distilled(world_size, flags, batch, teacher, fault=None):
     words = f"{flags} --method reverse-kd --teacher-model {teacher}".split()
     actual = layout_gradients(world_size, words, batch, {"kd_weight": WEIGHT}, fault)
     temperature = 2.5 if TEMPERATURE in flags else 1.0
-    return agreement(actual, written_out(words, batch, teacher, temperature))
+    return agreement(actual, written_out(words, batch, teacher, temperature, GATE in words))
 
 
-def written_out(words, batch, teacher, temperature=1.0):
+def written_out(words, batch, teacher, temperature=1.0, gated=False):
     """The gradients of plain training, and what distillation adds."""
     function = "tests.distributed.distill_contract:reference_gradients"
     shape = shape_flags(words)
-    [expected] = run_distributed(function, 1, shape, batch, WEIGHT, teacher, temperature)
+    [expected] = run_distributed(function, 1, shape, batch, WEIGHT, teacher, temperature, gated)
     return expected
 
 
@@ -64,6 +67,8 @@ CASES = {
     "padding_kept": (2, f"{TP2} {SMALL_VOCABULARY}", 8),
     "head_rows_shifted": (2, f"{TP2} {UNTIED}", 8),
     "rows_of_another_rank": (2, f"{TP2} {UNTIED}", 8),
+    "gate_left_out": (2, f"{TP2} {UNTIED} {GATE}", 8),
+    "gate_of_the_next_token": (2, f"{TP2} {UNTIED} {GATE}", 8),
 }
 
 

@@ -36,6 +36,8 @@ def test_distillation_is_logged_until_the_stop_and_never_after_it(salt):
     for key in ("kd loss", "kd weight", "teacher time (ms)"):
         assert set(series(salt[0], key)) == set(range(1, STOP + 1))
     assert set(series(salt[0], "lm loss")) == set(range(1, STEPS + 1))
+    shares = series(salt[0], "teacher better share")
+    assert len(shares) == STOP and all(0 < share < 1 for share in shares.values())
 
 
 def test_teacher_is_charged_in_guided_steps_only(salt):

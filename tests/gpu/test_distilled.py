@@ -19,7 +19,7 @@ def group():
     dist.destroy_process_group()
 
 
-def losses_and_gradient(device, group, weight):
+def losses_and_gradient(device, group, weight, gated=False):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(TOKENS, 1, VOCAB, generator=generator)
     states = torch.randn(TOKENS, 1, WIDTH, generator=generator)
@@ -28,7 +28,7 @@ def losses_and_gradient(device, group, weight):
     head = TeacherHead(rows.to(device), None, KNOWN, 0, 2.0)
     leaf = logits.to(device).requires_grad_()
     inputs = leaf * 1.0, labels.to(device), states.to(device)
-    found = distilled_cross_entropy(*inputs, head, weight, group, at_once=20)  # 20, 20 and 8
+    found = distilled_cross_entropy(*inputs, head, weight, group, 20, gated)  # 20, 20 and 8
     found.total.sum().backward()
     return [tensor.detach().cpu() for tensor in (*found, leaf.grad)]
 
@@ -40,5 +40,8 @@ def test_compiled_losses_are_those_of_the_cpu(group):
         expected = losses_and_gradient("cpu", group, weight)
         for ours, theirs in zip(results[weight], expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
-    difference = (results[0.7][3] - results[0.3][3]).abs().max()
+    gated = [losses_and_gradient(device, group, 0.7, gated=True) for device in ("cuda", "cpu")]
+    for ours, theirs in zip(*gated, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+    difference = (results[0.7][-1] - results[0.3][-1]).abs().max()
     assert difference > 100 * TOLERANCE, "the twin: another weight is seen"

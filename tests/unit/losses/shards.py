@@ -33,6 +33,7 @@ def losses_and_gradient(
     known: int = VOCAB,
     parts: int = 8,
     same: bool = False,
+    gated: bool = False,
 ) -> Found:
     """On this rank's slice of the vocabulary."""
     group = torch.distributed.group.WORLD
@@ -51,17 +52,17 @@ def losses_and_gradient(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = module.distilled_cross_entropy(
-            own, labels, states, rows, weight, group, -(-SEQ * BATCH // parts)
+            own, labels, states, rows, weight, group, -(-SEQ * BATCH // parts), gated
         )
     losses.total.backward(_upstream())
     assert leaf.grad is not None
-    values = {"total": losses.total, "lm": losses.lm, "kd": losses.kd, "gradient": leaf.grad}
+    values = losses._asdict() | {"gradient": leaf.grad}
     found: Found = {key: value.detach().numpy() for key, value in values.items()}
     return found | {"kept": kept[0]}
 
 
 def written_out(
-    weight: float, temperature: float, known: int = VOCAB, parts: int = 0
+    weight: float, temperature: float, known: int = VOCAB, parts: int = 0, gated: bool = False
 ) -> dict[str, np.ndarray]:
     """Whole logits, float64, plain autograd."""
     logits, labels, states, head = (t.double() if t.is_floating_point() else t for t in _inputs(0))
@@ -73,9 +74,15 @@ def written_out(
     log_student = logits.log_softmax(-1)
     entropy = -(log_target.exp() * log_target).sum(-1)
     kd = -(target * log_student).sum(-1) - entropy
-    total = (1 - weight) * lm + weight * kd
+    whole = torch.full_like(target, -torch.inf)
+    whole[..., :known] = log_target
+    teacher = -whole.gather(-1, labels[..., None])[..., 0]
+    is_better = (teacher < lm).double()
+    share = weight * is_better if gated else weight
+    total = (1 - share) * lm + share * kd
     [gradient] = torch.autograd.grad(total, logits, _upstream().double())
-    values = {"total": total, "lm": lm, "kd": kd, "gradient": gradient}
+    values = {"total": total, "lm": lm, "kd": kd, "teacher": teacher}
+    values |= {"is_better": is_better, "gradient": gradient}
     return {key: value.detach().numpy() for key, value in values.items()}
 
 

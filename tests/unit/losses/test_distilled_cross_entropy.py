@@ -15,6 +15,7 @@ CASES = {
     "padded teacher": {"weight": 0.5, "temperature": 1.0, "known": 37},
     "a shard of padding": {"weight": 0.5, "temperature": 1.0, "known": 20},
     "in one part": {"weight": 0.5, "temperature": 1.0, "parts": 1},
+    "gated": {"weight": 0.7, "temperature": 1.0, "known": 37, "gated": True},
 }
 
 
@@ -23,12 +24,13 @@ CASES = {
 def test_losses_and_gradient(name, ranks):
     [expected] = run_distributed("tests.unit.losses.shards:written_out", 1, **CASES[name])
     parts = run_distributed(FUNCTION, ranks, **CASES[name])
-    for key in ("total", "lm", "kd"):
+    for key in ("total", "lm", "kd", "teacher", "is_better"):
         for part in parts:
             np.testing.assert_allclose(part[key], expected[key], atol=1e-5)
     gradient = np.concatenate([part["gradient"] for part in parts], axis=-1)
     np.testing.assert_allclose(gradient, expected["gradient"], atol=1e-5)
     assert all(part["kept"] == gradient.size // ranks for part in parts), "one buffer is kept"
+    assert 0 < expected["is_better"].mean() < 1, "the teacher is better on some tokens"
 
 
 def test_a_teacher_like_the_student_has_no_divergence():

@@ -215,6 +215,10 @@ MISTAKES = {
     "salt without a teacher": (f"{PLAIN} --method salt", "--method salt needs a teacher"),
     "part above one": (f"{SALT} --kd-weight 1.5", "--kd-weight 1.5 .*more than 0 and at most 1"),
     "no part": (f"{SALT} --kd-weight 0", "--kd-weight 0.0 .*--method baseline"),
+    "a gate at another temperature": (
+        f"{SALT} --kd-token-gate --kd-temperature 2",
+        "--kd-token-gate compares losses at a temperature of 1",
+    ),
     "temperature zero": (f"{SALT} --kd-temperature 0", "--kd-temperature 0.0 must be positive"),
     "distillation beyond the run": (
         f"{SALT} --kd-stop-step 11",
