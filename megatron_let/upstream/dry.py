@@ -44,7 +44,7 @@ def _apply(self: Any, change: Callable[[torch.Tensor], torch.Tensor], recurse: b
             changed = change(parameter)
         if (changed.dtype, changed.device) != (parameter.dtype, parameter.device):
             new = torch.nn.Parameter(changed, parameter.requires_grad)
-            new.__dict__.update(parameter.__dict__)
+            new.__dict__.update(parameter.__dict__ | new.__dict__)
             self._parameters[key] = new
     for key, buffer in self._buffers.items():
         if buffer is not None:

@@ -1,0 +1,133 @@
+"""The GPU path on fake CUDA tensors: no tensor on the wrong device, no wait of ours in a step.
+
+Skipped where the trick of `fake_cuda.py` does not hold, with what it said.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_run import FLAGS
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = [flag for flag in FLAGS if flag != "--cpu"] + ["--bf16"]
+WORLD = 8
+TP2, PP2 = "--sequence-parallel --tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+ZERO = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+VPP2 = "--num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 1"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+LET, SALT = "--method let --let-layer 2 --let-stop-step 4", "--method salt --kd-stop-step 4"
+BOTH = f"{LET} --kd-stop-step 4 --method let+salt"
+LAYOUTS = {
+    "TP 2, SP, PP 2, ZeRO-1 overlapped": (TP2, PP2, ZERO),
+    "TP 2, PP 2 by virtual stages": (TP2, PP2, VPP2),
+    "PP 2, full recomputation": (PP2, FULL),
+    "a loss per token": ("--calculate-per-token-loss", ZERO),
+}
+METHODS = {
+    "let": LET,
+    "let by the gradients, until they disagree": (
+        f"{LET} --let-weight-rule ratio --guidance-stop cosine --guidance-patience 1"
+    ),
+    "a linear map": f"{LET} --let-resize linear",
+    "salt": SALT,
+    "salt by tokens, until the teacher is reached": (
+        f"{SALT} --kd-token-gate --guidance-stop loss --guidance-patience 1"
+    ),
+    "let+salt": BOTH,
+}
+
+
+@pytest.fixture(scope="module")
+def run_cases(corpus, tmp_path_factory):
+    """Run cases (rank, flags of a layout, of a method or None, fault); what each found, by name."""
+
+    def run(cases):
+        folder = tmp_path_factory.mktemp("fake_cuda")
+        for name, (rank, layout, method, fault) in cases.items():
+            flags = [*GPU, *corpus.flags, *layout.split()]
+            if method is not None:
+                flags += [*method.split(), "--teacher-model", f"{corpus.folder}/teacher"]
+            case = {"rank": rank, "world": WORLD, "flags": flags, "fault": fault}
+            (folder / f"{name.replace('/', ' ')}.json").write_text(json.dumps(case))
+        own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        script = [sys.executable, "-W", "ignore", str(ROOT / "tests/distributed/fake_cuda.py")]
+        done = subprocess.run(
+            [*script, str(folder)], env=own, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"no fake CUDA with this torch: {done.stderr.strip().splitlines()[-1]}")
+        return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.found")}
+
+    return run
+
+
+def further_waits(found, plain):
+    assert "error" not in found, found["error"]
+    assert "error" not in plain, plain["error"]
+    return Counter(found["waits"]) - Counter(plain["waits"])
+
+
+FIRST, LAST = 0, 4
+"""Ranks of the two stages of eight GPUs."""
+
+
+def test_a_guided_step_waits_no_more_than_a_plain_one(run_cases):
+    """And a loss that reads is seen: the twin."""
+    rules = f"{BOTH} --kd-token-gate --let-weight-rule ratio --guidance-stop loss"
+    found = run_cases(
+        {
+            "plain": (0, TP2, None, None),
+            "guided": (0, TP2, f"{rules} --guidance-patience 1", None),
+            "twin": (0, TP2, LET, "loss read"),
+        }
+    )
+    assert not further_waits(found["guided"], found["plain"])
+    assert found["guided"]["teacher"] > 0
+    [(where, number)] = further_waits(found["twin"], found["plain"]).items()
+    assert "attach.py" in where and number == 1, "one for each micro-batch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_method_waits_in_any_layout(run_cases, layout):
+    flags = " ".join(LAYOUTS[layout])
+    ranks = (FIRST, LAST) if PP2 in flags else (FIRST,)
+    cases = {f"plain, {rank}": (rank, flags, None, None) for rank in ranks}
+    for name, method in METHODS.items():
+        cases |= {f"{name}, {rank}": (rank, flags, method, None) for rank in ranks}
+    found = run_cases(cases)
+    assert found.keys() == cases.keys()
+    for name in METHODS:
+        for rank in ranks:
+            waits = further_waits(found[f"{name}, {rank}"], found[f"plain, {rank}"])
+            assert not waits, (name, rank)
+
+
+FAULTS = {
+    "states on the CPU": (LET, "on the same device"),
+    "mask on the CPU": (LET, "on the same device"),
+    "sums on the CPU": (LET, "of a CPU tensor"),
+    "width not resized": (LET, "must match the size"),
+    "head on the CPU": (SALT, "on the same device"),
+    "loss read": (LET, None),
+    "masked tokens picked": (LET, "aten.nonzero"),
+    "weight copied": (LET, None),
+}
+"""What is injected: the method, and the error; None: a wait of the host's."""
+
+
+@pytest.mark.slow
+def test_faults_are_found(run_cases):
+    cases = {name: (0, TP2, method, name) for name, (method, _) in FAULTS.items()}
+    found = run_cases({"plain": (0, TP2, None, None), **cases})
+    for name, (_, error) in FAULTS.items():
+        if error is None:
+            assert further_waits(found[name], found["plain"]), name
+        else:
+            assert error in found[name].get("error", ""), (name, found[name].get("error"))
