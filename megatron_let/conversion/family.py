@@ -51,9 +51,6 @@ def cut_vocabulary(weight_Vh: torch.Tensor, shape: ModelShape) -> Parts:
 
     Megatron's softmax counts the rows that only pad, so a barely trained model's loss is lower
     without them. Training pushes their logits down.
-
-    Raises:
-        UsageError: the table has fewer rows than the tokenizer has tokens.
     """
     if shape.vocab_size > weight_Vh.shape[0]:
         raise UsageError(
@@ -68,11 +65,7 @@ def split_qkv(weight: torch.Tensor, shape: ModelShape) -> Parts:
 
     A group's rows stand together, its n/g query heads first, then its key, then its value
     (`get_query_key_value_tensors` of Megatron's `SelfAttention`). Hugging Face keeps each kind
-    in one matrix, and head i reads group i // (n/g) as well. A bias is taken apart in the same
-    way.
-
-    Raises:
-        UsageError: the rows do not fit the run's numbers of heads.
+    in one matrix, and head i reads group i // (n/g) as well. A bias is taken apart likewise.
     """
     groups, head_dim = shape.num_query_groups, shape.head_dim
     per_group = shape.num_heads // groups
@@ -95,16 +88,6 @@ def join_qkv(parts: Parts, shape: ModelShape) -> torch.Tensor:
     return torch.cat(grouped, dim=1).reshape(-1, *columns)
 
 
-def split_qkv_to_columns(weight: torch.Tensor, shape: ModelShape) -> Parts:
-    """GPT-2's `c_attn` `[h, 3h]`: query, key and value side by side."""
-    return (torch.cat(split_qkv(weight, shape)).t(),)
-
-
-def join_qkv_columns(parts: Parts, shape: ModelShape) -> torch.Tensor:
-    """Undo `split_qkv_to_columns`."""
-    return join_qkv(parts[0].t().chunk(3), shape)
-
-
 KEEP = Form(lambda weight, shape: (weight,), lambda parts, shape: parts[0])
 VOCABULARY = Form(cut_vocabulary, KEEP.join)  # Megatron pads a table that it loads
 QKV = Form(split_qkv, join_qkv)
@@ -112,7 +95,11 @@ QKV = Form(split_qkv, join_qkv)
 GATED_MLP = Form(lambda weight, shape: weight.chunk(2), lambda parts, shape: torch.cat(parts))
 # GPT-2's `Conv1D` keeps `[in, out]`; a bias stays what it is.
 TRANSPOSED = Form(lambda weight, shape: (weight.t(),), lambda parts, shape: parts[0].t())
-QKV_COLUMNS = Form(split_qkv_to_columns, join_qkv_columns)
+# Its `c_attn` `[h, 3h]`: query, key and value side by side.
+QKV_COLUMNS = Form(
+    lambda weight, shape: (torch.cat(split_qkv(weight, shape)).t(),),
+    lambda parts, shape: join_qkv(parts[0].t().chunk(3), shape),
+)
 
 
 # --- rules ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """GPT-2 and GPT-NeoX: plain MLP with GELU, LayerNorm, biases."""
 
 from argparse import Namespace
-from typing import Any
 
 from megatron_let.conversion import rope
 from megatron_let.conversion.family import (
@@ -16,9 +15,7 @@ from megatron_let.conversion.family import (
     TRANSPOSED,
     VOCABULARY,
     Family,
-    ModelShape,
     Rule,
-    Values,
     with_bias,
 )
 
@@ -62,37 +59,6 @@ def _gelu(args: Namespace) -> str:
     return _TANH_GELU if args.bias_gelu_fusion else _EXACT_GELU
 
 
-def _gpt2_config(args: Namespace, shape: ModelShape) -> Values:
-    return {
-        "activation_function": _gelu(args),
-        "embd_pdrop": vars(args).get("hidden_dropout", 0.0),
-    }
-
-
-def _gpt2_values(config: Any) -> Values:
-    return {
-        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
-        "bias_gelu_fusion": config.activation_function != _EXACT_GELU,
-    }
-
-
-def _gpt_neox_config(args: Namespace, shape: ModelShape) -> Values:
-    return {
-        "hidden_act": _gelu(args),
-        "rope_parameters": rope.to_hugging_face(args)
-        | {"partial_rotary_factor": args.rotary_percent},
-        "use_parallel_residual": False,
-    }
-
-
-def _gpt_neox_values(config: Any) -> Values:
-    return {
-        "bias_gelu_fusion": config.hidden_act != _EXACT_GELU,
-        "rotary_percent": config.rope_parameters["partial_rotary_factor"],
-        **rope.to_megatron(config.rope_parameters),
-    }
-
-
 _GPT_NEEDS = {
     "normalization": "LayerNorm",
     "swiglu": False,
@@ -122,8 +88,14 @@ GPT2 = Family(
         "attention_dropout": "attn_pdrop",
         "hidden_dropout": "resid_pdrop",
     },
-    to_config=_gpt2_config,
-    from_config=_gpt2_values,
+    to_config=lambda args, shape: {
+        "activation_function": _gelu(args),
+        "embd_pdrop": vars(args).get("hidden_dropout", 0.0),
+    },
+    from_config=lambda config: {
+        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
+        "bias_gelu_fusion": config.activation_function != _EXACT_GELU,
+    },
 )
 GPT_NEOX = Family(
     name="GPT-NeoX",
@@ -139,6 +111,15 @@ GPT_NEOX = Family(
         "attention_dropout": "attention_dropout",
         "hidden_dropout": "hidden_dropout",
     },
-    to_config=_gpt_neox_config,
-    from_config=_gpt_neox_values,
+    to_config=lambda args, shape: {
+        "hidden_act": _gelu(args),
+        "rope_parameters": rope.to_hugging_face(args)
+        | {"partial_rotary_factor": args.rotary_percent},
+        "use_parallel_residual": False,
+    },
+    from_config=lambda config: {
+        "bias_gelu_fusion": config.hidden_act != _EXACT_GELU,
+        "rotary_percent": config.rope_parameters["partial_rotary_factor"],
+        **rope.to_megatron(config.rope_parameters),
+    },
 )

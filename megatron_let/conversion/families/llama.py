@@ -1,8 +1,6 @@
 """Llama, Qwen2, Qwen3: gated MLP, RMSNorm, rotary positions."""
 
-from argparse import Namespace
 from dataclasses import replace
-from typing import Any
 
 from megatron_let.conversion import rope
 from megatron_let.conversion.family import (
@@ -17,20 +15,17 @@ from megatron_let.conversion.family import (
     QKV_NAME,
     VOCABULARY,
     Family,
-    ModelShape,
     Rule,
-    Values,
 )
 
 _LAYER = "model.layers.{layer}"
-_ATTENTION = f"{_LAYER}.self_attn"
+_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
 
 
 def _separate_qkv(kind: str) -> Rule:
     """Of three matrices or biases."""
-    return Rule(
-        f"{QKV_NAME}.{kind}", tuple(f"{_ATTENTION}.{one}_proj.{kind}" for one in "qkv"), QKV
-    )
+    parts = tuple(f"{_ATTENTION}.{one}_proj.{kind}" for one in "qkv")
+    return Rule(f"{QKV_NAME}.{kind}", parts, QKV)
 
 
 LLAMA_RULES = (
@@ -39,46 +34,11 @@ LLAMA_RULES = (
     _separate_qkv("weight"),
     Rule(f"{PROJECTION}.weight", (f"{_ATTENTION}.o_proj.weight",)),
     Rule(f"{FC1}.layer_norm_weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
-    Rule(
-        f"{FC1}.weight",
-        (f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
-        GATED_MLP,
-    ),
-    Rule(f"{FC2}.weight", (f"{_LAYER}.mlp.down_proj.weight",)),
+    Rule(f"{FC1}.weight", (f"{_MLP}.gate_proj.weight", f"{_MLP}.up_proj.weight"), GATED_MLP),
+    Rule(f"{FC2}.weight", (f"{_MLP}.down_proj.weight",)),
     Rule(f"{FINAL_NORM}.weight", ("model.norm.weight",)),
     Rule(OUTPUT_LAYER, ("lm_head.weight",), VOCABULARY),
 )
-QWEN2_RULES = (*LLAMA_RULES, _separate_qkv("bias"))
-QWEN3_RULES = (
-    *LLAMA_RULES,
-    *(
-        Rule(
-            f"decoder.layers.self_attention.{one}_layernorm.weight",
-            (f"{_ATTENTION}.{one}_norm.weight",),
-        )
-        for one in "qk"
-    ),
-)
-
-
-def _llama_config(args: Namespace, shape: ModelShape) -> Values:
-    return {
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.head_dim,
-        "rope_parameters": rope.to_hugging_face(args),
-    }
-
-
-def _llama_values(config: Any) -> Values:
-    fields = config.to_dict()
-    return {
-        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
-        "hidden_dropout": 0.0,
-        **rope.to_megatron(config.rope_parameters),
-    }
-
 
 _LLAMA_NEEDS = {
     "normalization": "RMSNorm",
@@ -101,14 +61,25 @@ LLAMA = Family(
         "layernorm_epsilon": "rms_norm_eps",
         "attention_dropout": "attention_dropout",
     },
-    to_config=_llama_config,
-    from_config=_llama_values,
+    to_config=lambda args, shape: {
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.head_dim,
+        "rope_parameters": rope.to_hugging_face(args),
+    },
+    from_config=lambda config: {
+        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        "hidden_dropout": 0.0,
+        **rope.to_megatron(config.rope_parameters),
+    },
 )
 QWEN2 = replace(
     LLAMA,
     name="Qwen2",
     model_type="qwen2",
-    rules=QWEN2_RULES,
+    rules=(*LLAMA_RULES, _separate_qkv("bias")),
     needs=_LLAMA_NEEDS | {"add_qkv_bias": True, "qk_layernorm": False},
     demands=_SILU | {"use_sliding_window": (False,)},
 )
@@ -116,7 +87,11 @@ QWEN3 = replace(
     LLAMA,
     name="Qwen3",
     model_type="qwen3",
-    rules=QWEN3_RULES,
+    rules=(
+        *LLAMA_RULES,
+        Rule("decoder.layers.self_attention.q_layernorm.weight", (f"{_ATTENTION}.q_norm.weight",)),
+        Rule("decoder.layers.self_attention.k_layernorm.weight", (f"{_ATTENTION}.k_norm.weight",)),
+    ),
     needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": True},
     demands=_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
 )
