@@ -1,7 +1,7 @@
 """Which tensors a family's rules read, and that they are what is there."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -30,22 +30,17 @@ def rules_of(rules: Iterable[Rule], *, tied: bool) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if not (tied and rule.megatron == OUTPUT_LAYER))
 
 
-def pieces(rules: Iterable[Rule], shape: ModelShape) -> list[tuple[Rule, int | None]]:
+def pieces(rules: Sequence[Rule], shape: ModelShape) -> list[tuple[Rule, int | None]]:
     """Return what the whole model has once, with None, then what each layer has."""
-    rules = list(rules)
-    layers = range(shape.num_layers)
+    stacked = [rule for rule in rules if rule.stacked]
     once = [(rule, None) for rule in rules if not rule.stacked]
-    return [*once, *((rule, layer) for layer in layers for rule in rules if rule.stacked)]
+    return [*once, *((rule, layer) for layer in range(shape.num_layers) for rule in stacked)]
 
 
 def check_shapes(
     tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], made: str
 ) -> None:
-    """Refuse tensors of other shapes than `expected`, which somebody `made` so.
-
-    Raises:
-        UsageError: naming the first.
-    """
+    """Refuse tensors of other shapes than `expected`, which somebody `made` so."""
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise UsageError(
@@ -57,16 +52,9 @@ def check_shapes(
 def check_names(
     expected: Iterable[str], found: Iterable[str], what: str, ignored: dict[str, str]
 ) -> None:
-    """Refuse weights that are missing, or that nobody would read.
+    """Refuse weights that are missing, or that no rule reads.
 
-    Args:
-        expected: the names that the rules read.
-        found: everything there is.
-        what: where it was found, for the message.
-        ignored: patterns of what is no weight.
-
-    Raises:
-        UsageError: naming what is missing or left.
+    `found` is everything there is in `what`, and `ignored` has the patterns of what is no weight.
     """
     wanted = set(expected)
     weights = {name for name in found if not is_not_weight(name, ignored)}

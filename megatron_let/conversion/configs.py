@@ -31,11 +31,7 @@ MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | _flags
 
 
 def family_of_run(args: Namespace) -> Family:
-    """Return the architecture that a run's arguments describe.
-
-    Raises:
-        UsageError: no family computes that; names the first argument in the way.
-    """
+    """Return the architecture that a run's arguments describe, or name the first in the way."""
     values = vars(args)
     for attribute, flag in MUST_BE_OFF.items():
         if values.get(attribute):
@@ -77,11 +73,7 @@ def model_shape(args: Namespace, vocab_size: int) -> ModelShape:
 def hugging_face_config(
     family: Family, args: Namespace, shape: ModelShape, tokenizer: Any | None
 ) -> Any:
-    """Return transformers' configuration of the run's model.
-
-    Raises:
-        UsageError: its heads have another size than the family can have.
-    """
+    """Return transformers' configuration of the run's model."""
     # Dropout is for training on; a checkpoint's arguments may lack it.
     values = {"attention_dropout": 0.0, "hidden_dropout": 0.0} | vars(args)
     own = {field: values[name] for name, field in family.same.items()}
@@ -127,8 +119,7 @@ def empty_model(config: Any) -> Any:
 def family_of_config(config: Any) -> Family:
     """Return the architecture of a Hugging Face model.
 
-    Raises:
-        UsageError: it is another one, or Megatron computes one of its options differently.
+    It is refused if Megatron has none such, or computes one of its options differently.
     """
     family = next((f for f in FAMILIES if f.model_type == config.model_type), None)
     if family is None:
@@ -174,19 +165,18 @@ FLAG_OF = _flags(
     "add_bias_linear": "--disable-bias-linear",
     "bias_gelu_fusion": "--no-bias-gelu-fusion",
 }
-SWITCHES_OFF = ("add_bias_linear", "bias_gelu_fusion")
-"""Arguments that are true unless their flag is given."""
 
 
 def megatron_flags(values: Mapping[str, Any]) -> list[str]:
     """Return arguments as the words of a command line."""
+    if not values["group_query_attention"]:
+        values = {**values, "num_query_groups": None}
     words: list[str] = []
     for attribute, flag in FLAG_OF.items():
         value = values.get(attribute)
         if isinstance(value, bool):
-            words += [flag] * (value != (attribute in SWITCHES_OFF))
-        elif value is not None and (
-            attribute != "num_query_groups" or values["group_query_attention"]
-        ):
+            turns_off = flag.startswith(("--no-", "--disable-"))
+            words += [flag] * (value != turns_off)
+        elif value is not None:
             words += [flag, str(value)]
     return words

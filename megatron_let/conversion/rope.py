@@ -5,29 +5,21 @@ from typing import Any
 
 from megatron_let.errors import UsageError
 
-LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's `RotaryEmbedding._apply_scaling` has built in."""
 UPSTREAM_FACTOR = 8.0
 
 
 def to_hugging_face(args: Namespace) -> dict[str, Any]:
-    """Return `rope_parameters` of a run.
-
-    Raises:
-        UsageError: two ways of scaling at once, which Megatron applies one after the other.
-    """
+    """Return `rope_parameters` of a run."""
     values = vars(args)
     base = {"rope_theta": float(args.rotary_base)}
     factor = values.get("rotary_seq_len_interpolation_factor")
     if values.get("use_rope_scaling"):
         if factor is not None:
             raise UsageError(
-                f"--rotary-seq-len-interpolation-factor {factor} together with --use-rope-scaling "
-                "cannot be exported: Hugging Face's models scale in one way."
+                f"--rotary-seq-len-interpolation-factor {factor} with --use-rope-scaling cannot be "
+                "exported: Megatron applies both, Hugging Face's models scale in one way."
             )
         if "method" not in values and args.rope_scaling_factor != UPSTREAM_FACTOR:
             raise UsageError(
@@ -41,11 +33,7 @@ def to_hugging_face(args: Namespace) -> dict[str, Any]:
 
 
 def to_megatron(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a run with these `rope_parameters`.
-
-    Raises:
-        UsageError: a kind of scaling, or a number, that Megatron has not.
-    """
+    """Return the arguments of a run with these `rope_parameters`, if Megatron has such."""
     theta, kind = parameters["rope_theta"], parameters["rope_type"]
     values: dict[str, Any] = {"rotary_base": _whole("rope_theta", theta)}
     if kind == "linear":
@@ -60,9 +48,7 @@ def to_megatron(parameters: dict[str, Any]) -> dict[str, Any]:
                 )
         values |= {"use_rope_scaling": True, "rope_scaling_factor": parameters["factor"]}
     elif kind != "default":
-        raise UsageError(
-            f"rope_type {kind!r} cannot be converted: Megatron has default, linear and llama3."
-        )
+        raise UsageError(f"rope_type {kind!r}: Megatron has default, linear and llama3 only.")
     return values
 
 

@@ -14,23 +14,13 @@ from megatron_let.hugging_face import OWN_FOLDER, TOKENIZER_FILES, own_folder
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Load a tokenizer from a folder or hub id, without remote code.
-
-    Raises:
-        UsageError: there is none.
-    """
-    failure = (
-        f"The tokenizer {source} cannot be loaded. Give the run's tokenizer with --tokenizer-model."
-    )
+    """Load a tokenizer from a folder or hub id, without remote code; a UsageError without one."""
+    failure = f"The tokenizer {source} cannot be loaded. Give the run's with --tokenizer-model."
     return hugging_face.load(AutoTokenizer, own_folder(Path(source)), failure)
 
 
 def tokenizer_of_run(args: Namespace) -> str | None:
-    """Return the folder or hub id of the run's tokenizer, None without text.
-
-    Raises:
-        UsageError: it is of a kind that transformers does not load.
-    """
+    """Return the folder or hub id of the run's tokenizer, None without text."""
     if args.tokenizer_type == "HuggingFaceTokenizer":
         return args.tokenizer_model
     if args.tokenizer_type == "NullTokenizer":
@@ -46,9 +36,6 @@ def write_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
 
     transformers 5 takes a tokenizer of the model's architecture where the files tell of none in
     particular, as with Qwen2: then they go to a folder of their own beside the model.
-
-    Raises:
-        UsageError: its own files are not enough to load it.
     """
     for place in (folder, folder / OWN_FOLDER):
         place.mkdir(exist_ok=True)
@@ -86,14 +73,11 @@ def _identity(tokenizer: Any) -> tuple[Any, ...]:
 def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
     """Refuse a tokenizer that is not the run's, as far as the checkpoint tells.
 
-    Where it does not tell, the one at the place that the run names is believed: its rows may have
-    been given by --padded-vocab-size.
-
-    Raises:
-        UsageError: its tokens, or its size, padded as Megatron pads it, are not the run's.
+    That is its fingerprint or, with runs of Megatron-LM, its size as Megatron pads it. The one at
+    the place that the run names is believed: its rows may be those of --padded-vocab-size.
     """
     of_run = vars(args).get("tokenizer_fingerprint")
-    if of_run is None:  # runs of Megatron-LM do not tell
+    if of_run is None:
         if source != args.tokenizer_model:
             _check_size(args, len(tokenizer), source)
     elif (found := tokenizer_fingerprint(tokenizer.get_vocab())) != of_run:
