@@ -43,41 +43,34 @@ def import_model(
     """Write the checkpoint; returns the folder, which appears complete or not at all.
 
     Beside the weights it holds the tokenizer, and `megatron_flags.txt` with the flags of a run that
-    computes the same.
-
-    Args:
-        hf_model: folder or hub id.
-        output: the folder to write, a run's `--load`; it must not exist, or be empty.
-        revision: branch, tag or commit on the hub.
-        dtype: a key of `DTYPES`; as saved if None. Megatron loads into the run's own type anyway.
-
-    Raises:
-        UsageError: a value that cannot be right, there is no such model, Megatron does not compute
-            what it does, or its tensors are not those of its family.
+    computes the same. `hf_model` is a folder or hub id, with `revision` a branch, tag or commit on
+    the hub; `output`, a run's `--load`, must not exist, or be empty. Without `dtype`, a key of
+    `DTYPES`, the weights stay as saved; Megatron loads into the run's own type anyway.
     """
     check_free(output)
     if any(character.isspace() for character in str(output.absolute())):
-        raise UsageError(
-            f"--output {output} has a blank in its path, which {FLAGS_FILE} cannot hold."
-        )
-    bars_on_a_terminal_only()
+        raise UsageError(f"--output {output} has a blank in it, which {FLAGS_FILE} cannot hold.")
     source = open_model("--hf-model", hf_model, revision)
-    reader, rules, shape = source.reader, source.rules, source.shape
+    reader, shape = source.reader, source.shape
+    rules = {rule.megatron: rule for rule in source.rules}
     stand_ins = {}
-    for rule in rules:
+    for name, rule in rules.items():
         piece = rule.join(reader.empty, 0, shape)
         tensor = piece.expand(shape.num_layers, *piece.shape) if rule.stacked else piece
-        stand_ins[rule.megatron] = tensor.to(DTYPES[dtype] if dtype else tensor.dtype), rule.stacked
-    by_name = {rule.megatron: rule for rule in rules}
+        stand_ins[name] = tensor.to(DTYPES[dtype] if dtype else tensor.dtype), rule.stacked
 
     def read(name: str, layer: int | None) -> torch.Tensor:
-        return by_name[name].join(reader.read, layer, shape)
+        return rules[name].join(reader.read, layer, shape)
 
     with complete_or_absent(output) as folder:
         values = source.values | _tokenizer(source.folder, folder, output)
         (folder / "release").mkdir()
         write_checkpoint(folder / "release", stand_ins, read, _objects(values))
-        (folder / FLAGS_FILE).write_text(" ".join(_run_flags(values, output)) + "\n")
+        flags = [*configs.megatron_flags(values), "--load", str(output.absolute())]
+        if values["tokenizer_model"] is not None:
+            flags += ["--tokenizer-type", values["tokenizer_type"]]
+            flags += ["--tokenizer-model", values["tokenizer_model"]]
+        (folder / FLAGS_FILE).write_text(" ".join(flags) + "\n")
         (folder / TRACKER).write_text("release")
     return output
 
@@ -86,21 +79,16 @@ def import_model(
 
 
 def local_folder(hf_model: str, revision: str | None, flag: str = "--hf-model") -> Path:
-    """Return the model's folder, fetched from the hub if it is none.
-
-    Raises:
-        UsageError: neither is there.
-    """
+    """Return the model's folder, fetched from the hub if it is none."""
     if Path(hf_model).is_dir():
         return Path(hf_model)
+    bars_on_a_terminal_only()
     try:
         files = ["*.json", "*.safetensors", *TOKENIZER_FILES]
         return Path(snapshot_download(hf_model, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
-        reason = hugging_face.first_line(error)
-        raise UsageError(
-            f"{flag} {hf_model} is no folder, and the hub does not give it: {reason}"
-        ) from error
+        failure = f"{flag} {hf_model} is no folder, and the hub does not give it"
+        raise UsageError(f"{failure}: {hugging_face.first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -118,11 +106,7 @@ class Source:
 
 
 def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
-    """Open a folder or hub id, which a flag names.
-
-    Raises:
-        UsageError: it is none, is of no family, or its tensors are not those of its family.
-    """
+    """Open a folder or hub id, which a flag names; its tensors must be those of its family."""
     folder = local_folder(hf_model, revision, flag)
     failure = f"{flag} {folder} has no configuration to load."
     config = hugging_face.load(AutoConfig, folder, failure)
@@ -130,23 +114,26 @@ def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
     values = configs.megatron_values(family, config) | {"vocab_size": config.vocab_size}
     shape = configs.model_shape(Namespace(**values), config.vocab_size)
     rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
-    reader = _open_weights(folder, family, rules, config, shape)
-    return Source(folder, config, family, values, rules, shape, reader)
-
-
-def _open_weights(
-    folder: Path, family: Family, rules: tuple[Rule, ...], config: Any, shape: ModelShape
-) -> SafetensorsReader:
-    """Open the files; their tensors must be those of the family and of the configuration."""
     model = configs.empty_model(config)
     reader = SafetensorsReader(folder, model.base_model_prefix)
+    source = Source(folder, config, family, values, rules, shape, reader)
+    _check_weights(source, model.state_dict())
+    return source
+
+
+def _check_weights(source: Source, expected: dict[str, torch.Tensor]) -> None:
+    """Their names must be the family's, and their shapes those that the configuration makes."""
+    folder, reader, rules = source.folder, source.reader, source.rules
     # The output layer of a tied model, which some folders hold as well.
-    twice = {rule.hugging_face[0] for rule in family.rules if rule not in rules} & reader.names
-    expected = [name for rule, layer in checks.pieces(rules, shape) for name in rule.names(layer)]
-    what = f"{folder}, by its configuration a {family.name},"
-    checks.check_names(expected, reader.names - twice, what, checks.NOT_HUGGING_FACE_WEIGHTS)
-    found = {name: reader.empty(name) for name in expected}
-    checks.check_shapes(found, model.state_dict(), "config.json makes")
+    left_out = {rule.hugging_face[0] for rule in source.family.rules if rule not in rules}
+    twice = left_out & reader.names
+    names = [
+        name for rule, layer in checks.pieces(rules, source.shape) for name in rule.names(layer)
+    ]
+    what = f"{folder}, by its configuration a {source.family.name},"
+    checks.check_names(names, reader.names - twice, what, checks.NOT_HUGGING_FACE_WEIGHTS)
+    found = {name: reader.empty(name) for name in names}
+    checks.check_shapes(found, expected, "config.json makes")
     embedding = next(rule.hugging_face[0] for rule in rules if rule.megatron == EMBEDDING)
     for head in twice:
         # If it is another matrix, then transformers does not tie them either.
@@ -155,28 +142,17 @@ def _open_weights(
                 f"{head} in {folder} is not {embedding}, though config.json says that they are "
                 'tied. Set "tie_word_embeddings": false there.'
             )
-    return reader
 
 
 # --- what is written beside the weights --------------------------------------------------------
-
-
-def _run_flags(values: dict[str, Any], load: Path) -> list[str]:
-    """The flags with which a run starts from the checkpoint."""
-    flags = [*configs.megatron_flags(values), "--load", str(load.absolute())]
-    if values["tokenizer_model"] is not None:
-        flags += ["--tokenizer-type", values["tokenizer_type"]]
-        flags += ["--tokenizer-model", values["tokenizer_model"]]
-    return flags
 
 
 def _tokenizer(source: Path, folder: Path, output: Path) -> dict[str, Any]:
     """Copy the tokenizer, if the model has one; returns the arguments that name it."""
     if not has_tokenizer(source):
         return {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
-    tokenizer = load_tokenizer(str(source))
-    (folder / "tokenizer").mkdir()
-    write_tokenizer(str(source), tokenizer, folder / "tokenizer")
+    tokenizer = load_tokenizer(source)
+    write_tokenizer(source, tokenizer, folder / "tokenizer")
     return {
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str((output / "tokenizer").absolute()),
@@ -196,8 +172,5 @@ def _objects(values: dict[str, Any]) -> dict[str, Any]:
         for module in LAYERS_WITH_EXTRA_STATE
         for layer in range(layers)
     }
-    return {
-        COMMON_STATE: [common],
-        "decoder.final_layernorm._extra_state/shard_0_1": [None],
-        **extra_states,
-    }
+    final = {"decoder.final_layernorm._extra_state/shard_0_1": [None]}
+    return {COMMON_STATE: [common]} | final | extra_states

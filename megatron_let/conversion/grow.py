@@ -1,5 +1,6 @@
 """Grows a small Hugging Face model into a larger shape: folder to folder, a layer at a time."""
 
+import functools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +28,6 @@ from megatron_let.conversion.verify import TEXT
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import from_hf_config
 from megatron_let.teacher.load import DTYPES
-from megatron_let.terminal import bars_on_a_terminal_only
 
 MODEL_TYPES = ("llama", "qwen2")
 TOLERANCE = 2e-5
@@ -38,11 +38,7 @@ AT_ONCE = 4
 
 
 def open_small(flag: str, hf_model: str, revision: str | None = None) -> Source:
-    """Open the model that is to be grown, which a flag names.
-
-    Raises:
-        UsageError: it cannot be read, or is of a family that is not grown.
-    """
+    """Open the model that is to be grown, which a flag names; refuse other families."""
     small = open_model(flag, hf_model, revision)
     if small.config.model_type not in MODEL_TYPES:
         raise UsageError(
@@ -56,13 +52,7 @@ def open_small(flag: str, hf_model: str, revision: str | None = None) -> Source:
 def grown_model(small: Source, sizes: Mapping[str, Any], growth: Growth) -> tuple[Grown, Any, bool]:
     """Return the large model's tensors and configuration, and whether it computes the same.
 
-    Args:
-        small: as `open_small` returns it.
-        sizes: fields of `planning.shapes.ModelShape` that are not the small model's.
-        growth: how.
-
-    Raises:
-        UsageError: the small model does not fit.
+    `sizes` are fields of `planning.shapes.ModelShape` that are not the small model's.
     """
     old = from_hf_config(small.config.to_dict(), name=str(small.folder))
     new = replace(old, name="the large model", **sizes)
@@ -82,25 +72,14 @@ def grow_model(
     max_shard_size: str = "5GB",
     text: Path | None = None,
 ) -> str:
-    """Write the large model; returns a sentence on what it computes.
+    """Write the large model, proven, or nothing at all; returns a sentence on what it computes.
 
-    Args:
-        hf_model: folder or hub id of the small model.
-        output: the folder to write; it appears complete and proven, or not at all.
-        sizes: fields of the large model's shape; what is None or left out is the small one's.
-        growth: how.
-        revision: branch, tag or commit on the hub.
-        dtype: a key of `DTYPES`; float32 if None, since the norms' weights are rounded otherwise.
-        max_shard_size: largest file of weights.
-        text: a text on which the loss of both models is told.
-
-    Raises:
-        UsageError: a value that cannot be right, the shape does not hold the small model, or the
-            large one, grown exactly, computes something else.
+    `sizes` are as `grown_model` takes them, or None for the small model's. `dtype` is a key of
+    `DTYPES`, float32 if None, since the norms' weights are rounded otherwise. The loss of both
+    models is told on `text`.
     """
     check_free(output)
     check_shard_size(max_shard_size)
-    bars_on_a_terminal_only()
     small = open_small("--hf-model", hf_model, revision)
     given = {name: size for name, size in sizes.items() if size is not None}
     grown, config, is_exact = grown_model(small, given, growth)
@@ -118,7 +97,7 @@ def grow_model(
         write_safetensors(folder, stand_ins, weights, max_shard_size)
         if hugging_face.has_tokenizer(small.folder):
             tokenizer = tokenizer_files.load_tokenizer(small.folder)
-            tokenizer_files.write_tokenizer(str(small.folder), tokenizer, folder)
+            tokenizer_files.write_tokenizer(small.folder, tokenizer, folder)
         # What is written is proven, its rounding too, before it has its name.
         read = SafetensorsReader(folder, model.base_model_prefix).read
         is_exact = is_exact and config.dtype is torch.float32
@@ -141,21 +120,15 @@ def _ahead(read: Read, names: Iterable[str]) -> Iterator[torch.Tensor]:
 
 
 def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact: bool) -> str:
-    """Compare both models' logits on random tokens, and their losses on a text.
-
-    Raises:
-        UsageError: exact growth was not.
-    """
+    """Compare both models' logits on random tokens, and their losses on a text."""
     generator = torch.Generator().manual_seed(0)
     length = min(64, config.max_position_embeddings)
     ids_BS = torch.randint(config.vocab_size, (2, length), generator=generator)
     ours_BSV = streamed_logits(config, read, ids_BS)
     theirs_BSV = streamed_logits(small.config, small.reader.read, ids_BS)
-    difference = ((ours_BSV - theirs_BSV).abs().max() / theirs_BSV.abs().max()).item()
-    verdict = (
-        f"logits on {ids_BS.numel()} tokens: largest difference {difference:.1e} of the largest"
-    )
-    if exact and not difference <= TOLERANCE:  # a NaN is refused, too
+    largest = ((ours_BSV - theirs_BSV).abs().max() / theirs_BSV.abs().max()).item()
+    verdict = f"logits on {ids_BS.numel()} tokens: largest difference {largest:.1e} of the largest"
+    if exact and not largest <= TOLERANCE:  # a NaN is refused, too
         raise UsageError(
             f"{small.folder}, grown, computes something else: {verdict}, not "
             f"{TOLERANCE:.0e}. Please report the command."
@@ -174,13 +147,7 @@ def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact
 
 @torch.no_grad()
 def streamed_logits(config: Any, read: Read, ids_BS: torch.Tensor) -> torch.Tensor:
-    """Return a model's logits `[B, S, V]` in float32 on CPU, with one layer in memory at a time.
-
-    Args:
-        config: the model's.
-        read: returns a tensor by its name.
-        ids_BS: token ids.
-    """
+    """Return a model's logits `[B, S, V]` in float32 on CPU, with one layer in memory at a time."""
     model = configs.empty_model(config).eval()
     base = model.base_model
     base.rotary_emb = type(base.rotary_emb)(config)
@@ -189,17 +156,15 @@ def streamed_logits(config: Any, read: Read, ids_BS: torch.Tensor) -> torch.Tens
     parts |= {f"{prefix}.embed_tokens": base.embed_tokens, f"{prefix}.norm": base.norm}
     head = f"{prefix}.embed_tokens" if config.tie_word_embeddings else "lm_head"
 
-    def stream(part: torch.nn.Module, name: str) -> None:
-        empty = part.state_dict()
+    def fill(name: str, part: torch.nn.Module, *_: Any) -> None:
+        weights = {key: read(f"{name}.{key}").float() for key in part.state_dict()}
+        part.load_state_dict(weights, assign=True)
 
-        def fill(*_: Any) -> None:
-            weights = {key: read(f"{name}.{key}").float() for key in empty}
-            part.load_state_dict(weights, assign=True)
-
-        part.register_forward_pre_hook(fill)
-        part.register_forward_hook(lambda *_: part.load_state_dict(empty, assign=True) and None)
+    def drop(part: torch.nn.Module, *_: Any) -> None:
+        part.to("meta")
 
     for name, part in parts.items():
-        stream(part, name)
+        part.register_forward_pre_hook(functools.partial(fill, name))
+        part.register_forward_hook(drop)
     states_BSD = base(input_ids=ids_BS, use_cache=False).last_hidden_state
     return F.linear(states_BSD, read(f"{head}.weight").float())

@@ -148,15 +148,8 @@ MATRICES = {
 class Grown:
     """The large model's tensors by Hugging Face's names, in float32.
 
-    What is random comes from the seed and the tensor's name alone, so any rank may make any part.
-
-    Args:
-        read: gives the small model's tensors.
-        old, new: both models' shapes.
-        growth: how.
-
-    Raises:
-        UsageError: the small model does not fit into the large one.
+    `read` gives those of the small model, which must fit. What is random comes from the seed and
+    the tensor's name alone, so any rank may make any part.
     """
 
     def __init__(self, read: Read, old: ModelShape, new: ModelShape, growth: Growth) -> None:
@@ -253,36 +246,27 @@ def _add_noise(grown: torch.Tensor, copies: int, generator: torch.Generator) -> 
 
 
 def check(old: ModelShape, new: ModelShape, growth: Growth) -> None:
-    """Refuse a shape that the small model does not fit into, and flags without effect.
-
-    Raises:
-        UsageError: naming the size and what would do.
-    """
+    """Refuse a shape that the small model does not fit into, and flags without effect."""
     for name in ("hidden_size", "ffn_hidden_size", "num_layers"):
         small, large = getattr(old, name), getattr(new, name)
         if large < small:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} {large} is smaller than the small model's {small}.")
+    heads, groups, width = new.num_attention_heads, new.num_query_groups, new.hidden_size
     per_group = old.num_attention_heads // old.num_query_groups
-    new_per_group = new.num_attention_heads // new.num_query_groups
-    needed = old.num_query_groups * math.ceil(per_group / new_per_group)
-    is_clone, width = growth.width == "clone", new.hidden_size
+    needed = old.num_query_groups * math.ceil(per_group / (heads // groups))
+    is_clone, untie = growth.width == "clone", "--untie-embeddings-and-output-weights"
     for is_wrong, words in (
         (
             new.kv_channels % old.kv_channels,
             f"--kv-channels {new.kv_channels} is no multiple of the small model's "
             f"{old.kv_channels}: its rotary positions do not nest. Choose a multiple.",
         ),
+        (width % heads, f"--hidden-size {width} is no multiple of --num-attention-heads {heads}."),
         (
-            width % new.num_attention_heads,
-            f"--hidden-size {width} is no multiple of --num-attention-heads "
-            f"{new.num_attention_heads}, as transformers wants it.",
-        ),
-        (
-            needed > new.num_query_groups,
-            f"--num-query-groups {new.num_query_groups} of {new_per_group} query heads cannot hold "
-            f"the small model's {old.num_query_groups} groups of {per_group}: at least {needed} "
-            "are needed.",
+            needed > groups,
+            f"--num-query-groups {groups} of {heads // groups} query heads cannot hold the small "
+            f"model's {old.num_query_groups} groups of {per_group}: at least {needed} are needed.",
         ),
         (
             is_clone and (width % old.hidden_size or width == old.hidden_size),
@@ -291,13 +275,12 @@ def check(old: ModelShape, new: ModelShape, growth: Growth) -> None:
         ),
         (
             is_clone and new.tied,
-            "clone needs --untie-embeddings-and-output-weights: the output layer reads "
-            "what the embedding writes several times, and must divide.",
+            f"clone needs {untie}: the output layer reads what the embedding writes several "
+            "times, and must divide.",
         ),
         (
             new.tied and not old.tied,
-            "The small model's output layer is not its embedding: add "
-            "--untie-embeddings-and-output-weights.",
+            f"The small model's output layer is not its embedding: add {untie}.",
         ),
         (
             growth.symmetry != "none" and not is_clone,

@@ -45,16 +45,15 @@ ONE_PROCESS = {
     "pipeline_model_parallel_layout": None,
 }
 """One rank, float32: what the run had there does not change the function."""
-PLAIN = (int, float, str, bool, type(None))
 
 
 def model_arguments(checkpoint: Checkpoint) -> Namespace:
     """Return the arguments of a run that holds the checkpoint's model on one rank in float32."""
     sys.argv = ["pretrain_let.py", "--cpu"]
     args = parse_args(ignore_unknown_args=True)
-    saved = vars(checkpoint.args())
-    vars(args).update({name: value for name, value in saved.items() if isinstance(value, PLAIN)})
-    vars(args).update(platform_defaults() | ONE_PROCESS)
+    saved = vars(checkpoint.args()).items()
+    plain = {name: value for name, value in saved if isinstance(value, int | float | str | None)}
+    vars(args).update(plain | platform_defaults() | ONE_PROCESS)
     return args
 
 

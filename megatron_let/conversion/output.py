@@ -16,19 +16,12 @@ may have given back to its host: ten times slower there (docs/benchmarks.md, "Co
 
 
 def check_free(output: Path) -> None:
-    """Refuse to overwrite.
-
-    Raises:
-        UsageError: `output` exists and is not an empty folder.
-    """
+    """Refuse what exists and is not an empty folder."""
     output = output.resolve()
     if output.is_mount():
         raise UsageError(f"--output {output} is a mount point: give a folder in it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(
-            f"--output {output} is not empty, and nothing is overwritten. Remove it or choose "
-            "another folder."
-        )
+        raise UsageError(f"--output {output} is not empty: nothing is overwritten. Choose another.")
 
 
 @contextlib.contextmanager

@@ -25,18 +25,12 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 INDEX = "model.safetensors.index.json"
-HEADER_ALIGNMENT = 8
 
 
 class SafetensorsReader:
-    """The tensors of `model.safetensors`, or of the files that its index names.
+    """The tensors of a model's `model.safetensors`, or of the files that its index names.
 
-    Args:
-        folder: a Hugging Face model.
-        base: the prefix of the model inside the causal one, which some older folders leave out.
-
-    Raises:
-        UsageError: there are no such files, or one is missing or damaged.
+    `base` is the prefix of the model inside the causal one, which some older folders leave out.
     """
 
     def __init__(self, folder: Path, base: str) -> None:
@@ -58,12 +52,11 @@ class SafetensorsReader:
     def empty(self, name: str) -> torch.Tensor:
         """Return a tensor without data (on `meta`) of the saved one's shape and type."""
         entry = self._get(name, "get_slice")
-        if entry.get_dtype() not in DTYPES:
-            raise UsageError(
-                f"{name} in {self.folder} has the type {entry.get_dtype()}; only "
-                f"{', '.join(DTYPES)} can be converted."
-            )
-        return torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device="meta")
+        dtype = entry.get_dtype()
+        if dtype not in DTYPES:
+            only = f"only {', '.join(DTYPES)} can be converted"
+            raise UsageError(f"{name} in {self.folder} has the type {dtype}; {only}.")
+        return torch.empty(entry.get_shape(), dtype=DTYPES[dtype], device="meta")
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor."""
@@ -94,11 +87,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_shard_size(max_shard_size: str) -> None:
-    """Refuse what is no size.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Refuse what is no size."""
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size} is not a size such as 5GB or 500MB.")
 
@@ -109,13 +98,11 @@ def write_safetensors(
     weights: Iterable[tuple[str, torch.Tensor]],
     max_shard_size: str,
 ) -> None:
-    """Write `model-*.safetensors`, so that a model never has to fit in memory.
+    """Write `model-*.safetensors` into `folder`, so that a model never has to fit in memory.
 
-    Args:
-        folder: where to write; it must exist.
-        tensors: of every tensor the name and a stand-in (on `meta`) with its shape and type.
-        weights: every tensor once, in any order; it is cast to that type.
-        max_shard_size: largest size of a file, such as "5GB"; a larger tensor has one of its own.
+    `tensors` has stand-ins (on `meta`) with shape and type, `weights` every tensor once, in any
+    order; it is cast to that type. A tensor larger than `max_shard_size`, such as "5GB", has a file
+    of its own.
     """
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
@@ -158,7 +145,7 @@ def _begin(file: PiecewiseFile, tensors: Mapping[str, torch.Tensor]) -> dict[str
             "data_offsets": [starts[name], end],
         }
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % HEADER_ALIGNMENT)
+    header += b" " * (-len(header) % 8)  # aligned
     file.write(len(header).to_bytes(8, "little") + header)
     file.truncate(file.tell() + end)
     return {name: file.tell() + start for name, start in starts.items()}

@@ -4,10 +4,8 @@ It goes layer by layer from disk to disk: the largest thing in memory is one lay
 embedding.
 """
 
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,8 +21,6 @@ from megatron_let.conversion.safetensors_files import check_shard_size, write_sa
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
 
-SAMPLE_TOKENS = 32
-
 
 def export(
     load: Path,
@@ -37,18 +33,9 @@ def export(
 ) -> Path:
     """Write the model and its tokenizer; returns the folder, which appears complete or not at all.
 
-    Args:
-        load: `--save` of the run.
-        output: the folder to write; it must not exist, or be empty.
-        ckpt_step: the iteration; the latest if None.
-        tokenizer_model: folder or hub id; the run's own if None.
-        dtype: a key of `DTYPES`; as saved if None.
-        max_shard_size: largest file of weights.
-
-    Raises:
-        UsageError: a value that cannot be right, there is no such checkpoint, no family computes
-            what the run's model does, its tensors are not those of its family, or the tokenizer is
-            not the run's.
+    `load` is the run's `--save`; `output` must not exist, or be empty. Without `ckpt_step` it is
+    the latest iteration, without `tokenizer_model` (folder or hub id) the run's own tokenizer, and
+    without `dtype`, a key of `DTYPES`, the weights stay as saved.
     """
     check_shard_size(max_shard_size)
     check_free(output)
@@ -56,7 +43,10 @@ def export(
     args = checkpoint.args()
     family = configs.family_of_run(args)
     source = tokenizer_model or tokenizer_files.tokenizer_of_run(args)
-    tokenizer = None if source is None else _tokenizer(args, source)
+    tokenizer = None
+    if source is not None:
+        tokenizer = tokenizer_files.load_tokenizer(source)
+        tokenizer_files.check_tokenizer(args, tokenizer, source)
     # A model that came with more rows than tokens keeps them.
     rows = max(vars(args).get("vocab_size") or 0, 0 if tokenizer is None else len(tokenizer))
     shape = configs.model_shape(args, rows)
@@ -85,12 +75,6 @@ def export(
     return output
 
 
-def _tokenizer(args: Namespace, source: str) -> Any:
-    tokenizer = tokenizer_files.load_tokenizer(source)
-    tokenizer_files.check_tokenizer(args, tokenizer, source)
-    return tokenizer
-
-
 def _stand_ins(
     checkpoint: Checkpoint, rules: tuple[Rule, ...], shape: ModelShape, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
@@ -109,15 +93,11 @@ def _stand_ins(
 
 
 def sample(folder: Path, prompt: str) -> str:
-    """Return what an exported model writes after `prompt`, choosing the likeliest tokens.
-
-    Raises:
-        UsageError: the folder has no tokenizer, or the prompt no tokens.
-    """
-    tokenizer = tokenizer_files.load_tokenizer(str(folder))
+    """Return what an exported model writes after `prompt`, choosing the likeliest tokens."""
+    tokenizer = tokenizer_files.load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError(f"--sample {prompt!r} has no tokens.")
     model = hugging_face.load(AutoModelForCausalLM, folder)
-    tokens = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     return tokenizer.decode(tokens[0])

@@ -31,7 +31,7 @@ def tokenizer_of_run(args: Namespace) -> str | None:
     )
 
 
-def write_tokenizer(source: str, tokenizer: Any, folder: Path) -> None:
+def write_tokenizer(source: str | Path, tokenizer: Any, folder: Path) -> None:
     """Put a tokenizer into a model's folder, so that it loads from there as what it is.
 
     transformers 5 takes a tokenizer of the model's architecture where the files tell of none in

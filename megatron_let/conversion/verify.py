@@ -33,14 +33,11 @@ class Difference:
 
     largest: float
     largest_logit: float
+    relative: float
+    """The largest difference over the largest logit."""
     tokens: int
     same_choice: float
     """Share of positions with the same likeliest token."""
-
-    @property
-    def relative(self) -> float:
-        """The largest difference over the largest logit."""
-        return self.largest / self.largest_logit
 
     def __str__(self) -> str:
         return (
@@ -50,17 +47,13 @@ class Difference:
         )
 
 
+@torch.no_grad()
 def verify(checkpoint: Path, folder: Path) -> Difference:
     """Compare what Megatron and transformers compute, in float32 on CPU.
 
-    Both hold the whole model in memory, one after the other. Megatron runs in a process of its own.
-
-    Args:
-        checkpoint: one iteration's folder of Megatron's, as `find_checkpoint` returns it.
-        folder: Hugging Face's.
-
-    Raises:
-        UsageError: they differ by more than `TOLERANCE`.
+    `checkpoint` is one iteration's folder, as `find_checkpoint` returns it. Both hold the whole
+    model in memory, one after the other; Megatron runs in a process of its own. A UsageError tells
+    of a difference over `TOLERANCE`.
     """
     model = hugging_face.load(AutoModelForCausalLM, folder, dtype=torch.float32)
     own = hugging_face.load(AutoConfig, folder).dtype or torch.float32
@@ -69,17 +62,13 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(theirs).float()
     ids_BS = _token_ids(folder, model.config)
-    with torch.no_grad():
-        ours_BSV = model(ids_BS).logits
+    ours_BSV = model(ids_BS).logits
     del model
     # Rows that only pad the vocabulary have no counterpart.
     theirs_BSV = _megatron_logits(checkpoint, ids_BS, own)[..., : ours_BSV.shape[-1]]
-    difference = Difference(
-        largest=(ours_BSV - theirs_BSV).abs().max().item(),
-        largest_logit=theirs_BSV.abs().max().item(),
-        tokens=ids_BS.numel(),
-        same_choice=(ours_BSV.argmax(-1) == theirs_BSV.argmax(-1)).float().mean().item(),
-    )
+    largest, logit = (x.abs().max().item() for x in (ours_BSV - theirs_BSV, theirs_BSV))
+    same = (ours_BSV.argmax(-1) == theirs_BSV.argmax(-1)).float().mean().item()
+    difference = Difference(largest, logit, largest / logit, ids_BS.numel(), same)
     if not difference.relative <= TOLERANCE:  # a NaN is refused, too
         raise UsageError(
             f"{folder} and {checkpoint} do not compute the same: {difference}. Tolerance: "

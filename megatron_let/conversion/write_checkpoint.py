@@ -1,28 +1,15 @@
 """Writes Megatron's `torch_dist` checkpoints: on CPU, in one process, a tensor at a time."""
 
-import io
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint import ChunkStorageMetadata, DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from tqdm import tqdm
 
 from megatron_let.conversion.output import PiecewiseFile
@@ -36,14 +23,11 @@ def write_checkpoint(
     read: Callable[[str, int | None], torch.Tensor],
     objects: Mapping[str, Any],
 ) -> None:
-    """Write one checkpoint.
+    """Write one checkpoint into an empty folder.
 
-    Args:
-        folder: an empty folder.
-        tensors: of every tensor a stand-in (on `meta`) with its shape and type, and whether it is
-            stacked over the layers: then each layer is a piece of its own, as Megatron saves it.
-        read: returns a tensor by its name, or a layer of a stacked one.
-        objects: everything else, by name.
+    `tensors` has of every tensor a stand-in (on `meta`) with its shape and type, and whether it is
+    stacked over the layers: then each layer is a piece of its own, as Megatron saves it. `read`
+    returns a tensor by its name, or a layer of a stacked one. `objects` is everything else.
     """
     pieces = [
         _piece(name, tensor, index, stacked)
@@ -53,21 +37,27 @@ def write_checkpoint(
     others = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
     bar = tqdm(total=len(pieces), desc="weights", disable=None)
 
-    def get(index: MetadataIndex) -> Any:
-        name = index.fqn
-        if name in objects:
-            return objects[name]
-        bar.update()
-        tensor, stacked = tensors[name]
-        piece = read(name, index.index if stacked else None).to(tensor.dtype)
-        return (piece.unsqueeze(0) if stacked else piece).contiguous()
+    class Planner(DefaultSavePlanner):
+        """Tells the writer what there is, and gets each item when it is its turn."""
+
+        def create_local_plan(self) -> SavePlan:
+            return SavePlan([*others, *pieces])
+
+        def lookup_object(self, index: MetadataIndex) -> Any:
+            name = index.fqn
+            if name in objects:
+                return objects[name]
+            bar.update()
+            tensor, stacked = tensors[name]
+            piece = read(name, index.index if stacked else None).to(tensor.dtype)
+            return (piece.unsqueeze(0) if stacked else piece).contiguous()
 
     with bar, warnings.catch_warnings():
         # It says that one process writes, which is what we want.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         writer = FileSystemWriter(folder)
-        writer.fs = _FileSystem()
-        planner = _Planner([*others, *pieces], get)
+        writer.fs.create_stream = PiecewiseFile  # type: ignore[method-assign, assignment]
+        planner = Planner(flatten_state_dict=False)
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     (folder / "metadata.json").write_text(METADATA)
 
@@ -82,27 +72,3 @@ def _piece(name: str, tensor: torch.Tensor, index: int, stacked: bool) -> WriteI
         WriteItemType.SHARD,
         tensor_data=TensorWriteData(chunk, TensorProperties(tensor.dtype), tensor.shape),
     )
-
-
-class _Planner(DefaultSavePlanner):
-    """Tells the writer what there is, and gets each item when it is its turn."""
-
-    def __init__(self, items: list[WriteItem], get: Callable[[MetadataIndex], Any]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._items, self._get = items, get
-
-    def create_local_plan(self) -> SavePlan:
-        """Return all of it."""
-        return SavePlan(self._items)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return an object, or a piece of a tensor."""
-        return self._get(index)
-
-
-class _FileSystem(FileSystem):
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open a file to write."""
-        with PiecewiseFile(path, mode) as stream:
-            yield stream
