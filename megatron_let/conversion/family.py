@@ -1,7 +1,7 @@
-"""The words of which a family's file is made: rules of names, six forms of tensors, `Family`.
+"""The words of which a family is made: rules of names, six forms of tensors, `Family`.
 
-A family is one architecture that both Megatron and Hugging Face compute, and one file says all of
-it. Megatron's side of a configuration is a mapping of attributes of its `args`, as
+A family is one architecture that both Megatron and Hugging Face compute, and its literal says all
+of it. Megatron's side of a configuration is a mapping of attributes of its `args`, as
 `add_megatron_arguments` names them. A family from outside the tree is added by
 `families.add_family`.
 

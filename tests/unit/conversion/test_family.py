@@ -11,7 +11,7 @@ from megatron_let.conversion.checks import (
     pieces,
     rules_of,
 )
-from megatron_let.conversion.families import FAMILIES, llama
+from megatron_let.conversion.families import FAMILIES, LLAMA_RULES
 from megatron_let.conversion.family import (
     GATED_MLP,
     KEEP,
@@ -27,7 +27,7 @@ from megatron_let.conversion.family import (
 )
 from megatron_let.errors import UsageError
 
-NAMES = [rule.megatron for rule in llama.LLAMA_RULES]
+NAMES = [rule.megatron for rule in LLAMA_RULES]
 FORMS = ["keep", "vocabulary", "qkv", "gated", "transposed", "qkv_columns"]
 HEADS, HEAD_DIM, HIDDEN = 4, 3, 8
 
@@ -132,7 +132,7 @@ def test_gpt2_keeps_columns() -> None:
 
 
 def test_names_of_each_layer() -> None:
-    rule = next(rule for rule in llama.LLAMA_RULES if rule.megatron.endswith("linear_fc1.weight"))
+    rule = next(rule for rule in LLAMA_RULES if rule.megatron.endswith("linear_fc1.weight"))
     stacked = torch.randn(2, 12, HIDDEN)
     assert pieces([rule], model_shape()) == [(rule, 0), (rule, 1)]
     parts = dict(rule.split(stacked[1], 1, model_shape()))
