@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_let.conversion.safetensors_files import write_safetensors  # noqa: E402
+from megatron_let.conversion.safetensors_files import write_folder  # noqa: E402
 from megatron_let.teacher.load import DTYPES  # noqa: E402
 
 SHAPE = {
@@ -81,11 +81,9 @@ def write_model(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> int:
     config = AutoConfig.for_model("llama", **shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-    config.dtype = dtype
-    config.save_pretrained(folder)
     tensors = model.state_dict()
     weights = ((name, torch.randn(tensor.shape, dtype=dtype)) for name, tensor in tensors.items())
-    write_safetensors(folder, tensors, weights, "5GB")
+    write_folder(folder, model, tensors, weights, "5GB")
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

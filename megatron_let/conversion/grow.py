@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from megatron_let import hugging_face
 from megatron_let.conversion import configs, tokenizer_files
@@ -22,7 +21,7 @@ from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import (
     SafetensorsReader,
     check_shard_size,
-    write_safetensors,
+    write_folder,
 )
 from megatron_let.conversion.verify import TEXT
 from megatron_let.errors import UsageError
@@ -84,17 +83,13 @@ def grow_model(
     given = {name: size for name, size in sizes.items() if size is not None}
     grown, config, is_exact = grown_model(small, given, growth)
     model = configs.empty_model(config)
-    config.architectures, config.dtype = [type(model).__name__], DTYPES[dtype or "fp32"]
-    state = model.state_dict()
+    state = model.to(DTYPES[dtype or "fp32"]).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     with complete_or_absent(output) as folder:
-        config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
         names = tqdm(state, desc="weights", disable=None)
         weights = zip(state, _ahead(grown.read, names), strict=True)
-        stand_ins = {name: state[name].to(config.dtype) for name in state}
-        write_safetensors(folder, stand_ins, weights, max_shard_size)
+        write_folder(folder, model, state, weights, max_shard_size)
         if hugging_face.has_tokenizer(small.folder):
             tokenizer = tokenizer_files.load_tokenizer(small.folder)
             tokenizer_files.write_tokenizer(small.folder, tokenizer, folder)

@@ -2,10 +2,9 @@
 
 import contextlib
 import io
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_let.errors import UsageError
@@ -26,17 +25,15 @@ def check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def complete_or_absent(output: Path) -> Iterator[Path]:
-    """Give a folder beside `output` to write into; it takes that name if nothing fails."""
+    """Give a folder near `output` to write into; it takes that name if nothing fails."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     # Of its own name, so that two exports to one place do not write into each other.
-    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
+    with TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as parent:
+        partial = Path(parent, output.name)
+        partial.mkdir()
         yield partial
         partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class PiecewiseFile(io.FileIO):

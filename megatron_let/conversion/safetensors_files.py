@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from megatron_let.conversion.output import PiecewiseFile
 from megatron_let.errors import UsageError
@@ -92,18 +93,23 @@ def check_shard_size(max_shard_size: str) -> None:
         raise UsageError(f"--max-shard-size {max_shard_size} is not a size such as 5GB or 500MB.")
 
 
-def write_safetensors(
+def write_folder(
     folder: Path,
+    model: Any,
     tensors: Mapping[str, torch.Tensor],
     weights: Iterable[tuple[str, torch.Tensor]],
     max_shard_size: str,
 ) -> None:
-    """Write `model-*.safetensors` into `folder`, so that a model never has to fit in memory.
+    """Write a folder that transformers loads, without the model ever being in memory.
 
-    `tensors` has stand-ins (on `meta`) with shape and type, `weights` every tensor once, in any
-    order; it is cast to that type. A tensor larger than `max_shard_size`, such as "5GB", has a file
-    of its own.
+    `model` is on `meta`, as are `tensors`, stand-ins with the shapes and the type to write, and
+    `weights` gives every tensor once, in any order. One larger than `max_shard_size`, such as
+    "5GB", has a file of its own.
     """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = next(iter(tensors.values())).dtype
+    model.config.save_pretrained(folder)
+    GenerationConfig.from_model_config(model.config).save_pretrained(folder)
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -114,14 +120,12 @@ def write_safetensors(
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(PiecewiseFile(folder / name, "xb"))
-            for name in plan.filename_to_tensors
-        ]
+        files = []
         place: dict[str, tuple[PiecewiseFile, int]] = {}
-        for file, names in zip(files, plan.filename_to_tensors.values(), strict=True):
-            starts = _begin(file, {name: tensors[name] for name in names})
-            place |= {name: (file, start) for name, start in starts.items()}
+        for filename, names in plan.filename_to_tensors.items():
+            file = stack.enter_context(PiecewiseFile(folder / filename, "xb"))
+            files.append(file)
+            place |= _begin(file, {name: tensors[name] for name in names})
         for name, tensor in weights:
             file, start = place.pop(name)
             assert tensor.shape == tensors[name].shape, name
@@ -133,19 +137,18 @@ def write_safetensors(
             os.fsync(file.fileno())
 
 
-def _begin(file: PiecewiseFile, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _begin(
+    file: PiecewiseFile, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[PiecewiseFile, int]]:
     """Write the header and reserve the rest; returns where each tensor begins."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, tensor in tensors.items():
         starts[name], end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [starts[name], end],
-        }
+        place = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype]} | place
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # aligned
     file.write(len(header).to_bytes(8, "little") + header)
     file.truncate(file.tell() + end)
-    return {name: file.tell() + start for name, start in starts.items()}
+    return {name: (file, file.tell() + start) for name, start in starts.items()}

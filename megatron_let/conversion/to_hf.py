@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import find_checkpoint
@@ -17,7 +17,7 @@ from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion import checks, configs, tokenizer_files
 from megatron_let.conversion.family import ModelShape, Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
-from megatron_let.conversion.safetensors_files import check_shard_size, write_safetensors
+from megatron_let.conversion.safetensors_files import check_shard_size, write_folder
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
 
@@ -59,17 +59,13 @@ def export(
     tensors = _stand_ins(checkpoint, rules, shape, DTYPES[dtype] if dtype else None)
     model = configs.empty_model(config)
     checks.check_shapes(tensors, model.state_dict(), "the run's arguments make")
-    config.architectures = [type(model).__name__]
-    config.dtype = next(iter(tensors.values())).dtype
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for rule, layer in tqdm(checks.pieces(rules, shape), desc="weights", disable=None):
             yield from rule.split(checkpoint.read(rule.megatron, layer), layer, shape)
 
     with complete_or_absent(output) as folder:
-        config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-        write_safetensors(folder, tensors, weights(), max_shard_size)
+        write_folder(folder, model, tensors, weights(), max_shard_size)
         if source is not None:
             tokenizer_files.write_tokenizer(source, tokenizer, folder)
     return output

@@ -66,7 +66,8 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     del model
     # Rows that only pad the vocabulary have no counterpart.
     theirs_BSV = _megatron_logits(checkpoint, ids_BS, own)[..., : ours_BSV.shape[-1]]
-    largest, logit = (x.abs().max().item() for x in (ours_BSV - theirs_BSV, theirs_BSV))
+    largest = (ours_BSV - theirs_BSV).abs().max().item()
+    logit = theirs_BSV.abs().max().item()
     same = (ours_BSV.argmax(-1) == theirs_BSV.argmax(-1)).float().mean().item()
     difference = Difference(largest, logit, largest / logit, ids_BS.numel(), same)
     if not difference.relative <= TOLERANCE:  # a NaN is refused, too
