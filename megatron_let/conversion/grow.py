@@ -95,7 +95,7 @@ def grow_model(
             tokenizer_files.write_tokenizer(small.folder, tokenizer, folder)
         # What is written is proven, its rounding too, before it has its name.
         read = SafetensorsReader(folder, model.base_model_prefix).read
-        is_exact = is_exact and config.dtype is torch.float32
+        is_exact = is_exact and model.dtype is torch.float32
         return _compare(small, config, read, text, exact=is_exact)
 
 
