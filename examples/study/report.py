@@ -10,7 +10,7 @@ number in what is said of the results stands in no table.
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -22,7 +22,7 @@ from examples.study.run import RECORD  # noqa: E402
 from examples.study.study import Study  # noqa: E402
 from examples.study.table import MEET, STUDY, Arm  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
-from megatron_let.report.table import NEVER, markdown_table  # noqa: E402
+from megatron_let.report.table import NEVER, markdown_table, spread  # noqa: E402
 
 PAGE = ROOT / "docs" / "study.md"
 BLOCK = re.compile(r"(?<=<!-- table )(\S+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
@@ -151,18 +151,6 @@ def progress(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table for table in (models, meet, tuning, regimes, elsewhere, costs, progress)
 }
-
-
-def spread(values: Sequence[float | None], digits: int) -> str:
-    """Mean and range over the seeds; `never` where no seed has a value."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return NEVER
-    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
-    if len(known) < len(values):
-        return f"{low}-{NEVER}"
-    mean = f"{fmean(known):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({low}-{high})"
 
 
 # --- the page -----------------------------------------------------------------------------------

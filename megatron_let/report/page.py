@@ -8,24 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_let.methods.table import BASELINE
-from megatron_let.report.plot import (
-    COLOURS,
-    PLAIN_COLOUR,
-    SKIPPED_START,
-    TEACHER_COLOUR,
-    default_title,
-    display,
-)
-from megatron_let.report.runs import Evaluation, Run
-from megatron_let.report.targets import Comparison, verdict
+from megatron_let.report.plot import SKIPPED_START, TEACHER_COLOUR, default_title, display, looks
+from megatron_let.report.runs import Run, shared
+from megatron_let.report.targets import Comparison, by_label, guided, verdict
 
-AXES = {
-    "steps": "iteration",
-    "tokens": "tokens",
-    "FLOPs": "flops",
-    "seconds": "seconds",
-}
+AXES = {"steps": "iteration", "tokens": "tokens", "FLOPs": "flops", "seconds": "seconds"}
 """What a click puts on the x-axis, and the field of `Evaluation` that it is."""
 LOGGED = ("let gradient cosine", "let gradient ratio", "let weight", "kd weight", "teacher loss")
 """What is drawn over the steps where a run has logged it."""
@@ -45,15 +32,10 @@ td, th { padding: .1em .8em .1em 0; text-align: left; vertical-align: top; overf
 def write_page(
     comparisons: Sequence[Comparison], path: Path, tables: str, teacher_loss: float | None = None
 ) -> Path:
-    """Write the page of a comparison.
+    """Write the page of `compare_all`'s runs, with `tables`, a text, under the curves.
 
-    Args:
-        comparisons: the runs, see `compare_all`.
-        path: where to; folders are made.
-        tables: as text, under the curves.
-        teacher_loss: in nats a token, on the same validation set.
-
-    Raises ImportError with the way out if plotly is missing.
+    Folders are made. `teacher_loss`: in nats a token, on the same validation set. Raises
+    ImportError with the way out if plotly is missing.
     """
     title = default_title(comparisons)
     runs = [c.run for c in comparisons]
@@ -61,8 +43,7 @@ def write_page(
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for number, figure in enumerate(figures):
         parts.append(figure.to_html(full_html=False, include_plotlyjs=number == 0))
-    for label in dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE):
-        own = [c for c in comparisons if c.run.label == label]
+    for label, own in guided(comparisons).items():
         parts.append(f"<p>{html.escape(f'{display(label)}: {verdict(own, comparisons)}.')}</p>")
     parts += ["<h2>Costs and losses</h2>", f"<pre>{html.escape(tables)}</pre>"]
     parts += ["<h2>What differs in their settings</h2>", _table(differing(runs))]
@@ -77,9 +58,9 @@ def _figure(**layout: Any) -> Any:
         from plotly.graph_objects import Figure
     except ImportError as error:
         raise ImportError("the page needs plotly: pip install plotly") from error
-    usual = {"template": "plotly_white", "hovermode": "x unified"}
     margin = {"l": 70, "r": 20, "t": 50, "b": 50}
-    return Figure(layout={**usual, "margin": margin, **layout})
+    usual = {"template": "plotly_white", "hovermode": "x unified", "margin": margin}
+    return Figure(layout=usual | layout)
 
 
 def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> Any:
@@ -87,8 +68,9 @@ def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> An
     figure = _figure(height=520, yaxis_title="validation loss (nats a token)")
     xs: dict[str, list[list[float]]] = {name: [] for name in AXES}
     shown = [] if teacher_loss is None else [teacher_loss]
-    for label, colour in _colours(comparisons).items():
-        points = _shared([c.run for c in comparisons if c.run.label == label])
+    groups = by_label(comparisons)
+    for label, (colour, _) in looks(comparisons).items():
+        points = shared([c.run for c in groups[label]])
         lows, highs = ([pick(e.loss for e in at) for at in points] for pick in (min, max))
         means = [fmean(e.loss for e in at) for at in points]
         for name, field in AXES.items():
@@ -116,20 +98,6 @@ def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> An
     edge = 0.05 * (max(finite) - min(finite)) + 0.01
     figure.update_yaxes(range=[min(finite) - edge, max(finite) + edge])
     return figure
-
-
-def _shared(runs: Sequence[Run]) -> list[list[Evaluation]]:
-    """The evaluations of all runs at each step at which every one was evaluated."""
-    by_step = [{e.iteration: e for e in run.evaluations} for run in runs]
-    steps = sorted(set(by_step[0]).intersection(*by_step))
-    return [[found[step] for found in by_step] for step in steps]
-
-
-def _colours(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    methods = {c.run.label: c.run.method for c in comparisons}
-    guided = [label for label, method in methods.items() if method != BASELINE]
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(guided)}
-    return {label: colours.get(label, PLAIN_COLOUR) for label in methods}
 
 
 def _logged(runs: Sequence[Run]) -> Iterator[Any]:

@@ -5,11 +5,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from megatron_let.methods.table import BASELINE, METHODS
-from megatron_let.report.runs import Run
-from megatron_let.report.targets import Comparison, mean_speed_up, verdict
+from megatron_let.methods.table import METHODS
+from megatron_let.report.runs import Run, shared
+from megatron_let.report.targets import Comparison, by_label, guided, mean_speed_up, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +39,6 @@ SKIPPED_START = 0.06
 in the first steps would flatten everything that is compared."""
 
 
-class Look(NamedTuple):
-    """How the lines of one label are drawn."""
-
-    colour: str
-    style: str
-
-
 def plot_comparison(
     comparisons: Sequence[Comparison],
     path: Path,
@@ -67,12 +60,11 @@ def plot_comparison(
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
-        looks = _looks(comparisons)
-        size = (9.2, 5.0 if len(looks) > MANY_LINES else 4.0)
-        figure = Figure(figsize=size, layout="constrained")
+        height = 5.0 if len(by_label(comparisons)) > MANY_LINES else 4.0
+        figure = Figure(figsize=(9.2, height), layout="constrained")
         words = textwrap.fill(title or default_title(comparisons), TITLE_COLUMNS)
         figure.suptitle(words, x=0.01, ha="left", weight="bold")
-        _draw_losses(figure.add_subplot(), comparisons, looks, teacher_loss)
+        _draw_losses(figure.add_subplot(), comparisons, teacher_loss)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return path
@@ -81,7 +73,7 @@ def plot_comparison(
 def default_title(comparisons: Sequence[Comparison]) -> str:
     """State what is compared: methods, student, steps, tokens a step, number of seeds."""
     plain = comparisons[0].plain
-    others = dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE)
+    others = guided(comparisons)
     seeds = len({c.run.seed for c in comparisons})
     what = " and ".join(display(label) for label in others) + " against plain training"
     return (
@@ -103,29 +95,23 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _looks(comparisons: Sequence[Comparison]) -> dict[str, Look]:
-    """A look for every label; where the colours begin anew the lines are dashed."""
-    labels = dict.fromkeys(c.run.label for c in comparisons if c.run.method != BASELINE)
-    looks = {
-        label: Look(COLOURS[i % len(COLOURS)], "--" if i >= len(COLOURS) else "-")
-        for i, label in enumerate(labels)
-    }
-    plain = {c.run.label: Look(PLAIN_COLOUR, "-") for c in comparisons if c.run.method == BASELINE}
-    return plain | looks
+def looks(comparisons: Sequence[Comparison]) -> dict[str, tuple[str, str]]:
+    """Colour and style of every label's line; where the colours begin anew it is dashed."""
+    found = dict.fromkeys(by_label(comparisons), (PLAIN_COLOUR, "-"))
+    for i, label in enumerate(guided(comparisons)):
+        found[label] = (COLOURS[i % len(COLOURS)], "--" if i >= len(COLOURS) else "-")
+    return found
 
 
 def _draw_losses(
-    axes: "Axes",
-    comparisons: Sequence[Comparison],
-    looks: dict[str, Look],
-    teacher_loss: float | None,
+    axes: "Axes", comparisons: Sequence[Comparison], teacher_loss: float | None
 ) -> None:
     total = max(c.plain_total.steps for c in comparisons)
     target = fmean({c.plain.path: c.target_loss for c in comparisons}.values())
     shown = [target]
-    for label, look in looks.items():
-        runs = [c.run for c in comparisons if c.run.label == label]
-        mean = _draw_runs(axes, runs, look, display(label))
+    groups = by_label(comparisons)
+    for label, look in looks(comparisons).items():
+        mean = _draw_runs(axes, [c.run for c in groups[label]], look, display(label))
         shown += [loss for step, loss in mean.items() if step >= SKIPPED_START * total]
     axes.axhline(target, color=TARGET_COLOUR, linestyle=":", label="target: plain run's end")
     if teacher_loss is not None:
@@ -137,33 +123,30 @@ def _draw_losses(
     axes.set_ylim(low - 0.08 * (high - low), high + 0.02 * (high - low))
     _annotate_best(axes, comparisons, target)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
-    if len(looks) > MANY_LINES:
+    if len(groups) > MANY_LINES:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=7, ncols=3)
     else:
         axes.legend(loc="upper right")
 
 
-def _draw_runs(axes: "Axes", runs: Sequence[Run], look: Look, label: str) -> dict[int, float]:
+def _draw_runs(
+    axes: "Axes", runs: Sequence[Run], look: tuple[str, str], label: str
+) -> dict[int, float]:
     """Draw a thin line a run, and their mean where all were evaluated; returns it, by step."""
-    curves = [{e.iteration: e.loss for e in run.evaluations} for run in runs]
-    if len(curves) > 1:
-        for curve in curves:
-            axes.plot(*zip(*curve.items(), strict=True), color=look.colour, lw=0.7, alpha=0.45)
-    shared = sorted(set(curves[0]).intersection(*curves))
-    mean = {step: fmean(curve[step] for curve in curves) for step in shared}
-    points = list(mean), list(mean.values())
-    axes.plot(*points, look.style, color=look.colour, lw=2.0, label=label)
+    colour, style = look
+    if len(runs) > 1:
+        for run in runs:
+            steps, losses = zip(*((e.iteration, e.loss) for e in run.evaluations), strict=True)
+            axes.plot(steps, losses, color=colour, lw=0.7, alpha=0.45)
+    mean = {at[0].iteration: fmean(e.loss for e in at) for at in shared(runs)}
+    axes.plot(list(mean), list(mean.values()), style, color=colour, lw=2.0, label=label)
     return mean
 
 
 def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: float) -> None:
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
     plain_end, crossing = fmean(c.plain_total.steps for c in comparisons), 0.0
-    groups: dict[str, list[Comparison]] = {}
-    for c in comparisons:
-        if c.run.method != BASELINE:
-            groups.setdefault(c.run.label, []).append(c)
-    reached = [group for group in groups.values() if mean_speed_up(group)]
+    reached = [group for group in guided(comparisons).values() if mean_speed_up(group)]
     beyond = [g for g in reached if not verdict(g, comparisons).startswith("within noise")]
     best = max((mean_speed_up(group) or 0.0 for group in beyond), default=0.0)
     text = "plain run's final loss: not reached"
@@ -175,11 +158,6 @@ def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: floa
         arrow = {"arrowstyle": "-|>", "color": "black"}
         axes.annotate("", xy=(crossing, target), xytext=(plain_end, target), arrowprops=arrow)
     axes.annotate(
-        text,
-        ((crossing + plain_end) / 2, target),
-        (0, -4),
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        weight="bold",
-    )
+        text, ((crossing + plain_end) / 2, target), (0, -4), textcoords="offset points",
+        ha="center", va="top", weight="bold",
+    )  # fmt: skip

@@ -6,7 +6,7 @@ resumed, `train` lines at the log interval, `valid` lines at each evaluation. Un
 nats a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from megatron_let.training.metrics import read_records
 
 GROWTH = "growth"
 """What plain training is called that starts from a small model."""
+LOGGED = ("name", "seed", "train_iters", "tokens_per_step", "student_parameters")
+"""What a `start` line says as a `Run` does."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,8 @@ class Run:
     def final(self) -> Evaluation:
         """The last evaluation. ValueError if the run never evaluated."""
         if not self.evaluations:
-            raise ValueError(
-                f"{self.path} holds no evaluation: run with --eval-interval and --eval-iters, "
-                "and wait for the first one"
-            )
+            what = "run with --eval-interval and --eval-iters, and wait for the first one"
+            raise ValueError(f"{self.path} holds no evaluation: {what}")
         return self.evaluations[-1]
 
     @property
@@ -95,13 +95,9 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
         return Run(
             path=file,
             label=label or method,
-            name=start["name"],
             method=method,
+            **{name: start[name] for name in LOGGED},
             init_from=small,
-            seed=start["seed"],
-            train_iters=start["train_iters"],
-            tokens_per_step=start["tokens_per_step"],
-            student_parameters=start["student_parameters"],
             teacher_loss=start["teacher"] and start["teacher"]["lm_loss"],
             data=start.get("data"),
             train=tuple(r for r in records if r["kind"] == "train"),
@@ -132,11 +128,12 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _evaluation(record: dict[str, Any]) -> Evaluation:
-    return Evaluation(
-        iteration=record["iteration"],
-        tokens=record["tokens"],
-        flops=record["flops"],
-        seconds=record["seconds"],
-        loss=record["lm loss"],
-        peak_memory=record.get("peak memory"),
-    )
+    logged = {name: record[name] for name in ("iteration", "tokens", "flops", "seconds")}
+    return Evaluation(**logged, loss=record["lm loss"], peak_memory=record.get("peak memory"))
+
+
+def shared(runs: Sequence[Run]) -> list[list[Evaluation]]:
+    """The evaluations of all runs at each step at which every one was evaluated."""
+    by_step = [{e.iteration: e for e in run.evaluations} for run in runs]
+    steps = sorted(set(by_step[0]).intersection(*by_step))
+    return [[found[step] for found in by_step] for step in steps]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from megatron_let.report.runs import Run
-from megatron_let.report.targets import Comparison, Cost, loss_at, mean_speed_up
+from megatron_let.report.targets import Comparison, Cost, by_label, loss_at, mean_speed_up
 
 HEADER = ("method", "seed", "final loss", "steps", "FLOPs", "seconds", "speed-up", "teacher")
 NEVER = "never"
@@ -18,8 +18,7 @@ def comparison_table(comparisons: Sequence[Comparison], teacher_run: Run | None 
     last column. Without it that column says `not given`.
     """
     rows: list[tuple[str, ...]] = []
-    for label in dict.fromkeys(c.run.label for c in comparisons):
-        group = [c for c in comparisons if c.run.label == label]
+    for label, group in by_label(comparisons).items():
         rows += [_seed_row(c, teacher_run) for c in group]
         if len(group) > 1:
             rows += _summary_rows(label, group)
@@ -33,12 +32,9 @@ def losses_table(comparisons: Sequence[Comparison]) -> str:
     """
     header = ("method", "seeds", "loss at equal steps", "equal FLOPs", "equal seconds", "memory")
     rows = []
-    for label in dict.fromkeys(c.run.label for c in comparisons):
-        group = [c for c in comparisons if c.run.label == label]
-        losses = [
-            _mean_and_range([loss_at(c.run, c.plain_total, axis) for c in group])
-            for axis in ("steps", "flops", "seconds")
-        ]
+    for label, group in by_label(comparisons).items():
+        found = ([loss_at(c.run, c.plain_total, axis) for c in group] for axis in Cost._fields)
+        losses = ("-" if None in values else spread(values, 3) for values in found)
         memory = [e.peak_memory for c in group for e in c.run.evaluations if e.peak_memory]
         peak = f"{max(memory) / 2**30:.2f} GiB" if memory else "-"
         rows.append((label, str(len(group)), *losses, peak))
@@ -58,38 +54,34 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     return [line(header), line(rule), *(line(row) for row in rows)]
 
 
-def _mean_and_range(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and range over the seeds; `never` in the place of what a seed does not have."""
     known = [value for value in values if value is not None]
+    if not known:
+        return NEVER
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
     if len(known) < len(values):
-        return "-"
-    if len(known) == 1:
-        return f"{known[0]:.3f}"
-    return f"{fmean(known):.3f} ({min(known):.3f}-{max(known):.3f})"
+        return f"{low}-{NEVER}"
+    mean = f"{fmean(known):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({low}-{high})"
 
 
 def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...]:
     run, ratio = comparison.run, comparison.ratio
-    loss = f"{run.final.loss:.3f}"
-    if not run.finished:
-        loss += f" (step {run.final.iteration})"
-    if ratio is None:
-        axes: tuple[str, ...] = (NEVER, NEVER, NEVER, "-")
-    else:
-        axes = (*(f"{value:.2f}" for value in ratio), f"{comparison.speed_up:.2f}x")
-    teacher = "-"
+    loss = f"{run.final.loss:.3f}" + f" (step {run.final.iteration})" * (not run.finished)
+    axes = [NEVER, NEVER, NEVER, "-"]
+    if ratio is not None:
+        axes = [*(f"{value:.2f}" for value in ratio), f"{comparison.speed_up:.2f}x"]
+    teacher, total = "-", comparison.plain_total.flops
     if run.teacher_loss is not None or run.init_from is not None:
-        teacher = "not given"
-        if teacher_run is not None:
-            teacher = f"{teacher_run.final.flops / comparison.plain_total.flops:.2f}"
+        teacher = f"{teacher_run.final.flops / total:.2f}" if teacher_run else "not given"
     return (run.label, str(run.seed), loss, *axes, teacher)
 
 
 def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ...]]:
     losses = [c.run.final.loss for c in group]
     reached = [c.ratio for c in group if c.ratio is not None]
-    axes = [
-        _summarize([ratio[i] for ratio in reached], len(group)) for i in range(len(Cost._fields))
-    ]
+    axes = (_summarize([ratio[i] for ratio in reached], len(group)) for i in range(3))
     speed_ups = [c.speed_up for c in group if c.speed_up is not None]
     mean = mean_speed_up(group)  # plain steps over mean steps, as the steps column reads
     speed = "-", "-"

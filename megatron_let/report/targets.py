@@ -18,6 +18,7 @@ not in them and is reported beside them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
@@ -59,10 +60,7 @@ class Comparison:
 
 
 def cost_to_target(run: Run, target_loss: float) -> Cost | None:
-    """Interpolated cost after which `run` stays at or below `target_loss`, or None if never.
-
-    Raises ValueError if the run holds no evaluation.
-    """
+    """Interpolated cost after which `run` stays at or below `target_loss`, or None if never."""
     if not run.final.loss <= target_loss:  # written so that a NaN is "above"
         return None
     evaluations = run.evaluations
@@ -84,7 +82,7 @@ def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
     """
     value = getattr(budget, axis)
     points = [(getattr(_cost_at(e), axis), e.loss) for e in run.evaluations]
-    for (x, loss), (next_x, next_loss) in zip(points, points[1:], strict=False):
+    for (x, loss), (next_x, next_loss) in pairwise(points):
         if x <= value <= next_x:
             return loss + (value - x) / (next_x - x) * (next_loss - loss)
     return points[-1][1] if math.isclose(points[-1][0], value) else None
@@ -100,13 +98,10 @@ def compare(run: Run, plain: Run) -> Comparison:
     Raises ValueError if the plain run is unfinished or the two do not compare like with like.
     """
     _check_like_with_like(run, plain)
-    total = _cost_at(plain.final)
-    target = plain.final.loss
+    total, target = _cost_at(plain.final), plain.final.loss
     # Its own curve may touch the target earlier by noise; its cost is its whole length regardless.
     to_target = total if run == plain else cost_to_target(run, target)
-    return Comparison(
-        run=run, plain=plain, target_loss=target, plain_total=total, to_target=to_target
-    )
+    return Comparison(run, plain, target, total, to_target)
 
 
 def mean_speed_up(group: Sequence[Comparison]) -> float | None:
@@ -130,15 +125,28 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     """
     _refuse_twins(runs)
     plain_by_seed = {run.seed: run for run in runs if run.method == BASELINE}
-    labels = list(dict.fromkeys(run.label for run in runs))
+    labels = [run.label for run in runs]
     in_order = sorted(runs, key=lambda r: (r.method != BASELINE, labels.index(r.label), r.seed))
     for run in in_order:
         if run.seed not in plain_by_seed:
+            missing = f"--method baseline --seed {run.seed}"
             raise ValueError(
-                f"{run.path} has seed {run.seed}, and no plain run has: add the run with "
-                f"--method baseline --seed {run.seed}"
+                f"{run.path} has seed {run.seed}, and no plain run has: add the run with {missing}"
             )
     return [compare(run, plain_by_seed[run.seed]) for run in in_order]
+
+
+def by_label(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """The comparisons of each kind of run, in the order given."""
+    groups: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault(comparison.run.label, []).append(comparison)
+    return groups
+
+
+def guided(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """The same without plain training."""
+    return by_label([c for c in comparisons if c.run.method != BASELINE])
 
 
 def _refuse_twins(runs: Sequence[Run]) -> None:
@@ -148,25 +156,23 @@ def _refuse_twins(runs: Sequence[Run]) -> None:
         key = (BASELINE if run.method == BASELINE else run.label, run.seed)
         twin = seen.setdefault(key, run)
         if twin is not run:
-            raise ValueError(
-                f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}: leave one "
-                "out" + ("" if key[0] == BASELINE else ", or give them labels of their own")
-            )
+            also = "" if key[0] == BASELINE else ", or give them labels of their own"
+            both = f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}"
+            raise ValueError(f"{both}: leave one out{also}")
 
 
 def _check_like_with_like(run: Run, plain: Run) -> None:
     if not plain.finished:
+        reached = f"last evaluated at step {plain.final.iteration} of {plain.train_iters}"
         raise ValueError(
-            f"the plain run {plain.path} was last evaluated at step {plain.final.iteration} of "
-            f"{plain.train_iters}: let it finish, the target is its final validation loss"
+            f"the plain run {plain.path} was {reached}: let it finish, its end is the target"
         )
     if not math.isfinite(plain.final.loss):
         raise ValueError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
-    facts = ("seed", "data", "train_iters", "tokens_per_step", "student_parameters")
-    for fact in facts:
+    for fact in ("seed", "data", "train_iters", "tokens_per_step", "student_parameters"):
         ours, theirs = getattr(run, fact), getattr(plain, fact)
-        what = "data order" if fact == "data" else fact
         if ours != theirs and None not in (ours, theirs):  # None: the run did not say
+            what = "data order" if fact == "data" else fact
             raise ValueError(
                 f"{run.path} has {what} {ours} and the plain run {plain.path} has {theirs}: "
                 "only runs of the same student, batches and schedule compare"
