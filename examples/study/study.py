@@ -1,6 +1,5 @@
 """One study on one machine: what is done, what can be done next, and how a run is made."""
 
-import hashlib
 import json
 import math
 import re
@@ -17,7 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from examples.study.record import Summary, read_summary, score_model, write_summary
 from examples.study.table import PLAIN, Planned, Regime, Setting, Table
 from megatron_let.commands import convert_checkpoint
-from megatron_let.quickstart.corpus import Deduplicator, default_roots, find_sources, write_split
+from megatron_let.quickstart.corpus import (
+    Deduplicator,
+    default_roots,
+    find_sources,
+    sha256_file,
+    write_split,
+)
 from megatron_let.quickstart.run import Model, Quickstart, is_finished
 from megatron_let.quickstart.wheels import fetch_wheels
 from megatron_let.report.runs import Evaluation, Run, read_run
@@ -59,7 +64,7 @@ class Study:
             sources = find_sources(roots, ending)
             write_split(path, sources, self.table.documentation_bytes, Deduplicator(), 1.0)
         for name, expected in self.table.hashes.items():
-            found = _sha256(self.folder / name)
+            found = sha256_file(self.folder / name)
             if found != expected:
                 raise ValueError(
                     f"{self.folder / name} has the hash {found[:12]} instead of {expected[:12]}: "
@@ -294,11 +299,6 @@ def _nearest(teacher: Run, plain: Run, share: float | None) -> Evaluation:
     target = loss_at(plain, Cost(share * plain.train_iters, 0.0, 0.0), "steps")
     assert target is not None  # the share lies within the run
     return min(teacher.evaluations, key=lambda evaluation: abs(evaluation.loss - target))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def untrained(teacher: Path, folder: Path) -> Path:
