@@ -13,15 +13,16 @@ it runs on the CPU, GPUs or not: the models are small, and the processes share o
 
 import argparse
 import importlib.util
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_let.commands import convert_checkpoint, preprocess_data
+from megatron_let.commands.compare_runs import compare_runs
 from megatron_let.program import COMMAND, environment
 from megatron_let.quickstart.corpus import build_corpus
 from megatron_let.quickstart.tokenizer import train_tokenizer
@@ -29,16 +30,11 @@ from megatron_let.quickstart.wheels import fetch_wheels
 from megatron_let.report.page import write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
-from megatron_let.report.table import comparison_table, losses_table
-from megatron_let.report.targets import compare_all, regime_sentence
+from megatron_let.report.targets import compare_all
 
-RUNS = Path("runs")
-"""In the folder where it was called."""
 PROMPT = "import os\n\n\ndef "
-SMOKE = (
-    "A SMOKE, NO EVIDENCE: so few steps show that everything runs, and nothing about the methods. "
-    "Leave out --fast for a comparison."
-)
+PROGRESS = re.compile(r" iteration +(\d+)/.* lm loss: (\S+)")
+"""Megatron's line."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,15 @@ FAST = Recipe(
     seq_length=64,
     batch=8,
     evaluations=5,
-    warning=SMOKE,
+    warning="A SMOKE, NO EVIDENCE: so few steps show that everything runs, and nothing about the "
+    "methods. Leave out --fast for a comparison.",
 )
 
 
 class Quickstart:
-    """The stages over one output folder.
+    """The stages over one output folder, behind the teacher of a regime.
 
-    Args:
-        recipe: sizes and schedules.
-        folder: where everything is kept.
-        regime: which teacher guides.
-        processes: data-parallel processes of a training run.
+    `processes`: the data-parallel ones of a training run.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, regime: str, processes: int) -> None:
@@ -133,29 +126,25 @@ class Quickstart:
 
     def data(self) -> None:
         """Build corpus, tokenizer and datasets."""
-        recipe, corpus = self.recipe, self.folder / "corpus"
+        recipe, corpus, tokenizer = self.recipe, self.folder / "corpus", self.folder / "tokenizer"
         report = build_corpus(
             corpus,
             max_train_bytes=recipe.train_bytes,
             max_valid_bytes=recipe.valid_bytes,
-            roots=fetch_wheels() if recipe.from_wheels else None,
+            roots=fetch_wheels() if recipe.from_wheels else (),
         )
         print(
             f"  {report.train.documents} training files of {len(report.train.packages)} packages, "
             f"{report.valid.documents} validation files of others ({report.train.sha256[:12]})"
         )
-        train_tokenizer(
-            corpus / "train.jsonl",
-            self.folder / "tokenizer",
-            vocab_size=recipe.vocab_size,
-            max_bytes=recipe.train_bytes,
-        )
+        sizes = {"vocab_size": recipe.vocab_size, "max_bytes": recipe.train_bytes}
+        train_tokenizer(corpus / "train.jsonl", tokenizer, **sizes)
         for split in ("train", "valid"):
             if not (self.folder / f"{split}_text_document.idx").exists():
                 preprocess_data.main(
                     f"--input {corpus}/{split}.jsonl --output-prefix {self.folder}/{split} "
                     "--append-eod --workers 2 --tokenizer-type HuggingFaceTokenizer "
-                    f"--tokenizer-model {self.folder}/tokenizer".split()
+                    f"--tokenizer-model {tokenizer}".split()
                 )
 
     def teacher(self) -> tuple[Run, Path]:
@@ -165,15 +154,13 @@ class Quickstart:
 
     def plain(self, seed: int) -> Run:
         """Train a plain student; the regimes share it."""
-        save = self.folder / f"plain-{seed}"
-        return self.train(
-            self.recipe.student, save, seed, self.recipe.evaluations, "--method baseline"
-        )
+        recipe, save = self.recipe, self.folder / f"plain-{seed}"
+        return self.train(recipe.student, save, seed, recipe.evaluations, "--method baseline")
 
     def guided(self, name: str, seed: int, flags: str) -> Run:
         """Train a student with a teacher's help, into a folder of that name."""
-        save = self.results / f"{name}-{seed}"
-        return self.train(self.recipe.student, save, seed, self.recipe.evaluations, flags)
+        recipe, save = self.recipe, self.results / f"{name}-{seed}"
+        return self.train(recipe.student, save, seed, recipe.evaluations, flags)
 
     def grown(self, seed: int, small: Path) -> Run:
         """Train a student that begins as a teacher in its shape."""
@@ -186,11 +173,9 @@ class Quickstart:
         """Train one model, or go on with it; returns its record."""
         if not is_finished(save):
             save.mkdir(parents=True, exist_ok=True)
-            command = COMMAND[:1]
-            if self.processes > 1:
-                command += ["-m", "torch.distributed.run", "--standalone"]
-                command += ["--nproc_per_node", str(self.processes)]
-            command += COMMAND[1:]
+            python, *program = COMMAND
+            launcher = f"-m torch.distributed.run --standalone --nproc_per_node {self.processes}"
+            command = [python, *(launcher.split() if self.processes > 1 else []), *program]
             command += [*self.flags(model, save, seed, evaluations), *extra.split()]
             _run_with_progress(command, save, model.steps)
         return read_run(save)
@@ -226,29 +211,15 @@ class Quickstart:
 
     def report(self, runs: list[Run], teacher: Run) -> None:
         """Print and keep the table; draw the picture."""
-        comparisons = compare_all(runs)
-        warning = [self.recipe.warning] if self.recipe.warning else []
-        text = "\n\n".join(
-            [
-                *warning,
-                comparison_table(comparisons, teacher),
-                losses_table(comparisons),
-                regime_sentence(runs[0], teacher.final.loss),
-            ]
-        )
+        warning = self.recipe.warning
+        text = f"{warning}\n\n" * bool(warning) + compare_runs(runs, teacher)
         (self.results / "report.md").write_text(text + "\n")
+        comparisons, loss = compare_all(runs), teacher.final.loss
         picture = self.results / "report.png"
-        title = self.recipe.warning and self.recipe.warning.split(":")[0]
-        plot_comparison(comparisons, picture, teacher_loss=teacher.final.loss, title=title)
-        page = write_page(comparisons, self.results / "report.html", text, teacher.final.loss)
+        title = warning and warning.split(":")[0]
+        plot_comparison(comparisons, picture, teacher_loss=loss, title=title)
+        page = write_page(comparisons, self.results / "report.html", text, loss)
         print(f"\n{text}\n\nPicture: {picture}\nPage: {page}")
-
-    def sample(self, folder: Path) -> None:
-        """Let transformers generate from an exported student."""
-        from megatron_let.conversion.to_hf import sample
-
-        print(f"\nThe LET student, exported to {folder}, goes on from {PROMPT!r}:\n")
-        print("  " + sample(folder, PROMPT).replace("\n", "\n  "))
 
 
 def is_finished(save: Path) -> bool:
@@ -256,35 +227,26 @@ def is_finished(save: Path) -> bool:
     return (save / "metrics.jsonl").exists() and read_run(save).finished
 
 
-def _environment() -> dict[str, str]:
-    return environment(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-
-
 def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
     """Run a training command; a bar on a terminal, else a line every tenth of the run."""
+    variables = environment(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
     )
     assert process.stdout is not None
     log = save / "log.txt"
     with log.open("a") as file, tqdm(total=steps, unit="step", disable=None) as bar:
-        for step, loss in _steps(process.stdout, file):
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"loss {loss:.3f}")
-            if bar.disable and step % max(10, steps // 10) == 0:
-                print(f"  {save.name}, step {step:5d} / {steps}: loss {loss:.3f}", flush=True)
+        for line in process.stdout:
+            print(line, end="", file=file, flush=True)
+            if found := PROGRESS.search(line):
+                step, loss = int(found[1]), float(found[2])
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"loss {loss:.3f}")
+                if bar.disable and step % max(10, steps // 10) == 0:
+                    print(f"  {save.name}, step {step:5d} / {steps}: loss {loss:.3f}", flush=True)
     if process.wait():
         tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
         sys.exit(f"{tail}\nThe training run failed; its whole log is {log}")
-
-
-def _steps(lines: Iterator[str], file: object) -> Iterator[tuple[int, float]]:
-    """Copy a run's output to its log; yield step and loss of Megatron's progress lines."""
-    for line in lines:
-        print(line, end="", file=file, flush=True)  # type: ignore[call-overload]
-        if "lm loss:" in line and "iteration" in line:
-            step = int(line.split("iteration")[1].split("/")[0])
-            yield step, float(line.split("lm loss:")[1].split("|")[0])
 
 
 def main() -> None:
@@ -315,22 +277,22 @@ def main() -> None:
         runs.append(quickstart.grown(seed, exported))
     print(f"[{next(number)}/{stages}] report", flush=True)
     quickstart.report(runs, teacher)
+    from megatron_let.conversion.to_hf import sample
+
     results = quickstart.results
-    quickstart.sample(quickstart.export(results / "let-1", results / "let-hf"))
+    student = quickstart.export(results / "let-1", results / "let-hf")
+    print(f"\nThe LET student, exported to {student}, goes on from {PROMPT!r}:\n")
+    print("  " + sample(student, PROMPT).replace("\n", "\n  "))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
-    parser.add_argument(
-        "--regime",
-        choices=("behind", "pass"),
-        default="behind",
-        help="behind: the teacher stays better than the plain student; pass: it is overtaken",
-    )
+    regimes = "behind: the teacher stays better than the plain student; pass: it is overtaken"
+    parser.add_argument("--regime", choices=tuple(FULL.teachers), default="behind", help=regimes)
     parser.add_argument("--seeds", type=int, default=1, help="students of each kind (default 1)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
-    parser.add_argument("--output", type=Path, default=RUNS / "quickstart")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     return parser.parse_args()
 
 

@@ -7,13 +7,12 @@ no text is ever unknown and decoding gives back exactly what was encoded.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_let.conversion.output import complete_or_absent
+
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 256 + 1
-"""The bytes and the end of text."""
 
 
 def train_tokenizer(
@@ -25,23 +24,26 @@ def train_tokenizer(
     appears complete or not at all, and one made from the same text and parameters is reused. Raises
     ValueError if the folder holds anything else, or the text is too small for the vocabulary.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    smallest = 256 + 1
+    if vocab_size < smallest:
+        what = f"each byte and {END_OF_TEXT} need an entry"
+        raise ValueError(f"vocab_size {vocab_size} is below {smallest}: {what}")
+    if not train_jsonl.is_file():
+        raise ValueError(f"{train_jsonl} does not exist: build the corpus first")
+    digest = hashlib.sha256()
+    for text in _texts(train_jsonl, max_bytes):
+        digest.update(text.encode() + b"\0")
+    recipe = {"vocab_size": vocab_size, "max_bytes": max_bytes, "text_sha256": digest.hexdigest()}
+    kept = output_dir / "recipe.json"
+    if not output_dir.exists():
+        with complete_or_absent(output_dir) as folder:
+            _train_and_save(_texts(train_jsonl, max_bytes), vocab_size, folder)
+            (folder / kept.name).write_text(json.dumps(recipe, indent=1) + "\n")
+    elif not kept.is_file() or json.loads(kept.read_text()) != recipe:
         raise ValueError(
-            f"vocab_size {vocab_size} is below {SMALLEST_VOCABULARY}: each byte and {END_OF_TEXT} "
-            "need an entry"
+            f"{output_dir} exists and was not made from this text with these parameters: choose "
+            "another folder, or delete it"
         )
-    recipe: dict[str, int | str] = {
-        "vocab_size": vocab_size,
-        "max_bytes": max_bytes,
-        "text_sha256": _text_hash(train_jsonl, max_bytes),
-    }
-    if output_dir.exists():
-        return _reuse(output_dir, recipe)
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-    _train_and_save(_texts(train_jsonl, max_bytes), vocab_size, partial)
-    (partial / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
-    partial.rename(output_dir)
     return output_dir
 
 
@@ -61,10 +63,8 @@ def _train_and_save(texts: Iterator[str], vocab_size: int, folder: Path) -> None
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"the text gives only {tokenizer.get_vocab_size()} of {vocab_size} tokens: ask for a "
-            "smaller vocab_size, or give more text (max_bytes)"
-        )
+        found = f"the text gives only {tokenizer.get_vocab_size()} of {vocab_size} tokens"
+        raise ValueError(f"{found}: ask for a smaller vocab_size, or give more text (max_bytes)")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -83,22 +83,3 @@ def _texts(train_jsonl: Path, max_bytes: int) -> Iterator[str]:
             if taken > max_bytes:
                 return
             yield text
-
-
-def _text_hash(train_jsonl: Path, max_bytes: int) -> str:
-    if not train_jsonl.is_file():
-        raise ValueError(f"{train_jsonl} does not exist: build the corpus first")
-    digest = hashlib.sha256()
-    for text in _texts(train_jsonl, max_bytes):
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _reuse(output_dir: Path, recipe: dict[str, int | str]) -> Path:
-    path = output_dir / "recipe.json"
-    if not path.is_file() or json.loads(path.read_text()) != recipe:
-        raise ValueError(
-            f"{output_dir} exists and was not made from this text with these parameters: choose "
-            "another folder, or delete it"
-        )
-    return output_dir

@@ -10,6 +10,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from megatron_let.conversion.output import complete_or_absent
+
 WHEELS = Path(__file__).with_name("wheels.txt")
 TEXT = Path("runs/text")
 """Where they are kept, once for all examples, in the folder where they were called."""
@@ -27,14 +29,15 @@ def fetch_wheels(
     """
     sources = folder / wheels.stem
     if not sources.exists():
-        partial = folder / f"{wheels.stem}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
-        _download(wheels, partial / "wheels")
-        for wheel in sorted((partial / "wheels").glob("*.whl")):
-            _unpack(wheel, partial / wheel.name.split("-")[0].lower(), endings)
-            wheel.unlink()
-        (partial / "wheels").rmdir()
-        partial.rename(sources)
+        with complete_or_absent(sources) as partial:
+            downloads = partial / "wheels"
+            _download(wheels, downloads)
+            for wheel in downloads.glob("*.whl"):
+                with zipfile.ZipFile(wheel) as archive:
+                    # A lone module beside a package is of the same project: not split from it.
+                    names = [n for n in archive.namelist() if "/" in n and n.endswith(endings)]
+                    archive.extractall(partial / wheel.name.split("-")[0].lower(), names)
+            shutil.rmtree(downloads)
     return sorted(sources.iterdir())
 
 
@@ -45,10 +48,3 @@ def _download(wheels: Path, folder: Path) -> None:
     command = [*pip, *wanted, "--require-hashes", "-r", str(wheels), "-d", str(folder)]
     if subprocess.run(command).returncode:
         sys.exit(f"The wheels of {wheels} are not all there; pip says why above.")
-
-
-def _unpack(wheel: Path, folder: Path, endings: tuple[str, ...]) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        # A lone module beside a package belongs to the same project, and would be split from it.
-        names = [n for n in archive.namelist() if "/" in n and n.endswith(endings)]
-        archive.extractall(folder, names)
