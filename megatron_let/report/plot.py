@@ -18,7 +18,6 @@ PLAIN_COLOUR = "#4d4d4d"
 # Okabe and Ito's palette: told apart with every common form of colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
 TEACHER_COLOUR = "#009e73"
-TARGET_COLOUR = "#7f7f7f"
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -30,8 +29,6 @@ STYLE = {
     "legend.frameon": False,
     "font.family": "sans-serif",
 }
-TITLE_COLUMNS = 105
-"""Of a title's line, so that the picture holds it."""
 MANY_LINES = 5
 """More than so many labels get a smaller legend, below the axes."""
 SKIPPED_START = 0.06
@@ -62,7 +59,7 @@ def plot_comparison(
     with matplotlib.rc_context(STYLE):
         height = 5.0 if len(by_label(comparisons)) > MANY_LINES else 4.0
         figure = Figure(figsize=(9.2, height), layout="constrained")
-        words = textwrap.fill(title or default_title(comparisons), TITLE_COLUMNS)
+        words = textwrap.fill(title or default_title(comparisons), 105)  # what the width holds
         figure.suptitle(words, x=0.01, ha="left", weight="bold")
         _draw_losses(figure.add_subplot(), comparisons, teacher_loss)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +110,7 @@ def _draw_losses(
     for label, look in looks(comparisons).items():
         mean = _draw_runs(axes, [c.run for c in groups[label]], look, display(label))
         shown += [loss for step, loss in mean.items() if step >= SKIPPED_START * total]
-    axes.axhline(target, color=TARGET_COLOUR, linestyle=":", label="target: plain run's end")
+    axes.axhline(target, color="#7f7f7f", linestyle=":", label="target: plain run's end")
     if teacher_loss is not None:
         label = f"teacher's own loss ({teacher_loss:.2f})"
         axes.axhline(teacher_loss, color=TEACHER_COLOUR, linestyle="--", label=label)

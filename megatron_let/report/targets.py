@@ -111,7 +111,7 @@ def mean_speed_up(group: Sequence[Comparison]) -> float | None:
     two columns agree.
     """
     steps = [c.to_target.steps for c in group if c.to_target is not None]
-    if not group or len(steps) < len(group):
+    if len(steps) < len(group):
         return None
     plain_steps = fmean(c.plain_total.steps for c in group)
     return plain_steps / fmean(steps) if any(steps) else math.inf  # 0: started there
