@@ -96,6 +96,16 @@ class DryRunFlags(Flags):
     """GiB of one GPU."""
 
 
+NOT_GROWN = dict.fromkeys(
+    ("pretrained_checkpoint", "finetune"), "and --init-from both say where weights come from."
+) | dict.fromkeys(
+    "init_model_with_meta_device use_megatron_fsdp use_torch_fsdp2 fp8_param_gather".split(),
+    "is not supported with --init-from, which fills weights before they are wrapped. Use "
+    "tools/convert_checkpoint.py grow and from-hf, and --load.",
+)
+"""Arguments that do not go with --init-from, and why."""
+
+
 def flag(name: str, value: object = True) -> str:
     """Return how a command line says an argument of this name and value."""
     word = f"--{name.replace('_', '-')}"
@@ -134,10 +144,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.usage = "%(prog)s <Megatron-LM's flags> [--method let --teacher-model FOLDER_OR_ID ...]"
     parser.formatter_class = ArgumentDefaultsHelpFormatter
     parser.error = functools.partial(_unknown, parser, parser.error)  # type: ignore[assignment,method-assign]
-    upstream = list(parser._action_groups)
+    upstream = len(parser._action_groups)
     add_groups(parser, groups())
-    ours = [group for group in parser._action_groups if group not in upstream]
-    parser._action_groups[:] = ours + upstream
+    every = parser._action_groups
+    every[:] = every[upstream:] + every[:upstream]
     for action in parser._actions:  # a bare % in a help text of Megatron's ends --help
         action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
     # The format that another layout can resume from; Megatron's default one cannot be resharded.
@@ -166,10 +176,8 @@ def import_methods(argv: list[str]) -> None:
 def check_flags(args: Namespace, argv: list[str]) -> None:
     """Check our flags against each other, and fill in defaults that depend on other flags.
 
-    Raises:
-        UsageError: naming the flag, its value and the way out.
+    Raises UsageError, which names the flag, its value and the way out.
     """
-    parts = method_row(args.method).parts()
     known = {name: _flags_of(row.parts()) for name, row in METHODS.items()}
     for word in (word.split("=")[0] for word in argv):
         able = [name for name in METHODS if word in known[name]]
@@ -179,7 +187,7 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
                 f"{word} has no effect with --method {args.method}. "
                 f"Remove it, or add --method {' or '.join(able)}{guided}."
             )
-    for part in parts:
+    for part in method_row(args.method).parts():
         part.check_flags(args)
 
 
@@ -188,49 +196,22 @@ def _flags_of(parts: list[Any]) -> set[str]:
     return {flag(prefix + name) for prefix in ("", "no_", "disable_") for name in names}
 
 
-def check_keep_last(args: Namespace) -> None:
-    """Check `--save-keep-last`.
-
-    Raises:
-        UsageError: it keeps nothing, or nothing is saved.
-    """
-    if args.save_keep_last is None:
-        return
-    if args.save_keep_last < 1:
+def check_groups(args: Namespace) -> None:
+    """Check the flags that belong to no method; raises UsageError, which names one."""
+    if args.save_keep_last is not None and args.save_keep_last < 1:
         raise UsageError(
             f"--save-keep-last {args.save_keep_last} would keep no checkpoint; use at least 1, or "
             "2 so that a damaged newest one costs one interval."
         )
-    if args.save is None:
-        raise UsageError(f"--save-keep-last {args.save_keep_last} has no effect without --save.")
+    _check_has_effect(args, CheckpointArguments, "save")
+    _check_has_effect(args, InitFlags, "init_from")
+    _check_has_effect(args, DryRunFlags, "dry_run")
+    for name, why in NOT_GROWN.items() if args.init_from is not None else ():
+        if getattr(args, name):
+            raise UsageError(f"{flag(name)} {why}")
 
 
-def check_dry_run(args: Namespace) -> None:
-    """Raise UsageError if a flag of a dry run has no effect."""
-    for given in fields(DryRunFlags):
-        if not args.dry_run and getattr(args, given.name) != given.default:
-            raise UsageError(
-                f"{flag(given.name, getattr(args, given.name))} has no effect without --dry-run."
-            )
-
-
-def check_init(args: Namespace) -> None:
-    """Refuse what has no effect, and what growth was never tried with.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    given = [f.name for f in fields(InitFlags) if getattr(args, f.name) != f.default]
-    if given and args.init_from is None:
-        raise UsageError(f"{flag(given[0])} has no effect without --init-from.")
-    for name in ("pretrained_checkpoint", "finetune"):
-        if given and getattr(args, name):
-            raise UsageError(f"{flag(name)} and --init-from both say where weights come from.")
-    for name in (
-        "init_model_with_meta_device use_megatron_fsdp use_torch_fsdp2 fp8_param_gather"
-    ).split():
-        if given and getattr(args, name):
-            raise UsageError(
-                f"{flag(name)} is not supported with --init-from, which fills weights before they "
-                "are wrapped. Use tools/convert_checkpoint.py grow and from-hf, and --load."
-            )
+def _check_has_effect(args: Namespace, group: type[Flags], needed: str) -> None:
+    for name, value in vars(group.of(args)).items():
+        if value != getattr(group, name) and getattr(args, needed) in (None, False):
+            raise UsageError(f"{flag(name, value)} has no effect without {flag(needed)}.")

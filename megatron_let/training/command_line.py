@@ -39,8 +39,7 @@ LOOKED_AT = 1 << 20
 def parse_arguments() -> Namespace:
     """Parse and check the command line; sets Megatron's globals (`parse_and_validate_args`).
 
-    Raises:
-        UsageError: a flag of ours, a mode of Megatron's or a path that can't be right.
+    Raises UsageError for a flag of ours, a mode of Megatron's or a path that can't be right.
     """
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -52,26 +51,19 @@ def parse_arguments() -> Namespace:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     refuse_ignored(flags, sys.argv)
     arguments.check_flags(flags, sys.argv)
-    arguments.check_keep_last(flags)
-    arguments.check_init(flags)
-    arguments.check_dry_run(flags)
+    arguments.check_groups(flags)
     choice.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)
-    args = _megatron_arguments(tracker_defaults(flags))
+    defaults = tracker_defaults(flags) | {"tokenizer_type": "GPT2BPETokenizer"}
+    with _refusals():
+        args = parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
     _check_data_tokenizer(args)
     args.save_keep_every = args.save_retain_interval
     if args.save_keep_last is not None:  # then it is ours to remove checkpoints
         args.save_retain_interval = None
     return args
-
-
-def _megatron_arguments(defaults: dict[str, Any]) -> Namespace:
-    """Let Megatron check its flags."""
-    defaults = defaults | {"tokenizer_type": "GPT2BPETokenizer"}
-    with _refusals():
-        return parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
 
 
 @contextlib.contextmanager
@@ -102,11 +94,11 @@ def _data_prefixes(args: Namespace) -> list[str]:
 
 def _check_data_paths(args: Namespace) -> None:
     for prefix in _data_prefixes(args):
-        files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        if not all(file.exists() for file in files):
+        if not (Path(f"{prefix}.bin").exists() and Path(f"{prefix}.idx").exists()):
+            name = Path(prefix).name
             raise UsageError(
-                f"No data at {prefix}: {files[0].name} and {files[1].name} must both exist there. "
-                "Write them with tools/preprocess_data.py, and give their path without the ending."
+                f"No data at {prefix}: {name}.bin and {name}.idx must both exist there. Write them "
+                "with tools/preprocess_data.py, and give their path without the ending."
             )
         try:
             start = first_tokens(prefix, 1)
@@ -184,11 +176,7 @@ def embedding_ranks(args: Namespace) -> Any:
     config = core_transformer_config_from_args(args)
 
     def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
-        ranks = {pp_ranks[0]}
-        if len(pp_ranks) > 1:
-            ranks.update(get_mtp_ranks(pp_ranks, config))
-            if not args.untie_embeddings_and_output_weights:
-                ranks.add(pp_ranks[-1])
-        return sorted(ranks)
+        tied = [] if args.untie_embeddings_and_output_weights else [pp_ranks[-1]]
+        return sorted({pp_ranks[0], *get_mtp_ranks(pp_ranks, config), *tied})
 
     return get_embedding_ranks

@@ -44,25 +44,16 @@ NEEDS_GPU = (
 
 
 def refuse_unsupported(argv: list[str]) -> None:
-    """Look for modes of `pretrain_gpt.py` that are none here, before Megatron follows them.
-
-    Raises:
-        UsageError: naming one.
-    """
-    _refuse(
-        argv,
-        UNSUPPORTED,
+    """Look for modes of `pretrain_gpt.py` that are none here, before Megatron follows them."""
+    what = (
         "is not supported: pretrain_let.py trains on documents packed to sequences, with its flags "
-        "on the command line and its files in folders. Use Megatron-LM's pretrain_gpt.py for it.",
+        "on the command line and its files in folders. Use Megatron-LM's pretrain_gpt.py for it."
     )
+    _refuse(argv, UNSUPPORTED, what)
 
 
 def refuse_ignored(args: Namespace, argv: list[str]) -> None:
-    """Look for flags without effect on a command line.
-
-    Raises:
-        UsageError: naming one, and what helps.
-    """
+    """Look for flags without effect; raises UsageError, which names one and what helps."""
     for names, way_out in IGNORED.items():
         _refuse(argv, names, f"has no effect here. {way_out}")
     if args.non_persistent_ckpt_type == "local":

@@ -39,9 +39,8 @@ Read = Callable[[str, int | None], torch.Tensor]
 def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
     """Fill this rank's chunks, unless there is a checkpoint: a hook after `door` is settled.
 
-    Raises:
-        UsageError: the small model does not fit into the student, or has another tokenizer; or the
-            checkpoint did not begin so.
+    Raises UsageError if the small model does not fit into the student, or has another tokenizer; or
+    if the checkpoint did not begin so.
     """
     if door.chosen is not None:
         if getattr(door.saved_args(args), "init_from", None) is None:

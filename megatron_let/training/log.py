@@ -32,10 +32,7 @@ TEACHER_SHARE, SECONDS_LEFT = "teacher share", "seconds left"
 class RunLog(Listener):
     """Records a run; everything is written by the last rank, as Megatron's own log is.
 
-    Args:
-        args: the checked command line.
-        method: tells what it adds.
-        count_bad_losses: tells how many losses of the step are not finite, on this rank; waits.
+    `count_bad_losses` tells how many losses of the step are not finite, on this rank; it waits.
     """
 
     def __init__(
@@ -64,6 +61,8 @@ class RunLog(Listener):
         self.file = MetricsFile(path, args.iteration)
         self._interval = Interval(dict(self.file.totals))
         facts = self.method.describe()
+        student = training.num_floating_point_operations(args, 1) / args.seq_length
+        teacher = (facts["teacher"] or {}).get("flops_per_token", 0.0)
         self.file.write(
             "start",
             args.iteration,
@@ -75,15 +74,12 @@ class RunLog(Listener):
             student_parameters=self._num_parameters,
             data=data,
             init_from=args.init_from,
-            flops_per_token={
-                "student": self._student_flops_per_token(),
-                "teacher": (facts["teacher"] or {}).get("flops_per_token", 0.0),
-            },
+            flops_per_token={"student": student, "teacher": teacher},
             **facts,
         )
         keep(args.save and Path(args.save))
         if torch.distributed.get_rank() == 0:
-            say(self._summary(facts))
+            say(self._summary(facts["teacher"], student))
 
     def on_end(self, is_complete: bool) -> None:
         """Note how it ended: a run that was killed has no such line at its end."""
@@ -97,10 +93,7 @@ class RunLog(Listener):
         self._num_parameters = count_parameters(chunks)
         return chunks
 
-    def _student_flops_per_token(self) -> float:
-        return training.num_floating_point_operations(self.args, 1) / self.args.seq_length
-
-    def _summary(self, facts: dict[str, Any]) -> str:
+    def _summary(self, teacher: dict[str, Any] | None, student_flops_per_token: float) -> str:
         args = self.args
         rows = [
             f"student: {self._num_parameters / 1e6:.2f} M parameters, {args.num_layers} layers of "
@@ -108,10 +101,10 @@ class RunLog(Listener):
             f"{args.pipeline_model_parallel_size} x DP {args.data_parallel_size}",
             *self.method.summary(),
         ]
-        if facts["teacher"]:
-            share = self.method.extra_flops(1) / self._student_flops_per_token()
+        if teacher:
+            share = self.method.extra_flops(1) / student_flops_per_token
             rows.append(f"expected extra FLOPs in a guided step: {100 * share:.1f} %")
-            stages, busy = args.pipeline_model_parallel_size, len(facts["teacher"]["stages"])
+            stages, busy = args.pipeline_model_parallel_size, len(teacher["stages"])
             if stages > 1:
                 rows[-1] += (
                     f"; they fall on {busy} of {stages} stages, where they are "
@@ -230,26 +223,19 @@ class Interval:
         return {key: value.item() / max(self.num_updates, 1) for key, value in self.losses.items()}
 
     def speed(self, totals: Totals, num_ranks: int, steps_left: int) -> dict[str, float]:
-        """Return tokens, FLOPs and the time that is left, at the rate of the interval.
+        """Return tokens, FLOPs and the time that is left, at the rate up to `totals`.
 
-        Args:
-            totals: where it ends.
-            num_ranks: GPUs that share the work; on CPU processes.
-            steps_left: of the run.
+        The FLOPs are those of one of `num_ranks` GPUs, or on a CPU processes.
         """
         seconds = max(totals["seconds"] - self.start["seconds"], 1e-9)
         flops = self.student_flops + self.teacher_flops
+        tflops = TFLOPS.replace("GPU", "process") if cpu.is_active() else TFLOPS
         return {
             TOKENS: (totals["tokens"] - self.start["tokens"]) / seconds,
-            tflops_name(): flops / seconds / num_ranks / 1e12,
+            tflops: flops / seconds / num_ranks / 1e12,
             TEACHER_SHARE: self.teacher_flops / flops if flops else 0.0,
             SECONDS_LEFT: steps_left * seconds / max(self.num_steps, 1),
         }
-
-
-def tflops_name() -> str:
-    """What the computing rate is called: a process on CPU is no GPU."""
-    return TFLOPS.replace("GPU", "process") if cpu.is_active() else TFLOPS
 
 
 def step_line(

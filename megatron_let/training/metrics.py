@@ -19,12 +19,10 @@ TOTALS = ("tokens", "flops", "seconds")
 
 
 class MetricsFile:
-    """Appends a run's records; on resume the totals go on from the resumed iteration.
+    """Appends a run's records to `path`; without one it keeps totals only, as most ranks do.
 
-    Args:
-        path: the file, or None to keep totals only (ranks that do not write).
-        iteration: the iteration that the run starts from; later records of an earlier attempt
-            are void, and the reader drops them.
+    The totals go on from the iteration that the run starts from. Later records, of an earlier
+    attempt, are void, and the reader drops them.
     """
 
     def __init__(self, path: Path | None, iteration: int) -> None:
@@ -36,8 +34,8 @@ class MetricsFile:
                 os.truncate(path, text.rfind(b"\n") + 1)
             for _, record in read_records(path) if iteration else ():
                 if record["iteration"] <= iteration:
-                    found = {name: record.get(name) for name in TOTALS}
-                    self.totals |= {n: v for n, v in found.items() if isinstance(v, int | float)}
+                    known = [n for n in TOTALS if isinstance(record.get(n), int | float)]
+                    self.totals |= {name: record[name] for name in known}
         self._clock = time.perf_counter()
 
     def restart_clock(self) -> None:

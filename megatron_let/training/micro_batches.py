@@ -9,23 +9,20 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron_let.methods.base import Method
 from megatron_let.upstream.batch import Batch
 
-Draw = Callable[[Iterator[Batch], int | None], Batch]
-
 
 class MicroBatches:
     """Hands each model chunk its micro-batches in their order; the method has seen them before.
 
-    Coming ones are of this step only: Megatron may repeat a step, and saves between steps.
-
-    Args:
-        args: the checked command line.
-        method: is asked how many it wants at once.
-        draw: gives a chunk's next micro-batch.
-        start_step: called before the first of a step.
+    Coming ones are of this step only: Megatron may repeat a step, and saves between steps. `draw`
+    gives a chunk's next micro-batch, `start_step` is called before the first of a step.
     """
 
     def __init__(
-        self, args: Namespace, method: Method, draw: Draw, start_step: Callable[[], None]
+        self,
+        args: Namespace,
+        method: Method,
+        draw: Callable[[Iterator[Batch], int | None], Batch],
+        start_step: Callable[[], None],
     ) -> None:
         self._args = args
         self._method = method

@@ -67,8 +67,7 @@ FROM_THE_WEIGHTS = f"{ANEW} from the weights: --finetune."
 def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any]) -> list[Any]:
     """A hook before Megatron loads, on every rank with the groups there: `chunks` stay as they are.
 
-    Raises:
-        UsageError: there is nothing to go on from, or another run's.
+    Raises UsageError if there is nothing to go on from, or another run's.
     """
     door.settle(args)
     saved = door.saved_args(args)
@@ -93,8 +92,7 @@ def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
             say(f"> --method {args.method} goes on from a checkpoint of --method {saved_method}")
         return
     for name, kept in REMOVED.items():
-        before = vars(saved).get(name, kept)
-        if before != kept:
+        if (before := vars(saved).get(name, kept)) != kept:
             raise UsageError(
                 f"The checkpoint in {args.load} was saved with {flag(name, before)}, which this "
                 "version has no more. Resume with the version that saved it, or start a new run, "
@@ -109,8 +107,7 @@ def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
 def check_flags(args: Namespace, saved: Namespace) -> None:
     """Compare Megatron's arguments with a checkpoint's; one that it lacks is as it is now.
 
-    Raises:
-        UsageError: naming both values and the flag that helps.
+    Raises UsageError, which names both values and the flag that helps.
     """
     table = ["max_position_embeddings"] * (args.position_embedding_type == "learned_absolute")
     _compare(args, saved, [*SHAPES, *table], f"{ANEW} without --load.")

@@ -3,10 +3,9 @@
 import functools
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,11 +37,7 @@ SPIKY_LOSS_FACTOR = 10
 class Run:
     """The datasets, the batches and the forward step of one run.
 
-    Args:
-        args: the checked command line.
-        config: Megatron's `GPTModelConfig`.
-        method: what is added to plain training.
-        hooks: told when the data is there.
+    `config` is Megatron's `GPTModelConfig`; `hooks` are told when the data is there.
     """
 
     def __init__(
@@ -55,42 +50,38 @@ class Run:
         self._is_alone = args.fake_process_group
         """Whether no other rank of the layout exists: what it would send never comes."""
         self._method_dataset: Any = None
-        self._training_batches = MicroBatches(args, method, self._training_batch, self._start_step)
+        draw = functools.partial(self.batch, is_training=True)
+        self._training_batches = MicroBatches(args, method, draw, self._start_step)
         self._bad_losses: torch.Tensor | int = 0
 
     # --- data ---------------------------------------------------------------------------------
 
-    def build_datasets(
-        self, num_samples: list[int], vp_stage: int | None = None
-    ) -> tuple[Any, Any, Any]:
+    def build_datasets(self, num_samples: list[int], vp_stage: int | None = None) -> Any:
         """Build the three datasets; None where this rank needs none."""
-        builder = BlendedMegatronDatasetBuilder(
+        return BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
             lambda: self._holds_data() and self._reads(vp_stage),
             self._dataset_config(),
-        )
-        train, valid, test = builder.build()
-        return train, valid, test
+        ).build()
 
     def datasets(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """Build the three, and tell method and hooks (`train_valid_test_datasets_provider`)."""
-        datasets = self.build_datasets(num_samples, vp_stage)
+        train, valid, test = self.build_datasets(num_samples, vp_stage)
         if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
             self.args.do_train = not self.args.skip_train
-        if num_samples[1] and datasets[0] is not None and datasets[1] is None:
+        if num_samples[1] and train is not None and valid is None:
             raise UsageError(
                 f"There is nothing to evaluate on: --split {self.args.split} gives the validation "
                 "no document. Add --eval-iters 0, or give it a part, or --valid-data-path."
             )
-        data = None if datasets[0] is None else datasets[0].unique_description_hash
-        if datasets[0] is not None:
-            check_loss_mask(datasets[0])
-            datasets = (self.method.training_data(datasets[0]), *datasets[1:])
+        data = None if train is None else train.unique_description_hash
+        if train is not None:
+            check_loss_mask(train)
+            train = self.method.training_data(train)
         if self.method.reads_batch(vp_stage):
-            if datasets[0] is not None:
-                datasets = (self.method.chunk_data(datasets[0]), *datasets[1:])
-            self._method_dataset = datasets[0]
+            train = None if train is None else self.method.chunk_data(train)
+            self._method_dataset = train
         if vp_stage is None or vp_stage == self.args.virtual_pipeline_model_parallel_size - 1:
             self.method.on_data(self._method_dataset)
             if self.hooks is not None:
@@ -98,7 +89,7 @@ class Run:
             if self._is_alone:
                 rank = f"rank {self.args.rank} of {self.args.world_size}"
                 say(f"> {rank} alone: but for time and memory its numbers mean nothing")
-        return datasets
+        return train, valid, test
 
     datasets.is_distributed = True  # type: ignore[attr-defined]  # called on every rank
 
@@ -155,23 +146,17 @@ class Run:
 
     # --- a micro-batch ------------------------------------------------------------------------
 
-    def _training_batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
-        is_guided = self.method.reads_batch(vp_stage)
-        return self.batch(data_iterator, vp_stage, self.method.further_keys() if is_guided else {})
-
     def batch(
-        self,
-        data_iterator: Iterator[Batch],
-        vp_stage: int | None,
-        further: Mapping[str, int] = MappingProxyType({}),
+        self, data_iterator: Iterator[Batch], vp_stage: int | None, is_training: bool = False
     ) -> Batch:
         """Return this chunk's next micro-batch `[b, s]`; what a stage does not need is None.
 
-        Every stage that reads draws the same samples from an iterator of its own. `further` are
-        keys beside Megatron's.
+        Every stage that reads draws the same samples from an iterator of its own. In training the
+        method may have keys beside Megatron's.
         """
         if not self._reads(vp_stage):
             return dict.fromkeys(BATCH_KEYS)
+        is_guided = is_training and self.method.reads_batch(vp_stage)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = drawn_batch(
@@ -179,7 +164,7 @@ class Run:
             data_iterator,
             holds_data=self._holds_data(),
             reads_all=self._reads_all(vp_stage),
-            further=further,
+            further=self.method.further_keys() if is_guided else {},
         )
         timers("batch-generator").stop()
         return batch

@@ -30,9 +30,6 @@ from megatron_let.upstream.secrets import scrubbed
 
 ROOT = Path(__file__).resolve().parents[2]
 WANDB_ID_FILE = "wandb_run_id.txt"
-WANDB_HOST = "https://api.wandb.ai"
-CONNECT_SECONDS = 5
-STARTS = "starts"
 PACKAGES = (
     "megatron-core torch transformer-engine apex flash-attn transformers tokenizers numpy "
     "triton nvidia-nccl-cu12 nvidia-nccl-cu13"
@@ -52,11 +49,8 @@ LARGEST_DIFF_BYTES = 1_000_000
 def tracker_defaults(args: Namespace) -> dict[str, Any]:
     """Prepare the trackers that Megatron will open; returns defaults for its flags.
 
-    Args:
-        args: the command line as parsed, before Megatron has acted on it.
-
-    Raises:
-        UsageError: W&B is asked for and has nowhere to keep its files.
+    `args` are as parsed, before Megatron has acted on them. Raises UsageError if W&B is asked for
+    and has nowhere to keep its files.
     """
     if args.wandb_project:
         _prepare_wandb(args)
@@ -73,7 +67,11 @@ def _prepare_wandb(args: Namespace) -> None:
         )
     if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1:
         return
-    os.environ.setdefault("WANDB_RUN_ID", _wandb_id(Path(args.save)))
+    path = Path(args.save) / WANDB_ID_FILE  # the id that the first start chose
+    if not path.is_file() or not path.read_text().strip():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, uuid.uuid4().hex[:12])
+    os.environ.setdefault("WANDB_RUN_ID", path.read_text().strip())
     os.environ.setdefault("WANDB_RESUME", "allow")
     if "WANDB_MODE" not in os.environ and not _reachable():
         os.environ["WANDB_MODE"] = "offline"
@@ -84,22 +82,13 @@ def _prepare_wandb(args: Namespace) -> None:
         )
 
 
-def _wandb_id(save: Path) -> str:
-    """The id that the first start chose."""
-    path = save / WANDB_ID_FILE
-    if not path.is_file() or not path.read_text().strip():
-        save.mkdir(parents=True, exist_ok=True)
-        write_whole(path, uuid.uuid4().hex[:12])
-    return path.read_text().strip()
-
-
 def _reachable() -> bool:
     """Whether W&B's host takes connections; behind a proxy nobody can tell, and W&B may try."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST))
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     address = (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443))
-    with contextlib.suppress(OSError), socket.create_connection(address, CONNECT_SECONDS):
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
         return True
     return False
 
@@ -116,7 +105,7 @@ def record_start(save: Path, args: Namespace) -> None:
     as a run file, `.flags`.
     """
     now = datetime.datetime.now(datetime.UTC)
-    folder = save / STARTS
+    folder = save / "starts"
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "time": now.isoformat(timespec="seconds"),

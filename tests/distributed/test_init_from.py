@@ -134,7 +134,7 @@ def test_it_starts_at_the_small_models_loss_and_goes_on_from_its_own(corpus, sma
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--init-depth stack", "--init-depth has no effect without --init-from"),
+        ("--init-depth stack", "--init-depth stack has no effect without --init-from"),
         (
             "--init-from {small}",
             "layernorm_epsilon=5e-07 (--norm-epsilon), the student layernorm_epsilon=1e-05",
