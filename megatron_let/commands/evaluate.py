@@ -105,7 +105,8 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
     from megatron_let.evaluation.tables import accuracy_table
 
     tasks = find_tasks(options.tasks)
-    data = local_data(tasks, options.task_data) if options.task_data is not None else {}
+    if options.task_data is not None:
+        tasks = local_data(tasks, options.task_data)
     scores: dict[str, dict[str, TaskScore]] = {}
     for label, folder in labelled(options.models).items():
         about = {
@@ -122,7 +123,7 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
                 continue
             harness = harness or Harness(folder, options.dtype, options.device, options.batch_size)
             print(f"{label}: {task.name}", file=sys.stderr, flush=True)
-            score = harness.score(task, data.get(task.name), options.num_fewshot, options.limit)
+            score = harness.score(task, options.num_fewshot, options.limit)
             results.keep(task.name, asdict(score))
         scores[label] = {task.name: TaskScore(**results[task.name]) for task in tasks}
     return accuracy_table(scores, options.num_fewshot)

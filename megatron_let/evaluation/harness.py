@@ -10,25 +10,23 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_let import hugging_face
 from megatron_let.errors import UsageError
 
-DataPlace = tuple[Path, str | None]
-"""Of a data set on this machine: its path and subset."""
-
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness and its data set on the hub."""
+    """A task of the harness and its data set."""
 
     name: str
     folder: str
     """Where the harness describes it."""
     dataset: str
+    """On the hub, or a path on this machine."""
     subset: str | None
     chance: float
     """Accuracy of guessing."""
@@ -60,11 +58,7 @@ class TaskScore:
 
 
 def find_tasks(names: Sequence[str] | None) -> list[Task]:
-    """Return the tasks of these names, all nine without.
-
-    Raises:
-        UsageError: a name is none of the nine.
-    """
+    """Return the tasks of these names, all nine without; raises UsageError for any other."""
     known = {task.name: task for task in PAPER_TASKS}
     for name in names or ():
         if name not in known:
@@ -75,44 +69,35 @@ def find_tasks(names: Sequence[str] | None) -> list[Task]:
     return [known[name] for name in names or known]
 
 
-def local_data(tasks: Iterable[Task], folder: Path) -> dict[str, DataPlace]:
-    """Return each task's path and subset below a folder of data sets, FOLDER/OWNER/NAME.
+def local_data(tasks: Iterable[Task], folder: Path) -> list[Task]:
+    """Return the tasks with their data sets below a folder, FOLDER/OWNER/NAME[/SUBSET].
 
-    Raises:
-        UsageError: names every missing data set and the command that gets it.
+    Raises UsageError, which names every missing data set and the command that gets it.
     """
-    found: dict[str, DataPlace] = {}
-    missing = []
+    found, missing = [], []
     for task in tasks:
         path = folder / task.dataset
         if task.subset is not None and (path / task.subset).is_dir():
-            found[task.name] = (path / task.subset).absolute(), None
-        elif path.is_dir():
-            # A folder with a README tells which of its files are which subset.
-            declared = (path / "README.md").is_file()
-            found[task.name] = path.absolute(), task.subset if declared else None
-        else:
+            path, subset = path / task.subset, None
+        else:  # a folder with a README tells which of its files are which subset
+            subset = task.subset if (path / "README.md").is_file() else None
+        if not path.is_dir():
             missing.append(task.dataset)
+        found.append(replace(task, dataset=str(path.absolute()), subset=subset))
     if missing:
-        commands = "\n".join(
+        commands = [
             f"  hf download --repo-type dataset {name} --local-dir {folder / name}"
             for name in dict.fromkeys(missing)
-        )
-        raise UsageError(
-            f"--task-data {folder} lacks {len(set(missing))} data sets. Where there is internet:\n"
-            f"{commands}"
-        )
+        ]
+        what = f"--task-data {folder} lacks {len(commands)} data sets. Where there is internet:"
+        raise UsageError("\n".join([what, *commands]))
     return found
 
 
 class Harness:
-    """lm-evaluation-harness with one model loaded.
+    """lm-evaluation-harness with the model of an exported folder.
 
-    Args:
-        folder: the exported model.
-        dtype: of the weights, "auto" as saved.
-        device: of torch's.
-        batch_size: sequences at once.
+    `dtype` is that of the weights, "auto" as saved; `batch_size` counts sequences.
     """
 
     def __init__(self, folder: Path, dtype: str, device: str, batch_size: int) -> None:
@@ -120,18 +105,15 @@ class Harness:
 
         hugging_face.load(AutoConfig, folder)
         # Late: it takes seconds.
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
-        class Model(HFLM):
-            """Draws progress bars on a terminal only."""
-
-            def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-                return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
-
-        _keep_no_environment()
+        # Seconds for each task, of `pip list` and git's complaints, for what nobody reads here.
+        evaluator.add_env_info = lambda results: None
+        evaluator.get_git_commit_hash = lambda: None
         self._manager = _task_manager()
         with hugging_face.told(folder, weights=True):
-            self._model = Model(
+            self._model = HFLM(
                 pretrained=str(folder),
                 tokenizer=str(hugging_face.own_folder(folder)),
                 dtype=dtype,
@@ -139,22 +121,18 @@ class Harness:
                 batch_size=batch_size,
                 trust_remote_code=False,
             )
+        self._model.loglikelihood = functools.partial(
+            self._model.loglikelihood, disable_tqdm=not sys.stderr.isatty()
+        )
 
-    def score(self, task: Task, data: DataPlace | None, shots: int, limit: int | None) -> TaskScore:
-        """Run one task.
+    def score(self, task: Task, shots: int, limit: int | None) -> TaskScore:
+        """Run one task with so many solved examples before each of its first `limit` questions.
 
-        Args:
-            task: which.
-            data: where; the hub's if None.
-            shots: solved examples before every question.
-            limit: only so many questions.
-
-        Raises:
-            UsageError: the hub does not give the data set.
+        Raises UsageError if its data set cannot be loaded.
         """
         from lm_eval import simple_evaluate
 
-        with _counted_cuts() as cuts, self._specified(task, data) as spec:
+        with _counted_cuts() as cuts, self._specified(task) as spec:
             try:
                 results = simple_evaluate(
                     model=self._model,
@@ -178,17 +156,15 @@ class Harness:
         )
 
     @contextmanager
-    def _specified(self, task: Task, data: DataPlace | None) -> Iterator[str]:
-        """The task as the harness takes it: its name, or a file that says where the data lies."""
-        if data is None:
-            yield task.name
-            return
-        path, subset = data
+    def _specified(self, task: Task) -> Iterator[str]:
+        """A file that tells the harness of the task, and where its data lies."""
         original = self._manager.task_index[task.name].yaml_path
-        lines = [f"include: {original}", f"task: {task.name}", f"dataset_path: {path}"]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{task.name}.yaml"
-            file.write_text("\n".join([*lines, f"dataset_name: {subset or 'null'}", ""]))
+            file.write_text(
+                f"include: {original}\ntask: {task.name}\n"
+                f"dataset_path: {task.dataset}\ndataset_name: {task.subset or 'null'}\n"
+            )
             yield str(file)
 
 
@@ -200,14 +176,6 @@ def _task_manager() -> Any:
     own = Path(tasks.__file__).parent
     folders = dict.fromkeys(str(own / task.folder) for task in PAPER_TASKS)
     return tasks.TaskManager(include_path=list(folders), include_defaults=False)
-
-
-def _keep_no_environment() -> None:
-    """Spare each task seconds of `pip list` and git's complaints, for what nobody reads here."""
-    from lm_eval import evaluator
-
-    evaluator.add_env_info = lambda results: None
-    evaluator.get_git_commit_hash = lambda: None
 
 
 @contextmanager

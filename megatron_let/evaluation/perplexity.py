@@ -5,9 +5,10 @@ windows that overlap, so that a token behind the first window still has a past.
 """
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import batched
 from typing import Any
 
@@ -48,12 +49,7 @@ class TextScore:
         return self.loss / math.log(2) / self.bytes if self.bytes else math.nan
 
     def __add__(self, other: "TextScore") -> "TextScore":
-        return TextScore(
-            self.documents + other.documents,
-            self.tokens + other.tokens,
-            self.bytes + other.bytes,
-            self.loss + other.loss,
-        )
+        return TextScore(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -70,19 +66,14 @@ class Window:
 def windows(subset: str, ids: list[int], context: int, stride: int) -> Iterator[Window]:
     """Cut a document so that every token but the first is predicted once.
 
-    Args:
-        subset: to whose loss it counts.
-        ids: the document's tokens, the one that starts it first.
-        context: most tokens that the model reads.
-        stride: how far the next window begins behind; `context - stride` tokens are read again.
+    The model reads at most `context` tokens; the next window begins `stride` tokens further on, so
+    that `context - stride` are read again.
     """
-    end = 0
-    for start in range(0, max(len(ids) - 1, 0), stride):
-        if end >= len(ids) - 1:
-            return
+    start = end = 0
+    while end < len(ids) - 1:
         stop = min(start + context, len(ids) - 1)
         yield Window(subset, ids[start : stop + 1], stop - end)
-        end = stop
+        start, end = start + stride, stop
 
 
 def score_text(
@@ -94,22 +85,16 @@ def score_text(
     stride: int,
     batch_size: int,
 ) -> dict[str, TextScore]:
-    """Return the loss on each subset.
+    """Return the loss on each subset of one of transformers' causal language models.
 
-    Args:
-        model: transformers' causal language model, in evaluation mode.
-        tokenizer: its tokenizer.
-        documents: what is scored.
-        context: most tokens at once.
-        stride: between the starts of two windows.
-        batch_size: windows at once.
+    `context` and `stride` in tokens are those of `windows`, of which `batch_size` are read at once.
     """
     scores: dict[str, TextScore] = defaultdict(TextScore)
 
     def cut() -> Iterator[Window]:
-        # Megatron's documents follow each other with the end token between them.
+        # Megatron's documents follow each other with the end token between them. Without such a
+        # token a document's first one is not scored.
         start = [tokenizer.eos_token_id, tokenizer.bos_token_id]
-        # Without such a token a document's first one is not scored.
         first = [token for token in start if token is not None][:1]
         for document in documents:
             ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]

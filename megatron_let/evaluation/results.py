@@ -8,14 +8,9 @@ from megatron_let.errors import UsageError
 
 
 class Results(dict[str, Any]):
-    """The results of one model in one file of JSON.
+    """The results of one model in one file of JSON; one that exists is gone on with.
 
-    Args:
-        path: the file; one that exists is gone on with.
-        about: what they were measured with; the file's must be the same.
-
-    Raises:
-        UsageError: the file is of another model or of other settings.
+    `about` is what they were measured with; raises UsageError if the file's is another.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
@@ -41,8 +36,7 @@ class Results(dict[str, Any]):
 def identity(folder: Path) -> dict[str, list[int]]:
     """Tell a model apart: size and time of change of its weights, configuration and tokenizer.
 
-    Raises:
-        UsageError: the folder is no exported model.
+    Raises UsageError if the folder is no exported model.
     """
     files = sorted(folder.glob("*.safetensors"))
     others = [*sorted(folder.glob("*.json")), *sorted(folder.glob("tokenizer*/*"))]

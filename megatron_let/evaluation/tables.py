@@ -13,14 +13,10 @@ Mean = tuple[float, float]
 
 
 def accuracy_table(scores: Mapping[str, Mapping[str, TaskScore]], shots: int) -> str:
-    """Return accuracies in percent with their standard errors, and their average.
+    """Return accuracies in percent with their standard errors, a column for each model.
 
     The average weighs every task alike. The last row compares with the first model question by
     question, which is why its error is smaller than that of the averages.
-
-    Args:
-        scores: of every model the score of every task.
-        shots: solved examples before every question, for the header.
     """
     first, *others = scores
     tasks = list(scores[first])
@@ -73,16 +69,12 @@ def text_table(scores: Mapping[str, Mapping[str, TextScore]]) -> str:
 
     Bits per byte can be compared between tokenizers; perplexities of a token cannot.
     """
-    labels = list(scores)
-    totals = {label: sum(scores[label].values(), TextScore()) for label in labels}
-    one = scores[labels[0]]
+    models = list(scores.values())
+    parts = [(name, [model[name] for model in models]) for name in sorted(models[0])]
+    whole = ("all", [sum(model.values(), TextScore()) for model in models])
     rows = []
-    for subset in [*sorted(one), ""]:
-        of = [scores[label][subset] if subset else totals[label] for label in labels]
+    for name, of in [*parts, whole] if len(parts) > 1 else [whole]:
         cells = [f"{score.perplexity:.3f}, {score.bits_per_byte:.4f}" for score in of]
-        size = f"{of[0].bytes / 1e6:.2f}"
-        rows.append((subset or "all", f"{of[0].documents:,}", size, *cells))
-    if len(one) == 1:
-        rows = rows[-1:]
-    header = ("perplexity, bits per byte", "documents", "MB", *labels)
+        rows.append((name, f"{of[0].documents:,}", f"{of[0].bytes / 1e6:.2f}", *cells))
+    header = ("perplexity, bits per byte", "documents", "MB", *scores)
     return "\n".join(markdown_table(header, rows))

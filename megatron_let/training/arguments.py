@@ -15,14 +15,7 @@ from typing import Any, Literal
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_let.errors import UsageError
-from megatron_let.methods.table import (
-    BASELINE,
-    METHODS,
-    Flags,
-    every_part,
-    import_file,
-    method_row,
-)
+from megatron_let.methods.table import BASELINE, METHODS, Flags, every_part, import_file, method_row
 from megatron_let.upstream import accelerators
 
 
