@@ -5,6 +5,7 @@ import gc
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core import mpu
 from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
-from megatron_let.hugging_face import first_line
+from megatron_let.hugging_face import first_line, own_folder
 from megatron_let.teacher.load import (
     DTYPES,
     TeacherConfig,
@@ -21,7 +22,6 @@ from megatron_let.teacher.load import (
     load_causal_lm,
     numbers_alike,
     read_token_ids,
-    tokenizer_source,
 )
 from megatron_let.teacher.probe import check_documents, check_states, check_weights
 from megatron_let.teacher.stage import Rows, Teacher, near_random, text_model
@@ -33,9 +33,6 @@ CONTROLS = {
     "shuffled": "CONTROL: the teacher's states are those of shuffled positions",
     "zero": "CONTROL: the teacher works, and nothing of it reaches the student",
 }
-
-
-LET_TAKES_IT = " Or --method let, whose teacher may have a tokenizer of its own."
 
 
 class Clock:
@@ -62,10 +59,7 @@ class Clock:
 class TeacherHost:
     """A frozen model beside the student's chunks that need it; the run's methods come and ask.
 
-    Args:
-        args: the checked command line: `--teacher-*` and what rows look like.
-        config: the model's.
-        layer: whose states are wanted, from 1; None for the last, after the final norm.
+    `layer`, from 1, is the one whose states are wanted; None for the last, after the final norm.
     """
 
     def __init__(self, args: Namespace, config: TeacherConfig, layer: int | None) -> None:
@@ -86,31 +80,28 @@ class TeacherHost:
     def check_tokens(self, student_ids: dict[str, int], same: bool) -> None:
         """Compare the two tokenizers; without one on either side, ids must at least exist.
 
-        Args:
-            student_ids: token -> id of the student's; empty if unknown.
-            same: whether the teacher must have the student's tokenizer.
+        `student_ids` is the student's token -> id, empty if unknown; `same` says whether the
+        teacher must have that tokenizer, or may have rows of its own.
         """
         name, revision = self.config.name, self.config.revision
         teacher_ids = read_token_ids(name, revision)
-        other = bool(student_ids and teacher_ids and not numbers_alike(student_ids, teacher_ids))
-        if other and not same:
+        if student_ids and teacher_ids and not same and not numbers_alike(student_ids, teacher_ids):
             try:
-                self.translation = Translation(self.args, tokenizer_source(name), revision)
+                self.translation = Translation(self.args, own_folder(Path(name)), revision)
             except UsageError as error:
-                raise UsageError(
-                    f"Student and teacher number tokens differently. {error}"
-                ) from error
+                what = "Student and teacher number tokens differently."
+                raise UsageError(f"{what} {error}") from error
         elif self.args.teacher_seq_length is not None:
             raise UsageError(
                 f"--teacher-seq-length {self.args.teacher_seq_length} has no effect: the teacher "
                 f"{name} reads the student's own tokens. Remove it."
             )
         elif student_ids and teacher_ids:
-            check_token_ids(student_ids, teacher_ids, name, also=LET_TAKES_IT)
+            check_token_ids(student_ids, teacher_ids, name)
         elif self.config.vocab_size < get_tokenizer().vocab_size:
             raise UsageError(
-                f"--teacher-model {self.config.name} knows {self.config.vocab_size} token ids, "
-                f"the student {get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
+                f"--teacher-model {name} knows {self.config.vocab_size} token ids, the student "
+                f"{get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
             )
 
     def translated(self, dataset: Any) -> Any:
@@ -124,13 +115,11 @@ class TeacherHost:
     def agree(self, guides: bool) -> None:
         """Tell all ranks, of which few hold the data, how long the teacher's rows are.
 
-        Args:
-            guides: whether any rank needs the teacher.
+        Where the teacher `guides` on no rank, there are none.
         """
-        if self.translation is None:
-            return
         if not guides:
             self.translation = None
+        if self.translation is None:
             return
         known: list[Any] = [None] * torch.distributed.get_world_size()
         own = self.translation.share, self.translation.length
@@ -198,9 +187,7 @@ class TeacherHost:
     def share(self, chunks: list[list[tuple[int, int | None]]]) -> None:
         """Merge the facts of all ranks: only the stages with the teacher know it.
 
-        Args:
-            chunks: for each signal this rank's chunks that need the teacher, as (stage, virtual
-                stage).
+        `chunks` are for each signal this rank's that need it, as (stage, virtual stage).
         """
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (self.facts, chunks))
@@ -216,11 +203,9 @@ class TeacherHost:
     # --- during the run -----------------------------------------------------------------------
 
     def states(self, batches: Sequence[Batch], *, sliced: bool) -> list[torch.Tensor]:
-        """The teacher's states `[S, b, D]` for each of some micro-batches.
+        """The teacher's states `[S, b, D]` for each of the chunk's next micro-batches.
 
-        Args:
-            batches: the chunk's next micro-batches.
-            sliced: whether this rank needs its slice under sequence parallelism only.
+        `sliced` where this rank needs its slice under sequence parallelism only.
         """
         assert self.teacher is not None
         wholes = [batch.get(WHOLE, batch) for batch in batches]
@@ -298,18 +283,11 @@ def states_SBD(
 ) -> torch.Tensor:
     """Return the teacher's states of all rows at this rank's positions, `[own S, rows, D]`.
 
-    All ranks of a tensor- and context-parallel group have the same rows to guide. Each runs the
-    teacher on its share of them and then gets from the others what its own part of the student
-    needs: every row, and of each the positions that lie on this rank.
-
-    Args:
-        teacher: the same on all ranks of the group.
-        rows: whole and the same on all ranks. A number of rows that does not divide by the ranks
-            is filled up, which costs time and nothing else.
-        group: the process group.
-        positions_RS: the positions that each rank of the group needs, see `needed_positions`.
-        index_BS: for each of the student's tokens the teacher's that has its states; None where
-            both read the same ones.
+    All ranks of a tensor- and context-parallel group have the same whole rows to guide. Each runs
+    the teacher on its share of them and then gets from the others what its own part of the student
+    needs: every row, and of each its `needed_positions`. A number of rows that does not divide by
+    the ranks is filled up, which costs time and nothing else. `index_BS` has for each of the
+    student's tokens the teacher's whose states it takes; None where both read the same ones.
     """
     ranks, number = group.size(), rows["tokens"].size(0)
     share = math.ceil(number / ranks)
@@ -347,11 +325,7 @@ def _device() -> torch.device:
 
 
 def check_rows(config: TeacherConfig, args: Namespace, length: int) -> None:
-    """Refuse rows, of `length` tokens of the teacher's, that it would read otherwise.
-
-    Raises:
-        UsageError: naming the flags.
-    """
+    """Refuse rows, of `length` tokens of the teacher's, that it would read otherwise."""
     positions, masks = args.reset_position_ids, args.reset_attention_mask
     no_effect = f"but would change what --teacher-model {config.name} sees. Remove it, or add"
     if length > config.context and (positions or masks):

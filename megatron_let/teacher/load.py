@@ -18,6 +18,7 @@ from megatron_let.hugging_face import is_gguf
 
 CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 """What a configuration calls it; one without has no limit (ALiBi, recurrence)."""
+CHOOSE = "Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,11 +49,7 @@ class TeacherConfig:
 
 
 def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig:
-    """Read a teacher's configuration.
-
-    Raises:
-        UsageError: nothing is there, or it is not a causal language model.
-    """
+    """Read a teacher's configuration; raises UsageError if it is no causal language model's."""
     if name.startswith(("/", ".", "~")) and not (Path(name).is_dir() or is_gguf(name)):
         raise UsageError(
             f"--teacher-model {name}: there is no such folder. Give the folder of a Hugging Face "
@@ -73,24 +70,23 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
     ):
         raise UsageError(
             f"--teacher-model {name} is a {' / '.join(named) or config.model_type}, not a causal "
-            "language model. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
+            f"language model. {CHOOSE}"
         )
     if config.is_encoder_decoder:
         raise UsageError(
             f"--teacher-model {name} is a {config.model_type}, half of which reads what the other "
-            "half writes about. Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
+            f"half writes about. {CHOOSE}"
         )
     config = config.get_text_config()  # of a model that sees pictures, too
-    # OPT projects its states to the embedding's width after the last layer; the others have one.
-    last_width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    contexts = [getattr(config, name, None) or 0 for name in CONTEXT_NAMES]
+    context = max(getattr(config, name, None) or 0 for name in CONTEXT_NAMES)
     return TeacherConfig(
         name=name,
         revision=revision,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        last_width=last_width,
-        context=max(contexts) if max(contexts) > 0 else sys.maxsize,
+        # OPT projects its states to the embedding's width after the last layer.
+        last_width=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        context=context if context > 0 else sys.maxsize,
         vocab_size=config.vocab_size,
     )
 
@@ -102,10 +98,8 @@ def load_causal_lm(
 
     Weights are read from safetensors or with `weights_only`, remote code is off, and every random
     number generator is left as it was found: student weights must not depend on the teacher. An
-    untrained one, a control, has random weights, always the same.
-
-    Raises:
-        UsageError: the folder lacks weights, or weights of another shape.
+    untrained one, a control, has random weights, always the same. Raises UsageError if weights are
+    missing, or have another shape.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = (_untrained if untrained else _trained)(config, dtype)
@@ -156,29 +150,22 @@ class TokenIds(dict[str, int]):
 def read_token_ids(name: str, revision: str | None = None) -> TokenIds | None:
     """Return the teacher tokenizer's token -> id map, or None if there is no tokenizer.
 
-    Raises:
-        UsageError: its files lie in the folder and cannot be loaded, or are not to be trusted.
+    Raises UsageError if its files are there and cannot be loaded, or are not to be trusted.
     """
-    folder, failure = Path(name), f"The tokenizer of --teacher-model {name} cannot be loaded."
+    source = hugging_face.own_folder(Path(name))
+    failure = f"The tokenizer of --teacher-model {name} cannot be loaded."
     try:
-        tokenizer = hugging_face.load(
-            AutoTokenizer, tokenizer_source(name), failure, revision=revision
-        )
-    except UsageError as error:
-        outside = isinstance(error, hugging_face.OutsideError)
-        if outside or hugging_face.has_tokenizer(folder) or is_gguf(name):
+        tokenizer = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
+    except hugging_face.OutsideError:
+        raise
+    except UsageError:
+        if hugging_face.has_tokenizer(Path(name)) or is_gguf(name):
             raise
         return None
     token_ids = TokenIds(tokenizer.get_vocab())
     token_ids.added = frozenset(tokenizer.get_added_vocab())
     # For some architectures transformers makes a tokenizer up, of nothing but special tokens.
     return token_ids if token_ids.keys() - token_ids.added else None
-
-
-def tokenizer_source(name: str) -> str | Path:
-    """Folder or hub id of a model's tokenizer."""
-    folder = Path(name)
-    return hugging_face.own_folder(folder) if folder.is_dir() else name
 
 
 def numbers_alike(student: dict[str, int], teacher: TokenIds) -> bool:
@@ -196,25 +183,20 @@ def differing(student: dict[str, int], teacher: dict[str, int]) -> Iterator[tupl
 
 
 def check_token_ids(
-    student: dict[str, int],
-    teacher: TokenIds,
-    teacher_name: str,
-    flag: str = "--teacher-model",
-    also: str = "",
+    student: dict[str, int], teacher: TokenIds, teacher_name: str, flag: str = "--teacher-model"
 ) -> None:
-    """Check that every token of the student has the same id in the teacher.
+    """Check that every token of the student has the same id in the teacher that `flag` names.
 
     The map is compared, not its size: both models read the same ids. A teacher to whose tokens
-    some were added, or whose table is padded, is fine; one that has learnt more is not. `flag`
-    names it, `also` is another way out.
-
-    Raises:
-        UsageError: naming a token and its two ids.
+    some were added, or whose table is padded, is fine; one that has learnt more is not. Raises
+    UsageError, which names a token and its two ids.
     """
     way_out = (
         "Choose another model, or train with its tokenizer: --tokenizer-type HuggingFaceTokenizer "
-        f"--tokenizer-model {teacher_name}.{also}"
+        f"--tokenizer-model {teacher_name}."
     )
+    if flag == "--teacher-model":
+        way_out += " Or --method let, whose teacher may have a tokenizer of its own."
     for token, index in differing(student, teacher):
         raise UsageError(
             f"Student and teacher number tokens differently: {token!r} is {index} in the student's "

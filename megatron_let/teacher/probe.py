@@ -7,6 +7,7 @@ import torch
 
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import open_safetensors, told
+from megatron_let.teacher.load import CHOOSE
 from megatron_let.teacher.stage import forward
 
 LARGEST = 1e6
@@ -18,14 +19,9 @@ of a batch, which no kernel should tell apart, and between two kernels of attent
 
 
 def check_weights(model: Any, name: str) -> None:
-    """Refuse weights that no training leaves behind.
+    """Refuse weights that no training leaves behind: raises UsageError, which names one.
 
-    Args:
-        model: a causal language model of transformers.
-        name: its folder or hub id.
-
-    Raises:
-        UsageError: naming the weight.
+    `name` is the folder or hub id of `model`, a causal language model of transformers.
     """
     names = dict(model.named_parameters())
     way_out = "Export or download the model again, or choose another teacher."
@@ -50,8 +46,7 @@ def check_weights(model: Any, name: str) -> None:
 def check_states(base_model: Any, vocab_size: int, name: str) -> None:
     """Change the second half of a row: no state of the first may move, and the others must.
 
-    Raises:
-        UsageError: the model sees later tokens, or no token at all.
+    Raises UsageError if the model sees later tokens, or no token at all.
     """
     weight = next(base_model.parameters())
     tokens_BS = _tokens(LENGTH, vocab_size).repeat(2, 1).to(weight.device)
@@ -65,8 +60,7 @@ def check_states(base_model: Any, vocab_size: int, name: str) -> None:
     if moved[:half].max() > CAUSAL[weight.dtype is not torch.float32]:
         raise UsageError(
             f"--teacher-model {name} is not causal: its states know of later tokens, and the "
-            "student would learn to read ahead. Choose a decoder such as Llama, Qwen, OPT, "
-            "GPT-NeoX or GPT-2."
+            f"student would learn to read ahead. {CHOOSE}"
         )
     if not moved[half:].max() > 0:
         raise UsageError(f"--teacher-model {name} has the same states whatever it reads.")
@@ -76,24 +70,17 @@ def check_states(base_model: Any, vocab_size: int, name: str) -> None:
 def check_documents(base_model: Any, vocab_size: int, length: int, name: str) -> None:
     """Read two documents of one row kept apart, and the second alone: its states are the same.
 
-    Args:
-        base_model: the model without its head.
-        vocab_size: rows of the embedding.
-        length: of a row; a window of attention shows in longer documents only.
-        name: its folder or hub id.
-
-    Raises:
-        UsageError: they are not, or the model cannot be told.
+    A window of attention shows only where the row's `length` is larger. Raises UsageError if the
+    states are not the same, or the model cannot be told.
     """
     cannot = (
         f"--teacher-model {name} cannot keep documents apart inside a row, as "
         "--reset-attention-mask has the student do"
     )
-    weight = next(base_model.parameters())
-    device = weight.device
-    tokens_BS, begin = _tokens(length, vocab_size).to(device), length // 2
-    position_ids = torch.arange(length, device=device)[None]
-    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    weight, begin = next(base_model.parameters()), length // 2
+    tokens_BS = _tokens(length, vocab_size).to(weight.device)
+    position_ids = torch.arange(length, device=weight.device)[None]
+    later = torch.ones(length, length, dtype=torch.bool, device=weight.device).triu(1)
     later[begin:, :begin] = True
     rows = {"tokens": tokens_BS, "position_ids": position_ids, "attention_mask": later[None, None]}
     alone = {"tokens": tokens_BS[:, begin:], "position_ids": position_ids[:, begin:]}

@@ -25,9 +25,8 @@ Inputs = dict[str, torch.Tensor]
 class Recorded:
     """A frozen model's forward pass; on a CPU, and where it cannot be recorded, as it is.
 
-    Args:
-        forward: of tensors, without side effects; what it returns has the same shape each time.
-        layers: the modules that are compiled.
+    `forward` has no side effects, and what it returns has the same shape for the same shapes;
+    `layers` are the modules that are compiled.
     """
 
     def __init__(

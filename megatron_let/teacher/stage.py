@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
+from megatron_let.teacher.load import CHOOSE
 from megatron_let.teacher.recorded import Recorded
 from megatron_let.teacher.work import window_ends
 from megatron_let.upstream.table import Redirect, applied, instead
@@ -29,14 +30,11 @@ UNASKED = (
 
 
 class Teacher:
-    """A frozen model and the states of one of its layers. No module: nothing adopts its weights.
+    """A frozen Hugging Face causal language model. No module: nothing adopts its weights.
 
-    Args:
-        causal_lm: a Hugging Face causal language model.
-        context: its longest sequence in tokens; longer ones are read in windows.
-        layer: whose output is wanted, counted from 1; None for the last one's after the final
-            norm. Later layers are dropped.
-        shuffled: give each token the states of another position of its row, as a control.
+    Wanted is the output of `layer`, counted from 1, or with None of the last one after the final
+    norm; later layers are dropped. Sequences beyond `context` tokens are read in windows.
+    `shuffled`, a control, gives each token the states of another position of its row.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class Teacher:
         self._layers = decoder_layers(self._base)
         self._layer = layer
         self._shuffled = shuffled
-        self._pass: Recorded | None = None
+        self._pass = Recorded(partial(forward, self._base), self._layers)
 
     @torch.no_grad()
     def states_BSD(self, rows: Rows) -> torch.Tensor:
@@ -57,7 +55,7 @@ class Teacher:
 
         Raises ValueError if documents are kept apart in rows longer than the context.
         """
-        states = self._run(rows) if rows["tokens"].size(1) <= self.context else self._windows(rows)
+        states = self._pass(rows) if rows["tokens"].size(1) <= self.context else self._windows(rows)
         return _shuffle(states, rows["tokens"]) if self._shuffled else states
 
     def _windows(self, rows: Rows) -> torch.Tensor:
@@ -73,14 +71,9 @@ class Teacher:
             raise ValueError(f"documents kept apart in rows of {length} > {self.context} tokens")
         ends = window_ends(length, self.context)
         windows = torch.cat([tokens_BS[:, end - self.context : end] for end in ends])
-        states = self._run({"tokens": windows}).chunk(len(ends))
+        states = self._pass({"tokens": windows}).chunk(len(ends))
         spans = zip(states, [0, *ends], ends, strict=False)
         return torch.cat([window[:, start - end :] for window, start, end in spans], dim=1)
-
-    def _run(self, rows: Rows) -> torch.Tensor:
-        if self._pass is None:  # the layers are those that are kept
-            self._pass = Recorded(partial(forward, self._base), self._layers)
-        return self._pass(rows)
 
     @torch.no_grad()
     def lm_loss(self, rows: Rows, labels_BS: torch.Tensor, mask_BS: torch.Tensor) -> float:
@@ -120,8 +113,8 @@ class Teacher:
         if caps or not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
             raise UsageError(
                 f"A {self._base.config.model_type} teacher scales or caps its logits behind the "
-                "head, which distillation does not know of. Choose a teacher such as Llama, Qwen, "
-                "OPT, GPT-NeoX or GPT-2, or --method let, which needs no logits."
+                f"head, which distillation does not know of. {CHOOSE} Or --method let, which needs "
+                "no logits."
             )
 
     def keep_states_only(self) -> None:

@@ -140,26 +140,26 @@ def _check_needed(args: Namespace) -> None:
 def _check_data_tokenizer(args: Namespace) -> None:
     """Refuse data that was preprocessed with another tokenizer, where its sidecar tells."""
     ids = {} if "Null" in args.tokenizer_type else token_ids(get_tokenizer())
+    own = tokenizer_fingerprint(ids)
     if args.tokenizer_type == "HuggingFaceTokenizer":
-        args.tokenizer_fingerprint = tokenizer_fingerprint(ids)  # for who exports the checkpoint
+        args.tokenizer_fingerprint = own  # for who exports the checkpoint
     for prefix in _data_prefixes(args):
-        sidecar = Path(f"{prefix}.json")
-        if ids and sidecar.exists():
-            _check_sidecar(args, prefix, sidecar, tokenizer_fingerprint(ids))
+        made_with = _fingerprint_of(Path(f"{prefix}.json")) if ids else None
+        if made_with not in (None, own):
+            raise UsageError(
+                f"{prefix} was made with another tokenizer (fingerprint {str(made_with)[:12]}) "
+                f"than --tokenizer-model {args.tokenizer_model or args.vocab_file} ({own[:12]}). "
+                "Use that tokenizer, or preprocess again."
+            )
         check_ids(first_tokens(prefix, LOOKED_AT), args.padded_vocab_size, prefix)
 
 
-def _check_sidecar(args: Namespace, prefix: str, sidecar: Path, own: str) -> None:
+def _fingerprint_of(sidecar: Path) -> Any:
     try:
-        made_with = json.loads(sidecar.read_bytes()).get("tokenizer_fingerprint")
+        text = sidecar.read_bytes() if sidecar.exists() else b"{}"
+        return json.loads(text).get("tokenizer_fingerprint")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{sidecar} is damaged ({error!r}): remove it.") from error
-    if made_with is not None and made_with != own:
-        raise UsageError(
-            f"{prefix} was made with another tokenizer (fingerprint {str(made_with)[:12]}) than "
-            f"--tokenizer-model {args.tokenizer_model or args.vocab_file} ({own[:12]}). Use that "
-            "tokenizer, or preprocess again."
-        )
 
 
 def model_config(args: Namespace, method: Method) -> Any:
