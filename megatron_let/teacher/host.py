@@ -87,7 +87,7 @@ class TeacherHost:
         teacher_ids = read_token_ids(name, revision)
         if student_ids and teacher_ids and not same and not numbers_alike(student_ids, teacher_ids):
             try:
-                self.translation = Translation(self.args, own_folder(Path(name)), revision)
+                self.translation = Translation(self.args, str(own_folder(Path(name))), revision)
             except UsageError as error:
                 what = "Student and teacher number tokens differently."
                 raise UsageError(f"{what} {error}") from error

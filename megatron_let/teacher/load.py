@@ -152,7 +152,7 @@ def read_token_ids(name: str, revision: str | None = None) -> TokenIds | None:
 
     Raises UsageError if its files are there and cannot be loaded, or are not to be trusted.
     """
-    source = hugging_face.own_folder(Path(name))
+    source = str(hugging_face.own_folder(Path(name)))
     failure = f"The tokenizer of --teacher-model {name} cannot be loaded."
     try:
         tokenizer = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
