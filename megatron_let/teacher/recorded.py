@@ -77,7 +77,12 @@ def _record(
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             forward(places)
-        _run_without_waits(forward, places)
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # a wait inside a capture would harm the allocator
+        try:
+            forward(places)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -87,13 +92,3 @@ def _record(
     finally:
         torch.cuda.set_stream(current)  # a failed capture leaves its own behind
     return graph, places, result
-
-
-def _run_without_waits(forward: Callable[[Inputs], torch.Tensor], places: Inputs) -> None:
-    """A pass that fails where the host waits: inside a capture that would harm the allocator."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        forward(places)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
