@@ -108,12 +108,19 @@ class Harness:
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
+        class Model(HFLM):
+            """Draws progress bars on a terminal only."""
+
+            loglikelihood = functools.partialmethod(
+                HFLM.loglikelihood, disable_tqdm=not sys.stderr.isatty()
+            )
+
         # Seconds for each task, of `pip list` and git's complaints, for what nobody reads here.
         evaluator.add_env_info = lambda results: None
         evaluator.get_git_commit_hash = lambda: None
         self._manager = _task_manager()
         with hugging_face.told(folder, weights=True):
-            self._model = HFLM(
+            self._model = Model(
                 pretrained=str(folder),
                 tokenizer=str(hugging_face.own_folder(folder)),
                 dtype=dtype,
@@ -121,9 +128,6 @@ class Harness:
                 batch_size=batch_size,
                 trust_remote_code=False,
             )
-        self._model.loglikelihood = functools.partial(
-            self._model.loglikelihood, disable_tqdm=not sys.stderr.isatty()
-        )
 
     def score(self, task: Task, shots: int, limit: int | None) -> TaskScore:
         """Run one task with so many solved examples before each of its first `limit` questions.
@@ -132,11 +136,17 @@ class Harness:
         """
         from lm_eval import simple_evaluate
 
-        with _counted_cuts() as cuts, self._specified(task) as spec:
+        original = self._manager.task_index[task.name].yaml_path
+        with _counted_cuts() as cuts, tempfile.TemporaryDirectory() as folder:
+            described = Path(folder) / f"{task.name}.yaml"
+            described.write_text(
+                f"include: {original}\ntask: {task.name}\n"
+                f"dataset_path: {task.dataset}\ndataset_name: {task.subset or 'null'}\n"
+            )
             try:
                 results = simple_evaluate(
                     model=self._model,
-                    tasks=[spec],
+                    tasks=[str(described)],
                     num_fewshot=shots,
                     limit=limit,
                     bootstrap_iters=0,  # for perplexities, which are not reported
@@ -154,18 +164,6 @@ class Harness:
             normalized=results["results"][task.name].get("acc_norm,none"),
             cut=len(cuts),
         )
-
-    @contextmanager
-    def _specified(self, task: Task) -> Iterator[str]:
-        """A file that tells the harness of the task, and where its data lies."""
-        original = self._manager.task_index[task.name].yaml_path
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{task.name}.yaml"
-            file.write_text(
-                f"include: {original}\ntask: {task.name}\n"
-                f"dataset_path: {task.dataset}\ndataset_name: {task.subset or 'null'}\n"
-            )
-            yield str(file)
 
 
 @functools.cache
