@@ -6,7 +6,6 @@ Each rank makes a layer's tensors of the small model's and keeps its own slices,
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +30,6 @@ FREE = (
 ).split()
 """Arguments that the student may have as it likes."""
 NO_SCALING = {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}
-
-Read = Callable[[str, int | None], torch.Tensor]
-"""Of a tensor of Megatron's by its name and, if it is stacked, the layer: the whole tensor."""
 
 
 def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
@@ -75,7 +71,8 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
                 f"{small.family.name} has."
             )
         for tensor in weights:
-            _fill(tensor, read)
+            layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
+            _fill(tensor, read(tensor.key, layer))
     return chunks
 
 
@@ -102,11 +99,10 @@ def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> No
         check_token_ids(token_ids(get_tokenizer()), ids, args.init_from, "--init-from")
 
 
-def _fill(tensor: ShardedTensor, read: Read) -> None:
+def _fill(tensor: ShardedTensor, whole: torch.Tensor) -> None:
     """Copy this rank's slice; rows that only pad the vocabulary stay as they are."""
-    stacked = tensor.prepend_axis_num
-    whole = read(tensor.key, tensor.global_offset[0] if stacked else None)
-    bounds = zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
+    offsets = tensor.global_offset[tensor.prepend_axis_num :]
+    bounds = zip(offsets, tensor.local_shape, strict=True)
     part = whole[tuple(slice(start, start + size) for start, size in bounds)]
     with torch.no_grad():
         tensor.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
