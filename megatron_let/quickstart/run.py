@@ -33,8 +33,8 @@ from megatron_let.report.runs import Run, read_run
 from megatron_let.report.targets import compare_all
 
 PROMPT = "import os\n\n\ndef "
-PROGRESS = re.compile(r" iteration +(\d+)/.* lm loss: (\S+)")
-"""Megatron's line."""
+PROGRESS = re.compile(r"^> step (\d+)/\d+ \| loss (\S+)")
+"""A run's step line."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ def test_fast_quickstart_reports_and_is_kept(tmp_path):
     assert report.startswith("A SMOKE, NO EVIDENCE: ") and report in first
     assert (results / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "Regime: the plain student" in first
+    assert ": loss " in first, "its progress"
     assert "goes on from" in first
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}
     assert len(logs) == 4

@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_let.quickstart.run import PROGRESS
 from megatron_let.training.log import (
     SECONDS_LEFT,
     TEACHER_SHARE,
@@ -35,6 +36,7 @@ def test_the_line_of_a_step_fits_and_names_each_signal():
     assert line == (
         "> step 19073/19073 | loss 2.8123 | let 0.231 x 0.087 | 1,235k tok/s | 289:01 left"
     )
+    assert PROGRESS.search(line).groups() == ("19073", "2.8123"), "the quickstart's bar reads it"
     assert len(step_line(19073, 19073, means | {"kd loss": 1.5, "kd weight": 0.67}, speed)) <= 100
     assert "let" not in step_line(1, 2, {"lm loss": 1.0}, speed)[:40]
     # Nothing was learnt in the interval: Megatron made no update. By samples, no end is known.
