@@ -22,7 +22,7 @@ from megatron_let.methods.base import Method
 from megatron_let.training.metrics import MetricsFile, Totals
 from megatron_let.training.tracking import record_start
 from megatron_let.upstream import cpu
-from megatron_let.upstream.loop_hooks import Listener, Step
+from megatron_let.upstream.loop_hooks import Listener, Save, Step
 
 TOKENS, TFLOPS = "tokens per second", "TFLOP/s per GPU"
 WEIGHT = " weight"
@@ -46,6 +46,16 @@ class RunLog(Listener):
         self._count_bad_losses = count_bad_losses
         self._iteration = 0
         self._evaluated: dict[int, list[dict[str, float]]] = {}
+        self._data: str | None = None
+        """The hash of the data and their order."""
+
+    def state(self) -> dict[str, Any]:
+        """That."""
+        return {"data": self._data}
+
+    def on_load(self, state: dict[str, Any]) -> None:
+        """That of the checkpoint's run."""
+        self._data = state["data"]
 
     def on_start(self, data: str | None) -> None:
         """Print what the run will do, and write its facts."""
@@ -80,6 +90,13 @@ class RunLog(Listener):
         keep(args.save and Path(args.save))
         if torch.distributed.get_rank() == 0:
             say(self._summary(facts["teacher"], student))
+            if args.iteration and self._data not in (None, data):
+                say(
+                    "> the samples from here on, or their order, are not those that the "
+                    "checkpoint's run would have seen: data, --split, --seed, --seq-length or the "
+                    "run's length have changed"
+                )
+        self._data = data
 
     def on_end(self, is_complete: bool) -> None:
         """Note how it ended: a run that was killed has no such line at its end."""
@@ -158,6 +175,11 @@ class RunLog(Listener):
             if wandb := get_wandb_writer():
                 wandb.log(speed, step.number)
         self._interval = Interval(dict(totals))
+
+    def before_save(self, save: Save) -> None:
+        """Note the totals between two intervals: a run that is killed goes on with them."""
+        if save.step % self.args.log_interval:
+            self.file.write("save", save.step)
 
     def after_save(self, folder: Path) -> None:
         """Say it."""

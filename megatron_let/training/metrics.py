@@ -1,9 +1,10 @@
 """`metrics.jsonl`: what a run did, one JSON object a line, written beside its checkpoints.
 
 Kinds: `start` (the run's facts, at each start or resume), `train` (each log interval), `valid`
-(each evaluation), `skip` (a step without update), `stop` (an end before the end), `end` (when the
-run is complete). `tokens`, `flops` (teacher included) and `seconds` (training, without evaluation)
-count from the run's first step, across resumes. `megatron_let.report` reads the file.
+(each evaluation), `skip` (a step without update), `save` (a checkpoint between two intervals),
+`stop` (an end before the end), `end` (when the run is complete). `tokens`, `flops` (teacher
+included) and `seconds` (training, without evaluation) count from the run's first step, across
+resumes. `megatron_let.report` reads the file.
 """
 
 import json

@@ -58,12 +58,14 @@ class Run:
 
     def build_datasets(self, num_samples: list[int], vp_stage: int | None = None) -> Any:
         """Build the three datasets; None where this rank needs none."""
-        return BlendedMegatronDatasetBuilder(
+        built = BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
             lambda: self._holds_data() and self._reads(vp_stage),
             self._dataset_config(),
         ).build()
+        # Of none wanted Megatron makes a blend without samples, which its loader does not take.
+        return [None if n == 0 else data for data, n in zip(built, num_samples, strict=True)]
 
     def datasets(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """Build the three, and tell method and hooks (`train_valid_test_datasets_provider`)."""

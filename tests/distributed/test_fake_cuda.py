@@ -27,7 +27,7 @@ LAYOUTS = {
     "TP 2, SP, PP 2, ZeRO-1 overlapped": (TP2, PP2, ZERO),
     "TP 2, PP 2 by virtual stages": (TP2, PP2, VPP2),
     "PP 2, full recomputation": (PP2, FULL),
-    "a loss per token": ("--calculate-per-token-loss", ZERO),
+    "a loss per token": ("--calculate-per-token-loss --global-batch-size 16", ZERO),
 }
 METHODS = {
     "let": LET,

@@ -3,14 +3,17 @@
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.attack.poison import read_metadata
 from tests.distributed.training import TP2_PP2, records, run, series
 from tests.support.disk import REASON, can_mount, small_disk
-from tests.support.testing import run_distributed
+from tests.support.testing import run_distributed, run_program
 from tests.support.tiny_run import BATCH, FLAGS, SEQ, STEPS, checkpoint, hashes
+
+PROGRAM = str(Path(__file__).resolve().parents[2] / "pretrain_let.py")
 
 STOP = 4  # of `tiny_run.LET`
 KINDS = {
@@ -373,12 +376,29 @@ def test_a_full_file_system_is_named(corpus, tmp_path, room):
 
 
 def test_totals_count_steps_that_were_not_logged(corpus, tmp_path):
-    """The run stops at step 3 of a log interval of 4."""
-    flags = [*corpus.flags, "--log-interval", "4", "--save", str(tmp_path)]
+    """The run is killed after the save of step 3 of a log interval of 4."""
+    flags = [*corpus.flags, "--log-interval", "4", "--save", str(tmp_path), "--save-interval", "3"]
     assert not run(1, *flags, "--exit-interval", "3")
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(line for line in log.open() if '"stop"' not in line))
     assert not run(1, *flags, "--load", str(tmp_path))
     tokens = series(tmp_path, "tokens")
     assert tokens == {step: step * BATCH * SEQ for step in (4, 8)}
+
+
+def test_another_order_of_the_samples_is_said(corpus, tmp_path):
+    flags = [*FLAGS, *corpus.flags, "--save", str(tmp_path), "--load", str(tmp_path)]
+    for seed, stop in (("1", "1"), ("1", "2"), ("2", "3")):
+        done = run_program(PROGRAM, *flags, "--seed", seed, "--exit-interval", stop)
+        assert done.returncode == 0, done.stderr[-2000:]
+        is_said = "are not those that the checkpoint's run would have seen" in done.stdout
+        assert is_said == (seed == "2")
+
+
+def test_a_blend_trains_without_evaluation(corpus, tmp_path):
+    data = corpus.flags[1]
+    blend = ["--data-path", "0.5", data, "0.5", data, *corpus.flags[2:], "--save", str(tmp_path)]
+    assert not run(1, *blend, "--eval-iters", "0", "--exit-interval", "1")
 
 
 # --- which checkpoint --------------------------------------------------------------------------
