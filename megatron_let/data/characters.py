@@ -6,6 +6,7 @@ another. A normalizer puts marks in order and joins them with the letter before:
 characters at once. What a character does is found out when it first occurs.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -24,42 +25,35 @@ _LAST_DECOMPOSED = 0x2FA20
 """Behind this one no character is made of others."""
 _LOWEST_MARK, _HIGHEST_MARK = "\u0334", "\u0345"
 """Of all classes of marks the first and the last in order."""
+_CONTEXT = "a{0}1{0},{0}'{0}a\n"
 
 
 def revealing(tokenizer: dict[str, Any]) -> str:
     """A tokenizer.json whose tokens show every cut beside a character.
 
-    Of a byte-level one its vocabulary is replaced: the merges join an ASCII character of
-    `_in_context` with the first or last byte of its neighbour. Others do not cut by kinds of
-    characters, and stay as they are.
+    Of a byte-level one its vocabulary is replaced: the merges join an ASCII character of `_CONTEXT`
+    with the first or last byte of its neighbour. Others do not cut by kinds of characters, and stay
+    as they are.
     """
     if "ByteLevel" not in json.dumps(tokenizer["pre_tokenizer"]):
         return json.dumps(tokenizer)
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()
-    first, last = range(0xC2, 0xF5), range(0x80, 0xC0)
-    neighbours = [ord(character) for character in "a1,'"]
-    pairs = [(one, other) for one in neighbours for other in first]
-    pairs += [(one, other) for one in last for other in neighbours]
-    merges = [(letters[one], letters[other]) for one, other in pairs]
+    kinds = b"a1,'", range(0xC2, 0xF5), range(0x80, 0xC0)
+    ascii_ones, first, last = ([letters[byte] for byte in kind] for kind in kinds)
+    merges = [*itertools.product(ascii_ones, first), *itertools.product(last, ascii_ones)]
     tokens = [*letters.values(), *(one + other for one, other in merges)]
     model = tokenizer["model"] | {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}
     return json.dumps(tokenizer | {"model": model, "added_tokens": [], "post_processor": None})
 
 
-def _in_context(character: str) -> str:
-    return f"a{character}1{character},{character}'{character}a\n"
-
-
 class Screen:
     """Decides what of each text the fast engine may see, at some hundred megabytes a second.
 
-    Args:
-        ours, theirs: the fast engine and the library, with the same `revealing` tokenizer.
-        normalizer: the library's, of `UNICODE_FORMS`, which the fast engine is to do without, or
-            None.
-        added_tokens: what both look for in a text before they normalize what lies between.
+    `ours` and `theirs` are the fast engine and the library, with the same `revealing` tokenizer;
+    `normalizer` the library's, of `UNICODE_FORMS`, which the fast engine is to do without, or None;
+    `added_tokens` what both look for in a text before they normalize what lies between.
     """
 
     def __init__(
@@ -109,10 +103,9 @@ class Screen:
 
     def _learn(self, points: np.ndarray) -> None:
         characters = list(map(chr, points.tolist()))
-        texts = list(map(_in_context, characters))
-        for point, character, ours, theirs in zip(
-            points, characters, self._ours(texts), self._theirs(texts), strict=True
-        ):
+        texts = list(map(_CONTEXT.format, characters))
+        found = zip(points, characters, self._ours(texts), self._theirs(texts), strict=True)
+        for point, character, ours, theirs in found:
             differs = list(ours) != list(theirs)
             traits = _KNOWN | _CUT_DIFFERENTLY * differs | _ACTIVE * self._is_active(character)
             self._traits[point] = traits
@@ -126,8 +119,7 @@ class Screen:
 def _joined_to_others() -> set[str]:
     """Characters that can make one character together with one before them.
 
-    They, or the first of what they are made of, stand behind another in what some character is made
-    of.
+    They, or the first of their parts, stand behind another in the parts of some character.
     """
     from tokenizers import normalizers
 

@@ -1,7 +1,7 @@
 """Parse a block of input into texts, and say of every record that is none what is wrong with it."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,22 +34,17 @@ class Documents:
     """Number of each one's line or row in its file."""
     texts: dict[str, list[str]] = field(default_factory=dict)
     """Of each JSON key."""
-    text_bytes: dict[str, list[int]] = field(default_factory=dict)
-    """Their sizes in UTF-8."""
     groups: list[str] = field(default_factory=list)
     """With --split-by-meta the value of each one; else empty strings."""
     skipped: list[Skipped] = field(default_factory=list)
 
 
 def parse(block: Block, keys: Sequence[str], group_key: str | None) -> Documents:
-    """Read the records of `block`.
+    """Read the records of `block`, whose texts are the values of `keys`.
 
-    Args:
-        block: from `InputFile.blocks`.
-        keys: whose values are the texts.
-        group_key: the key in a record's "meta" whose value groups the documents; None groups none.
+    The value of `group_key` in a record's "meta" groups the documents; None groups none.
     """
-    found = Documents(texts={key: [] for key in keys}, text_bytes={key: [] for key in keys})
+    found = Documents(texts={key: [] for key in keys})
     for number, content in enumerate(_contents(block), start=block.first):
         try:
             record = _record(content, block.kind, keys)
@@ -60,9 +55,8 @@ def parse(block: Block, keys: Sequence[str], group_key: str | None) -> Documents
             continue
         found.records.append(number)
         found.groups.append(group)
-        for key, (text, size) in zip(keys, texts, strict=True):
+        for key, text in zip(keys, texts, strict=True):
             found.texts[key].append(text)
-            found.text_bytes[key].append(size)
     return found
 
 
@@ -70,17 +64,10 @@ def _contents(block: Block) -> Iterable[Any]:
     if block.kind == "rows":
         return block.content.to_pylist()
     content = block.content.tobytes()
-    return _lines(content) if block.kind == "lines" else [content]
-
-
-def _lines(content: bytes) -> Iterator[memoryview]:
-    """The lines without their ends; as views, since most of a line is one text."""
-    view, start = memoryview(content), 0
-    while (end := content.find(b"\n", start)) >= 0:
-        yield view[start:end]
-        start = end + 1
-    if start < len(content):  # the last one lacks its end
-        yield view[start:]
+    if block.kind == "text":
+        return [content]
+    lines = content.split(b"\n")
+    return lines if lines[-1] else lines[:-1]  # the last one may lack its end
 
 
 def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
@@ -96,12 +83,12 @@ def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
         pass
     try:
         # What Megatron's tool reads with: it knows NaN and Infinity, which a meta may hold.
-        return json.loads(content.tobytes().decode("utf-8-sig"))  # without a mark of byte order
+        return json.loads(content.decode("utf-8-sig"))  # without a mark of byte order
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object in UTF-8: {error}") from error
 
 
-def _text(record: Any, key: str) -> tuple[str, int]:
+def _text(record: Any, key: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if key not in record:
@@ -110,9 +97,10 @@ def _text(record: Any, key: str) -> tuple[str, int]:
     if not isinstance(text, str):
         raise ValueError(f"the value of {key!r} must be a string, found {type(text).__name__}")
     try:
-        return text, len(text) if text.isascii() else len(text.encode())
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the value of {key!r} is not valid Unicode: {error}") from error
+    return text
 
 
 def _group(record: dict[str, Any], key: str) -> str:

@@ -52,9 +52,7 @@ class EncodedBlock:
 class BlockEncoder:
     """Turns blocks into token ids, exactly as Megatron's tokenizer does.
 
-    Raises:
-        ValueError: a record is no document, and `on_error` is "stop".
-        EngineDiffers: gigatoken disagrees with the library on a document.
+    Raises `EngineDiffers`, and ValueError for a record that is no document if `on_error` is "stop".
     """
 
     engine: Engine
@@ -94,7 +92,7 @@ class BlockEncoder:
                     f"{block.path}:{record}: a document of more than the {MAX_LENGTH} tokens that "
                     "Megatron's index can hold; split it"
                 )
-            text_bytes = sum(documents.text_bytes[key][place] for place in places)
+            text_bytes = sum(len(documents.texts[key][place].encode()) for place in places)
             yield Part(group, key, ids, lengths, text_bytes)
 
     def _verify(
@@ -106,9 +104,8 @@ class BlockEncoder:
         first = (records <= VERIFIED_FIRST) & (block.end.file == 0)
         places = np.flatnonzero(whole | first).tolist()
         checked = [texts[place][: None if whole[place] else VERIFIED_BEGINNING] for place in places]
-        for place, text, expected in zip(
-            places, checked, engine.reference.encode(checked), strict=True
-        ):
+        references = engine.reference.encode(checked)
+        for place, text, expected in zip(places, checked, references, strict=True):
             is_cut = len(text) < len(texts[place])
             row = engine.encode([text])[0] if is_cut else rows[place]
             if not np.array_equal(row, expected):
