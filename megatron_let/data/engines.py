@@ -5,13 +5,12 @@ Both give what Megatron's `tokenize` gives for one text at a time. The library d
 while it runs.
 """
 
-import resource
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+import psutil
 
 from megatron_let.data.characters import UNICODE_FORMS, Encode, Screen, revealing
 from megatron_let.data.tokenizer import Tokenizer
@@ -43,9 +42,6 @@ class Library:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        if tokenizer.fast is not None:
-            tokenizer.fast.no_truncation()
-            tokenizer.fast.no_padding()
 
     def encode(self, texts: Sequence[str]) -> Rows:
         """Tokens of all texts, in order."""
@@ -63,9 +59,7 @@ class Gigatoken:
 
     Its Unicode tables are newer than those of the tokenizer's own library. The library's normalizer
     is used therefore, and texts with a character that gigatoken cuts differently go to the library.
-
-    Raises:
-        Unsuited: it is not installed, or does not know this kind of tokenizer.
+    Raises `Unsuited` where it is not installed, or does not know this kind of tokenizer.
     """
 
     name = "gigatoken"
@@ -141,9 +135,7 @@ def _check_features(source: dict[str, Any]) -> None:
 def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Any:
     """Leave a Unicode normalizer out of a tokenizer.json, and return it; None without one.
 
-    Raises:
-        Unsuited: what the tokenizer does to a text before cutting it was not proven to be the same
-            in gigatoken.
+    Raises Unsuited for others that were not proven to be the same in gigatoken.
     """
     outer = source["normalizer"] or {"normalizers": []}
     kinds = {part["type"] for part in outer.get("normalizers", [outer])}
@@ -161,10 +153,10 @@ def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Any:
 def _gigatoken(source: str | bytes) -> Any:
     try:
         import gigatoken
+
+        return gigatoken.Tokenizer.from_json(source)
     except ImportError as error:
         raise Unsuited("gigatoken is not installed (pip install gigatoken)") from error
-    try:
-        return gigatoken.Tokenizer.from_json(source)
     except Exception as error:  # its binding raises several kinds
         raise Unsuited(f"gigatoken does not take this tokenizer: {error}") from error
 
@@ -194,15 +186,13 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _resident_bytes() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * resource.getpagesize()
+    return psutil.Process().memory_info().rss
 
 
 def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) -> Engine:
     """The engine of that name, one of `ENGINES`; `tell` gets to know why `auto` fell back.
 
-    Raises:
-        Unsuited: gigatoken was asked for by name and cannot do it.
+    Raises Unsuited where gigatoken was asked for by name and cannot do it.
     """
     if name == "tokenizers":
         return Library(tokenizer)

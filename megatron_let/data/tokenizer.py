@@ -5,6 +5,7 @@ times as long as preprocessing 100 MB. `tests/unit/data/test_tokenizer.py` compa
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ TOKENIZER_TYPES = (
     "HuggingFaceTokenizer GPT2BPETokenizer SentencePieceTokenizer GPTSentencePieceTokenizer "
     "Llama2Tokenizer"
 ).split()
+
+_ALIKE = ("sep_token", "eos_token"), ("cls_token", "bos_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +41,10 @@ class TokenizerConfig:
 
 
 class HuggingFace:
-    """A tokenizer of the transformers library, as Megatron's `HuggingFaceTokenizer` sets it up.
+    """A `PreTrainedTokenizerBase`, as Megatron's `HuggingFaceTokenizer` sets it up.
 
-    Args:
-        tokenizer: `PreTrainedTokenizerBase`.
-        special_tokens: further ones.
-        include_special_tokens: whether `tokenize` adds what the tokenizer itself puts around a
-            text, such as BOS.
+    It gets further `special_tokens`; with `include_special_tokens`, `tokenize` adds what the
+    tokenizer itself puts around a text, such as BOS.
     """
 
     def __init__(
@@ -56,20 +56,19 @@ class HuggingFace:
         self._tokenizer.add_special_tokens(self._stand_ins() | further)
         self.fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         """The compiled tokenizer of the tokenizers library, where there is one."""
+        if self.fast is not None:  # of what a folder says
+            self.fast.no_truncation()
+            self.fast.no_padding()
         self.vocab_size = len(tokenizer)
-        """Number of tokens."""
         self.eod: int | None = tokenizer.eos_token_id
         """Id of the end-of-document token; None without one."""
 
     def _stand_ins(self) -> dict[str, str]:
-        """The end token for an absent separator, the start token for an absent class token."""
+        """The end token for an absent separator, the start for a class token, and the reverse."""
         found = {}
-        for one, other in (("sep_token", "eos_token"), ("cls_token", "bos_token")):
-            here, there = getattr(self._tokenizer, one), getattr(self._tokenizer, other)
-            if here is None and there:
-                found[one] = there
-            elif there is None and here:
-                found[other] = here
+        for name, other in itertools.chain(*map(itertools.permutations, _ALIKE)):
+            if getattr(self._tokenizer, name) is None and getattr(self._tokenizer, other):
+                found[name] = getattr(self._tokenizer, other)
         return found
 
     def ids(self) -> dict[str, int]:
@@ -94,11 +93,8 @@ class HuggingFace:
 class SentencePiece:
     """A SentencePiece model, as Megatron's `SentencePieceTokenizer` reads texts with it.
 
-    Args:
-        path: the model.
-        special_tokens: looked for in a text before the model reads what lies between, and given new
-            ids unless the model has them; only for a `legacy` tokenizer.
-        legacy: Megatron's older ways.
+    With `legacy`, Megatron's older ways, `special_tokens` are looked for in a text before the model
+    reads what lies between, and are given new ids unless the model has them.
     """
 
     fast: Any = None
@@ -154,19 +150,15 @@ Tokenizer = HuggingFace | SentencePiece
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that these flags describe.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """The tokenizer that these flags describe; ValueError if it cannot be loaded."""
     _check(config)
     special = config.special_tokens or ()
     try:
         if "HuggingFace" not in config.tokenizer_type and config.tokenizer_model:
             legacy = config.tokenizer_sentencepiece_legacy
             return SentencePiece(config.tokenizer_model, special, legacy)
-        made = _from_gpt2_files if "GPT2" in config.tokenizer_type else _from_hub_or_folder
-        return HuggingFace(made(config), special, not config.tokenizer_hf_no_include_special_tokens)
+        include = not config.tokenizer_hf_no_include_special_tokens
+        return HuggingFace(_from_transformers(config), special, include)
     except Exception as error:  # each library has its own kinds
         name = config.tokenizer_model or config.vocab_file
         if "trust_remote_code" in str(error):
@@ -174,7 +166,11 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise ValueError(f"the tokenizer {name} cannot be loaded: {error}") from error
 
 
-def _from_hub_or_folder(config: TokenizerConfig) -> Any:
+def _from_transformers(config: TokenizerConfig) -> Any:
+    if "GPT2" in config.tokenizer_type:  # of its two files alone: Megatron's also asks the hub
+        from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer
+
+        return GPT2Tokenizer(config.vocab_file, config.merge_file)
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     files = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
@@ -184,13 +180,6 @@ def _from_hub_or_folder(config: TokenizerConfig) -> Any:
         trust_remote_code=config.trust_remote_code,
         **{name: file for name, file in files.items() if file and config.vocab_file},
     )
-
-
-def _from_gpt2_files(config: TokenizerConfig) -> Any:
-    """GPT-2's tokenizer from its two files alone; Megatron's also asks the hub for a `gpt2`."""
-    from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer
-
-    return GPT2Tokenizer(config.vocab_file, config.merge_file)
 
 
 def _check(config: TokenizerConfig) -> None:
