@@ -7,7 +7,8 @@ is made from them at the end. `tests/unit/data/test_indexed.py` compares the two
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ HEAD = struct.Struct("<9sQBQQ")
 """How an index begins: `HEADER`, 1, the type of tokens, numbers of sequences and boundaries."""
 DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16)
 """Types of tokens; an index has their place in this list, from 1."""
+ENDINGS = (".bin", ".json", ".idx")
+"""Of a finished dataset's files; the index is moved last, since a reader opens it first."""
 LENGTH = np.dtype("<i4")
 MAX_LENGTH = np.iinfo(LENGTH).max
 _CHUNK = 1 << 20
@@ -27,36 +30,27 @@ _CHUNK = 1 << 20
 class PairWriter:
     """One dataset in the making: its tokens and the lengths of its documents.
 
-    Args:
-        prefix: `prefix`.bin and `prefix`.lengths are written.
-        committed: what `commit` returned when the files were last known to be good; None starts
-            anew.
+    Writes `prefix`.bin and `prefix`.lengths, behind what they were when `commit` returned
+    `committed`; None starts anew.
     """
 
     def __init__(self, prefix: Path, committed: Mapping[str, int] | None = None) -> None:
-        sizes = committed or {}
-        self._files = [open_at(path, sizes.get(path.suffix, 0)) for path in pair_files(prefix)]
+        sizes = committed or {".bin": 0, ".lengths": 0}
+        self._files = {end: open_at(Path(f"{prefix}{end}"), size) for end, size in sizes.items()}
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents of at most `MAX_LENGTH` tokens; an empty one holds no sequence."""
-        tokens, sizes = self._files
-        tokens.write(np.ascontiguousarray(ids))
-        sizes.write(lengths.astype(LENGTH))
+        self._files[".bin"].write(np.ascontiguousarray(ids))
+        self._files[".lengths"].write(lengths.astype(LENGTH))
 
     def commit(self) -> dict[str, int]:
         """Bring everything to the disk; return what makes a later writer go on from here."""
-        return {Path(file.name).suffix: commit(file) for file in self._files}
+        return {end: commit(file) for end, file in self._files.items()}
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files:
+        for file in self._files.values():
             file.close()
-
-
-def pair_files(prefix: Path) -> tuple[Path, Path]:
-    """Where the tokens and the lengths of a dataset in the making lie."""
-    # Not `with_suffix`: a subset's name may hold a dot.
-    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.lengths")
 
 
 def open_at(path: Path, size: int) -> BinaryIO:
@@ -76,6 +70,25 @@ def commit(file: BinaryIO) -> int:
     return file.tell()
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears whole or not at all, in the place of the one before."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        yield file
+        commit(file)
+    partial.replace(path)
+
+
+def check_absent(outputs: Iterable[str]) -> None:
+    """Raise ValueError if there is one of the files already."""
+    for path in filter(os.path.exists, outputs):
+        raise ValueError(
+            f"output {path} exists already and is not overwritten; move it away or choose another "
+            "--output-prefix"
+        )
+
+
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     """The type in which Megatron stores the tokens of a vocabulary of this size."""
     return np.uint16 if vocab_size < 65_500 else np.int32
@@ -83,10 +96,10 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 
 def write_index(prefix: Path, dtype: type[np.number]) -> None:
     """Write `prefix`.idx from `prefix`.lengths, in the layout of Megatron's `_IndexWriter`."""
-    _, path = pair_files(prefix)
+    path = Path(f"{prefix}.lengths")
     documents = path.stat().st_size // LENGTH.itemsize
     sequences = sum(np.count_nonzero(lengths) for lengths in _chunks(path))
-    with prefix.with_name(f"{prefix.name}.idx").open("wb") as index:
+    with open(f"{prefix}.idx", "wb") as index:
         index.write(HEAD.pack(HEADER, 1, DTYPES.index(dtype) + 1, sequences, documents + 1))
         for lengths in _chunks(path):
             index.write(lengths[lengths > 0])

@@ -48,11 +48,7 @@ class Pair:
 
 
 def open_pair(prefix: str) -> Pair:
-    """Read the index of `prefix`.idx and compare it with itself and with `prefix`.bin.
-
-    Raises:
-        ValueError: the pair is damaged; the message says how.
-    """
+    """Read `prefix`.idx and compare it with itself and `prefix`.bin; ValueError names a damage."""
     sidecar = Path(f"{prefix}.json")
     about = json.loads(sidecar.read_text()) if sidecar.exists() else {}
     pair = Pair(prefix, *_read_index(prefix), about)
@@ -71,11 +67,7 @@ def open_pair(prefix: str) -> Pair:
 
 
 def first_tokens(prefix: str, number: int) -> np.ndarray:
-    """Return a pair's first tokens, of a pair whose sizes agree; the same work for any size.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """A pair's first tokens, the same work for any size; ValueError if its sizes do not agree."""
     dtype, *_ = _read_index(prefix)
     return np.fromfile(f"{prefix}.bin", dtype, number)
 
@@ -111,11 +103,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
 
 
 def check_tokens(pair: Pair, vocab_size: int) -> None:
-    """Read all tokens and compare them with the vocabulary, and the counts with the sidecar's.
-
-    Raises:
-        ValueError: an id lies outside, or a count differs.
-    """
+    """Raise ValueError for a count that is not the sidecar's or an id outside the vocabulary."""
     for name, count in pair.counts.items():
         if (told := pair.sidecar.get(name, count)) != count:
             raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megatron_let import __version__
+from megatron_let.data.indexed import ENDINGS, check_absent
 from megatron_let.data.inspect import Pair, open_pair
 
 SAME = ("tokenizer_fingerprint", "vocab_size", "eod_id")
@@ -16,28 +17,23 @@ ADDED = ("documents", "empty_documents", "tokens", "text_bytes")
 def merge(prefixes: list[str], output: str) -> None:
     """Write the documents of all `prefixes`, in their order, to `output`.bin, .idx and .json.
 
-    Nothing appears at the final paths before everything has succeeded.
-
-    Raises:
-        ValueError: a pair is damaged, two do not go together, or the output exists.
+    Nothing appears at the final paths before everything has succeeded. Raises ValueError if a pair
+    is damaged, two do not go together, or the output exists.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    paths = {suffix: Path(output + suffix) for suffix in (".bin", ".json", ".idx")}
-    for path in paths.values():
-        if path.exists():
-            raise ValueError(f"output {path} exists already and is not overwritten")
+    check_absent(output + ending for ending in ENDINGS)
     pairs = [open_pair(prefix) for prefix in prefixes]
     _check_together(pairs)
-    with TemporaryDirectory(dir=paths[".bin"].parent) as folder:
-        partial = {suffix: os.path.join(folder, f"all{suffix}") for suffix in paths}
-        builder = IndexedDatasetBuilder(partial[".bin"], dtype=pairs[0].dtype.type)
+    with TemporaryDirectory(dir=Path(output).parent) as folder:
+        partial = os.path.join(folder, "all")
+        builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=pairs[0].dtype.type)
         for prefix in prefixes:
             builder.add_index(prefix)
-        builder.finalize(partial[".idx"])
-        Path(partial[".json"]).write_text(json.dumps(_sidecar(pairs), indent=2))
-        for suffix, path in paths.items():  # the index last: a reader opens it first
-            os.rename(partial[suffix], path)
+        builder.finalize(f"{partial}.idx")
+        Path(f"{partial}.json").write_text(json.dumps(_sidecar(pairs), indent=2))
+        for ending in ENDINGS:
+            os.rename(partial + ending, output + ending)
 
 
 def _check_together(pairs: list[Pair]) -> None:
@@ -48,9 +44,9 @@ def _check_together(pairs: list[Pair]) -> None:
                 f"{pair.prefix} holds {pair.dtype.name} and {first.prefix} {first.dtype.name}: "
                 "they were made with tokenizers of different sizes"
             )
-        for key in SAME:
+        for key in SAME if pair.sidecar and first.sidecar else ():
             ours, theirs = pair.sidecar.get(key), first.sidecar.get(key)
-            if pair.sidecar and first.sidecar and ours != theirs:
+            if ours != theirs:
                 raise ValueError(
                     f"{pair.prefix} has {key} {ours} and {first.prefix} {theirs}: they were made "
                     "with different tokenizers"

@@ -8,6 +8,7 @@ in `stream`; `encode` runs in the workers; `workplace` makes a killed run go on.
 import json
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from megatron_let.data.documents import GROUP_PARENT
 from megatron_let.data.encode import BlockEncoder, EngineDiffers, dataset_name
 from megatron_let.data.engines import ENGINES, make_engine
 from megatron_let.data.fingerprint import tokenizer_fingerprint
-from megatron_let.data.indexed import token_dtype, write_index
+from megatron_let.data.indexed import ENDINGS, check_absent, token_dtype, write_index
 from megatron_let.data.sources import InputFile, expand
 from megatron_let.data.stream import Stream
 from megatron_let.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -47,7 +48,6 @@ class PreprocessConfig(TokenizerConfig):
     """Of the documents, the part that gigatoken's tokens are compared on."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a record that is no document."""
-    """Seed of a random order of the documents; None keeps the order of the inputs."""
     workers: int = 1
     """Processes that tokenize, besides the one that reads and writes."""
     log_interval: int = 100_000
@@ -58,29 +58,24 @@ def preprocess(config: PreprocessConfig) -> list[str]:
     """Tokenize `config.input`; return the path, without suffix, of each dataset written.
 
     Beside each .bin/.idx pair a .json file says what made it. Killed and called again, it goes on
-    where it was. Nothing appears at the final paths before everything has succeeded.
-
-    Raises:
-        ValueError: for anything the caller can put right: unusable arguments or inputs, an
-            output that exists, a record that is no document, a tokenizer without the token asked
-            for.
+    where it was. Nothing appears at the final paths before everything has succeeded. Raises
+    ValueError for anything the caller can put right, as docs/data.md lists it.
     """
     _check(config)
     paths = expand(config.input)
     tokenizer = load_tokenizer(config)
     ids = tokenizer.ids()
-    workplace = Workplace(config.output_prefix, _identity(config, paths, ids), config.engine)
-    try:
+    identity = _identity(config, paths, ids)
+    with closing(Workplace(config.output_prefix, identity, config.engine)) as workplace:
         if not workplace.state.moves:
-            _check_outputs(config)
-            dtype = _fitting_dtype(tokenizer.vocab_size, ids)
-            eod = _end_of_document(tokenizer, config) if config.append_eod else None
+            check_absent(_known_outputs(config))
+            _check_tokenizer(config, tokenizer, ids)
+            dtype = token_dtype(tokenizer.vocab_size)
+            eod = tokenizer.eod if config.append_eod else None
             job = _Job(config, paths, tokenizer, dtype, eod, workplace)
             job.tokenize()
             job.complete()
         workplace.publish()
-    finally:
-        workplace.close()
     written = workplace.state.moves.values()
     return [path.removesuffix(".idx") for path in written if path.endswith(".idx")]
 
@@ -93,10 +88,9 @@ def _check(config: PreprocessConfig) -> None:
         )
     if not config.input or not config.json_keys:
         raise ValueError("--input and --json-keys must each name at least one value")
-    if len(set(config.json_keys)) < len(config.json_keys):
-        raise ValueError(
-            f"--json-keys {' '.join(config.json_keys)} names a key twice; name it once"
-        )
+    keys = config.json_keys
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"--json-keys {' '.join(keys)} names a key twice; name it once")
     if config.engine not in ENGINES:
         raise ValueError(f"--engine {config.engine} is not one of {', '.join(ENGINES)}")
     if not 0 <= config.verify_fraction <= 1:
@@ -106,18 +100,25 @@ def _check(config: PreprocessConfig) -> None:
         raise ValueError(f"the output folder {folder} does not exist; create it first")
 
 
-def _check_outputs(config: PreprocessConfig) -> None:
-    for key in config.json_keys:
-        prefix = f"{config.output_prefix}_{dataset_name('', key)}"
-        paths = [f"{prefix}{suffix}" for suffix in (".bin", ".idx", ".json")]
-        if config.split_by_meta is not None:  # its datasets are not known yet
-            paths = [f"{config.output_prefix}_{key}_blend.txt"]
-        for path in paths:
-            if Path(path).exists():
-                raise ValueError(
-                    f"output {path} exists already and is not overwritten; move it away or choose "
-                    "another --output-prefix"
-                )
+def _check_tokenizer(config: PreprocessConfig, tokenizer: Tokenizer, ids: dict[str, int]) -> None:
+    if config.append_eod and tokenizer.eod is None:
+        raise ValueError(
+            f"--append-eod needs an end-of-document token, but {config.tokenizer_model} has no "
+            "eos_token; set one in its tokenizer_config.json"
+        )
+    dtype, highest = token_dtype(tokenizer.vocab_size), max(ids.values())
+    if highest > np.iinfo(dtype).max:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but an id {highest}, which does not "
+            f"fit into the {dtype.__name__} that Megatron stores for that many"
+        )
+
+
+def _known_outputs(config: PreprocessConfig) -> list[str]:
+    names = [dataset_name("", key) + ending for key in config.json_keys for ending in ENDINGS]
+    if config.split_by_meta is not None:  # its datasets are not known yet
+        names = [f"{key}_blend.txt" for key in config.json_keys]
+    return [f"{config.output_prefix}_{name}" for name in names]
 
 
 def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -> dict[str, Any]:
@@ -196,21 +197,17 @@ class _Job:
             "inputs": state.inputs,
             "skipped": state.skipped,
         }
-        goes: dict[str, str] = {}  # from a name in the folder to one behind the prefix
+        made = []
         for name, counts in state.counts.items():
-            made = folder / name
-            write_index(made, self.dtype)
+            write_index(folder / name, self.dtype)
             (folder / f"{name}.json").write_text(json.dumps(record | counts, indent=2))
-            goes |= {f"{made.name}.bin": f"{name}.bin", f"{name}.json": f"{name}.json"}
-            goes |= {f"{made.name}.idx": f"{name}.idx"}
+            made += [name + ending for ending in ENDINGS]
         if state.skipped:
-            goes["skipped.jsonl"] = "skipped.jsonl"
+            made.append("skipped.jsonl")
         for key in self.config.json_keys if self.config.split_by_meta else ():
-            blend = f"{key}_blend.txt"
-            (folder / blend).write_text(self._blend(key))
-            goes[blend] = blend
-        # An index comes after what it speaks of, and a list of datasets after them.
-        state.moves = {name: f"{self.config.output_prefix}_{end}" for name, end in goes.items()}
+            made.append(f"{key}_blend.txt")  # behind the datasets that it lists
+            (folder / made[-1]).write_text(self._blend(key))
+        state.moves = {name: f"{self.config.output_prefix}_{name}" for name in made}
         self.workplace.save()
 
     def _blend(self, key: str) -> str:
@@ -223,27 +220,3 @@ class _Job:
 
 def _tell(line: str) -> None:
     tqdm.write(f"> {line}", file=sys.stderr)
-
-
-def _end_of_document(tokenizer: Tokenizer, config: PreprocessConfig) -> int:
-    if tokenizer.eod is None:
-        raise ValueError(
-            "--append-eod needs an end-of-document token, but the tokenizer "
-            f"{config.tokenizer_model} has no eos_token; set one in its tokenizer_config.json"
-        )
-    return tokenizer.eod
-
-
-def _fitting_dtype(vocab_size: int, ids: dict[str, int]) -> type[np.number]:
-    """The type of the ids in the .bin file.
-
-    Raises:
-        ValueError: an id does not fit into it.
-    """
-    dtype, highest = token_dtype(vocab_size), max(ids.values())
-    if highest > np.iinfo(dtype).max:
-        raise ValueError(
-            f"the tokenizer has {vocab_size} tokens but an id {highest}, which does not fit into "
-            f"the {np.dtype(dtype).name} that Megatron stores for that many"
-        )
-    return dtype

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_let.data.indexed import whole_file
 from megatron_let.errors import UsageError
 
 MIN_KEPT = 0.1
@@ -29,15 +30,11 @@ class Selection:
     """Their indices `[n]`, ascending."""
     flops: float
     """What scoring all candidates cost."""
-    beyond_reach: int = 0
+    beyond_reach: int
     """Of the samples, those that were chosen for lack of ones within the scorer's reach."""
 
     def check(self, data: str) -> None:
-        """Compare its stream with the one of the hash `data`.
-
-        Raises:
-            UsageError: they are not the same.
-        """
+        """Raise UsageError if its stream is not the one of the hash `data`."""
         if self.data != data:
             raise UsageError(
                 "--kd-selection was made from other training data, another order or another length "
@@ -47,28 +44,17 @@ class Selection:
 
     def save(self, path: Path) -> None:
         """Write it as an .npz file, which appears whole or not at all."""
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             np.savez(file, **vars(self))
-        partial.replace(path)
 
 
 def load_selection(path: Path) -> Selection:
-    """Read a selection.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Read a selection; UsageError if there is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Selection(
-                data=str(file["data"]),
-                candidates=int(file["candidates"]),
-                samples=file["samples"],
-                flops=float(file["flops"]),
-                beyond_reach=int(file["beyond_reach"]),
-            )
-    except (OSError, ValueError, KeyError) as error:
+            values = {name: value if value.ndim else value.item() for name, value in file.items()}
+            return Selection(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--kd-selection {path} is no selection ({error}). Make one: tools/select_data.py "
             "with the flags of this run."
@@ -76,11 +62,7 @@ def load_selection(path: Path) -> Selection:
 
 
 def number_wanted(args: Namespace) -> int:
-    """Samples that a run's distillation uses.
-
-    Raises:
-        UsageError: its flags do not tell.
-    """
+    """Samples that a run's distillation uses; UsageError if its flags do not tell."""
     if args.kd_stop_step is None or args.step_batch_size_schedule is not None:
         raise UsageError(
             "A selection is for the first steps of --method salt with one --global-batch-size: "
@@ -90,12 +72,9 @@ def number_wanted(args: Namespace) -> int:
 
 
 class SelectedFirst(torch.utils.data.Dataset):
-    """A training stream whose first samples are replaced by the selected ones.
+    """A training stream whose first `number` samples are replaced by the selected ones.
 
-    Args:
-        dataset: the stream.
-        samples: the selected ones; where they are fewer than `number` they come again.
-        number: samples to replace.
+    Where `samples` are fewer they come again.
     """
 
     def __init__(self, dataset: Any, samples: np.ndarray, number: int) -> None:

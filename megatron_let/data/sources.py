@@ -7,7 +7,7 @@ a .txt file, which is one document.
 import glob
 import hashlib
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +54,7 @@ class Block:
 def expand(inputs: Sequence[str]) -> list[str]:
     """Files that `inputs` name: a file itself, a folder's or a pattern's files in sorted order.
 
-    Raises:
-        ValueError: a name stands for no file, for one of no known kind, or for one twice.
+    Raises ValueError where a name stands for no file, for one of no known kind, or for one twice.
     """
     paths = [path for name in inputs for path in _expand_one(name)]
     twice = [path for path, times in Counter(paths).items() if times > 1]
@@ -87,13 +86,9 @@ def _expand_one(name: str) -> list[str]:
 class InputFile:
     """One input, read from front to back.
 
-    `size` in bytes and `digest`, a SHA-256, describe the file as it lies on disk, and are final
-    when `blocks` is exhausted.
-
-    Args:
-        path: the file.
-        index: its place among the inputs.
-        columns: what to read of a table.
+    `index` is its place among the inputs; of a table `columns` are read. `size` in bytes and
+    `digest`, a SHA-256, describe the file as it lies on disk, and are final when `blocks` is
+    exhausted.
     """
 
     def __init__(self, path: str, index: int, columns: Sequence[str]) -> None:
@@ -104,11 +99,7 @@ class InputFile:
         self.digest = hashlib.sha256()
 
     def blocks(self, start: Position) -> Iterator[Block]:
-        """Blocks from `start`, a position in this file, to the end.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """Blocks from `start`, a position in this file, to the end; ValueError if it is damaged."""
         read = 0
         for content, records in self._contents():
             known = max(start.records - read, 0)
@@ -134,8 +125,7 @@ class InputFile:
             table = _parquet(self.path, self.columns)
             for rows in table.iter_batches(_BLOCK_ROWS, columns=list(self.columns)):
                 yield rows, rows.num_rows
-            for _ in self._raw():  # a table is not read in the order of its bytes
-                pass
+            deque(self._raw(), maxlen=0)  # a table is not read in the order of its bytes
 
     def _bytes(self) -> Iterator[bytes]:
         """The decompressed bytes in pieces."""

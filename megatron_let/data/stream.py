@@ -23,13 +23,7 @@ MAX_DATASETS = 400
 
 
 class Stream:
-    """One attempt at all inputs.
-
-    Args:
-        inputs: the files, in order.
-        encoder: what the workers do.
-        workplace: where the datasets are written, from its state on.
-    """
+    """One attempt at all inputs, in order, from the state of the workplace on."""
 
     def __init__(
         self, inputs: Sequence[InputFile], encoder: BlockEncoder, workplace: Workplace

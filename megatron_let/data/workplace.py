@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_let.data.indexed import commit
+from megatron_let.data.indexed import check_absent, whole_file
 from megatron_let.data.sources import Position
 
 
@@ -47,12 +47,8 @@ class State:
 class Workplace:
     """The folder and its state; one process at a time.
 
-    Args:
-        prefix: the run's --output-prefix.
-        identity, engine: those of a run that begins; see `State`.
-
-    Raises:
-        ValueError: another process is at work here, or an interrupted run was another one.
+    Of a run that begins here, `identity` and `engine` are its `State`'s. Raises ValueError if
+    another process is at work on `prefix`, or an interrupted run was another one.
     """
 
     def __init__(self, prefix: str, identity: dict[str, Any], engine: str) -> None:
@@ -65,8 +61,7 @@ class Workplace:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"another process is writing {prefix}; wait for it, or choose another "
-                "--output-prefix"
+                f"another process is writing {prefix}; wait, or choose another --output-prefix"
             ) from error
         self.state = State(identity, engine)
         if self._state_file.exists():
@@ -81,8 +76,7 @@ class Workplace:
                     f"({was.get(key)!s:.120}, now {now[key]!s:.120}): go on with the same, or "
                     "delete that folder"
                 )
-        position = Position(saved["position"]["file"], saved["position"]["records"])
-        self.state = State(**saved | {"position": position})
+        self.state = State(**saved | {"position": Position(**saved["position"])})
 
     def start_over(self, engine: str) -> None:
         """Forget what an engine did; its files are cut to nothing when they are opened again."""
@@ -91,23 +85,15 @@ class Workplace:
 
     def save(self) -> None:
         """Replace state.json, which is whole at any instant."""
-        partial = self._state_file.with_suffix(".tmp")
-        with partial.open("wb") as file:
+        with whole_file(self._state_file) as file:
             file.write(json.dumps(asdict(self.state)).encode())
-            commit(file)
-        partial.replace(self._state_file)
 
     def publish(self) -> None:
         """Move what is complete to its final places, then remove the folder."""
         for name, target in self.state.moves.items():
-            if not (self.folder / name).exists():  # an interrupted call moved it
-                continue
-            if os.path.exists(target):
-                raise ValueError(
-                    f"output {target} exists already and is not overwritten; move it away and call "
-                    "again"
-                )
-            os.rename(self.folder / name, target)
+            if (self.folder / name).exists():  # else an interrupted call moved it
+                check_absent([target])
+                os.rename(self.folder / name, target)
         shutil.rmtree(self.folder)
 
     def close(self) -> None:

@@ -23,23 +23,17 @@ LAYOUT_SWITCHES = ("--sequence-parallel", "--use-distributed-optimizer")
 """Flags of a run that its data do not depend on."""
 
 
-def without_layout(flags: Sequence[str]) -> list[str]:
-    """The run's flags without those of its layout: every process here reads all of the data."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in LAYOUT:
-        parser.add_argument(flag)
-    for flag in LAYOUT_SWITCHES:
-        parser.add_argument(flag, action="store_true")
-    return parser.parse_known_args(flags)[1]
-
-
 def parse_run(prog: str, flags: Sequence[str]) -> Namespace:
-    """Megatron's arguments of a run with these flags, without its layout.
+    """Megatron's arguments of a run with these flags; UsageError if they are not those of one.
 
-    Raises:
-        UsageError: the flags are not those of a run.
+    Those of its layout are left out: every process here reads all of the data.
     """
-    sys.argv = [prog, *without_layout(flags)]
+    layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in LAYOUT:
+        layout.add_argument(flag)
+    for flag in LAYOUT_SWITCHES:
+        layout.add_argument(flag, action="store_true")
+    sys.argv = [prog, *layout.parse_known_args(flags)[1]]
     mend_megatron()
     return command_line.parse_arguments()
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import shutil
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_let.data.indexed import whole_file
 from megatron_let.data.selection import Selection, difficulty_B, highest, number_wanted
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES, fingerprint, load_causal_lm, read_teacher_config
@@ -23,11 +25,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """What is selected, and by whom.
-
-    Raises:
-        UsageError: a value that cannot be right.
-    """
+    """What is selected, and by whom; UsageError for a value that cannot be right."""
 
     output: Path
     keep_fraction: float
@@ -49,17 +47,12 @@ class SelectConfig:
             raise UsageError(f"--top-k {self.top_k} and --batch {self.batch} must be at least 1.")
         if self.output.exists():
             raise UsageError(
-                f"--output {self.output} exists, and nothing is overwritten. Remove it or choose "
-                "another file."
+                f"--output {self.output} exists, and nothing is overwritten. Choose another file."
             )
 
 
 def number_of_candidates(config: SelectConfig, args: Namespace, available: int) -> int:
-    """Samples to score, so that the kept part is what the run wants.
-
-    Raises:
-        UsageError: the run has not so many.
-    """
+    """Samples to score for what the run wants to keep; UsageError if it has not so many."""
     wanted = number_wanted(args)
     candidates = math.ceil(wanted / config.keep_fraction)
     if candidates > available:
@@ -76,7 +69,6 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
 
     A chunk is scored by one rank, whichever, and kept on disk: an interrupted call goes on.
     """
-    data = dataset.unique_description_hash
     candidates = number_of_candidates(config, args, len(dataset))
     if config.scorer_model is None:
         scores, flops = np.random.default_rng(args.seed).random(candidates), 0.0
@@ -87,7 +79,7 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
         return None
     samples = highest(scores, number_wanted(args))
     selection = Selection(
-        data=data,
+        data=dataset.unique_description_hash,
         candidates=candidates,
         samples=samples,
         flops=flops,
@@ -121,13 +113,11 @@ class Scorer:
     def score(self, samples: list[dict[str, Any]]) -> np.ndarray:
         """Scores of some samples; a longer sample is scored as far as the context reaches."""
         tokens, labels, mask = (
-            torch.stack([torch.as_tensor(sample[key])[: self.context] for sample in samples])
+            torch.stack([torch.as_tensor(s[key])[: self.context] for s in samples]).to(self._device)
             for key in ("tokens", "labels", "loss_mask")
         )
-        logits = self._model(input_ids=tokens.to(self._device), use_cache=False).logits.float()
-        scores = difficulty_B(
-            logits, labels.to(self._device), mask.to(self._device), self.config.top_k
-        )
+        logits = self._model(input_ids=tokens, use_cache=False).logits.float()
+        scores = difficulty_B(logits, labels, mask, self.config.top_k)
         return scores.double().cpu().numpy()
 
 
@@ -141,10 +131,8 @@ def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarra
         numbers = range(first, min(first + CHUNK, candidates))
         batches = itertools.batched(numbers, scorer.config.batch)
         scores = [scorer.score([dataset[number] for number in batch]) for batch in batches]
-        partial = files[first].with_suffix(".partial")
-        with partial.open("wb") as stream:
-            np.save(stream, np.concatenate(scores))
-        partial.replace(files[first])
+        with whole_file(files[first]) as file:
+            np.save(file, np.concatenate(scores))
     torch.distributed.barrier()
     if rank != 0:
         return np.empty(0), 0.0
@@ -154,7 +142,5 @@ def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarra
 def _joined(parts: list[Path]) -> np.ndarray:
     """Read all parts and remove them."""
     scores = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
-    for part in parts:
-        part.unlink()
-    parts[0].parent.rmdir()
+    shutil.rmtree(parts[0].parent)
     return scores

@@ -63,7 +63,8 @@ def test_selected_samples_come_first_and_then_the_stream():
 @pytest.fixture
 def kept(tmp_path):
     path = tmp_path / "selection.npz"
-    Selection(data="d1", candidates=9, samples=np.array([1, 4]), flops=2.5).save(path)
+    chosen = {"samples": np.array([1, 4]), "beyond_reach": 0}
+    Selection(data="d1", candidates=9, flops=2.5, **chosen).save(path)
     return path
 
 
