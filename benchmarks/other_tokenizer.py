@@ -29,8 +29,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter  # noqa: E402
 from examples.study.study import DOCUMENTATION  # noqa: E402
 from megatron_let.data.tokenizer import TokenizerConfig  # noqa: E402
 from megatron_let.quickstart.wheels import TEXT, fetch_wheels  # noqa: E402
-from megatron_let.translation.build import build_translator  # noqa: E402
 from megatron_let.translation.rows import NOTHING, Translator  # noqa: E402
+from megatron_let.translation.run import build_translator  # noqa: E402
 
 WHEELS = Path(__file__).with_name("tokenizers.txt")
 FILES = (".json", ".v1", ".gguf", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")

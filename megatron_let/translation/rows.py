@@ -29,10 +29,8 @@ NOTHING = -1
 class Translator:
     """Rows of a student's tokens to rows of a teacher's.
 
-    Args:
-        student: its tokenizer; documents end with its end token.
-        teacher: its tokenizer. Documents begin with what that puts in front of a text, such as
-            BOS, and end with its end token.
+    Documents end with the end token; the teacher's begin with what its tokenizer puts in front of a
+    text, such as BOS.
     """
 
     def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
@@ -46,13 +44,10 @@ class Translator:
         self._settled = Settled(teacher)
 
     def row(self, tokens_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's tokens `[any]`, and where in them each of the student's has its target.
+        """The teacher's tokens `[any]`, and for each of the student's an index into them.
 
-        Args:
-            tokens_S: token ids, documents one after the other; the first may have begun before.
-
-        Returns:
-            Token ids, and for each of the student's an index into them, or `NOTHING`.
+        That is where it has its target, or `NOTHING`. Documents come one after the other; the first
+        may have begun before the row.
         """
         index_S = np.full(len(tokens_S), NOTHING)
         teacher: list[int] = []
@@ -104,12 +99,9 @@ class Translator:
 
 
 class Translated(torch.utils.data.Dataset):
-    """Samples with the teacher's row of a fixed length, and the index into it.
+    """Samples, whose `tokens` are `[S]`, with the teacher's row and the index into it.
 
-    Args:
-        dataset: gives samples with `tokens` `[S]`.
-        translator: of their rows.
-        length: of the teacher's rows; what goes beyond loses its targets.
+    The teacher's rows have that `length`; what goes beyond loses its targets.
     """
 
     def __init__(self, dataset: Any, translator: Translator, length: int) -> None:
@@ -143,15 +135,9 @@ def cut(ids: np.ndarray, index_S: np.ndarray, length: int) -> tuple[np.ndarray, 
 
 
 def measure(dataset: Any, translator: Translator, length: int | None) -> tuple[int, float]:
-    """Look at a run's first rows.
+    """The teacher's rows' length, and the share of the loss's tokens that have a target there.
 
-    Args:
-        dataset: its samples.
-        translator: of their rows.
-        length: of the teacher's rows, or None for one that is enough for those.
-
-    Returns:
-        The length, and the share of the loss's tokens that have a target.
+    Looks at a run's first rows; a `length` of None becomes one that is enough for them.
     """
     samples = [dataset[i] for i in range(min(MEASURED_ROWS, len(dataset)))]
     rows = [translator.row(sample["tokens"].numpy()) for sample in samples]

@@ -1,28 +1,29 @@
 """What a run has whose teacher has another tokenizer: rows of the teacher's in every batch."""
 
+import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
+from megatron_let import hugging_face
+from megatron_let.data.tokenizer import HuggingFace, TokenizerConfig, load_tokenizer
 from megatron_let.errors import UsageError
-from megatron_let.translation.build import build_translator, fingerprint
-from megatron_let.translation.rows import Translated, measure
+from megatron_let.translation.rows import Translated, Translator, measure
+from megatron_let.translation.token_bytes import TokenBytes
 from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS, Batch
 
 
 class Translation:
     """The teacher's rows: made in the dataset's workers, and read from batches on the device.
 
-    Args:
-        args: the checked command line.
-        source: folder or hub id of the teacher's tokenizer.
-        revision: of a hub id.
-
-    Raises:
-        UsageError: one of the tokenizers does not go with it.
+    `source` is the folder or hub id of the teacher's tokenizer. Raises UsageError if one of the two
+    tokenizers does not go with it.
     """
 
     def __init__(self, args: Namespace, source: str | Path, revision: str | None) -> None:
@@ -30,8 +31,10 @@ class Translation:
         if args.teacher_seq_length is not None and args.teacher_seq_length < 1:
             raise UsageError(f"--teacher-seq-length {args.teacher_seq_length} must be at least 1.")
         self._translator = build_translator(args, source, revision)
-        self.fingerprint = fingerprint(self._translator)
-        """Of the teacher's tokenizer."""
+        described = self._translator.teacher.tokenizer.fast.to_str()
+        described += f"{self._translator.start} {self._translator.end}"
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:8]
+        """Changes with anything the teacher's tokenizer does."""
         self.length: int | None = args.teacher_seq_length
         """Of the teacher's rows, in its tokens; measured where the data is, then told to all."""
         self._dataset: Translated | None = None
@@ -45,11 +48,7 @@ class Translation:
             )
 
     def dataset(self, dataset: Any) -> Translated:
-        """Samples with the teacher's rows.
-
-        Raises:
-            UsageError: nothing in the first ones has a target.
-        """
+        """Samples with the teacher's rows; UsageError if nothing in the first ones has a target."""
         length = self.length or self._args.teacher_row_tokens  # a checkpoint's
         self.length, self.share = measure(dataset, self._translator, length)
         if not self.share:
@@ -110,6 +109,30 @@ class Translation:
             "where one of them does and are guided (the first rows)"
         )
         return line if self.share >= 0.5 else f"WARNING: {line}"
+
+
+def build_translator(args: Namespace, source: str | Path, revision: str | None) -> Translator:
+    """What brings the student's rows to a teacher in the folder or hub id `source`.
+
+    Raises UsageError if a tokenizer cannot be loaded, or does not keep bytes.
+    """
+    # With threads of its own a tokenizer hangs in a worker that is forked later.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    names = [field.name for field in fields(TokenizerConfig)]
+    try:
+        student = load_tokenizer(TokenizerConfig(**{name: vars(args)[name] for name in names}))
+    except ValueError as error:
+        raise UsageError(f"With a teacher of another tokenizer: {error}.") from error
+    flag = f"--teacher-model {source}"
+    failure = f"The tokenizer of {flag} cannot be loaded."
+    found = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
+    if not found.is_fast:
+        raise UsageError(
+            f"{flag} has no tokenizer.json, without which its tokenizer is too slow to read the "
+            "student's text again: save it in its fast form."
+        )
+    own = f"--tokenizer-model {args.tokenizer_model or args.vocab_file}"
+    return Translator(TokenBytes(student, own), TokenBytes(HuggingFace(found, (), True), flag))
 
 
 def gathered(states_BTD: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:

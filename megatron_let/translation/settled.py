@@ -8,6 +8,7 @@ layer would be told of what is to come. So what hangs together without a space i
 tokenized again, ended behind each of its tokens, and must come out the same up to there.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,11 +24,7 @@ REMEMBERED = 1 << 17
 
 
 class Settled:
-    """Asks a teacher's tokenizer, and remembers what it said.
-
-    Args:
-        teacher: the tokenizer.
-    """
+    """Asks a teacher's tokenizer, and remembers what it said."""
 
     def __init__(self, teacher: TokenBytes) -> None:
         self._teacher = teacher
@@ -38,9 +35,7 @@ class Settled:
     def flags(self, ids: list[int], words: list[int | None]) -> np.ndarray:
         """Whether a text's tokens are settled up to and with each of them `[tokens]`.
 
-        Args:
-            ids: the tokens.
-            words: the number of the word that each belongs to.
+        `words` has the number of the word that each belongs to.
         """
         if len(self._known) > REMEMBERED:
             self._known.clear()
@@ -60,13 +55,13 @@ class Settled:
         new = new[~self._open[token[new - 1]]]
         apart = new[self._begins[token[new]]]
         bounds = [0, *apart.tolist(), len(ids)]
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             if end - start <= WORDS:
                 yield start, end
                 continue
             inside = new[new.searchsorted(start, "right") : new.searchsorted(end)]
             cuts = [start, *inside[WORDS - 1 :: WORDS].tolist(), end]
-            yield from zip(cuts, cuts[1:], strict=False)
+            yield from itertools.pairwise(cuts)
 
     def _learn(self, parts: set[tuple[int, ...]]) -> None:
         beginnings = [part[:i] for part in sorted(parts) for i in range(1, len(part) + 1)]

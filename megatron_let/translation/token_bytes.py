@@ -8,7 +8,7 @@ them: lower case, NFKC.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,19 +31,15 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """A tokenizer and the bytes of its tokens.
+    """A tokenizer and the bytes of its tokens; UsageError if those do not keep a text's.
 
-    Args:
-        tokenizer: of this package's.
-        flag: names it in errors, with its value.
-
-    Raises:
-        UsageError: its tokens do not keep the bytes of a text.
+    `flag` names it in errors, with its value.
     """
 
     def __init__(self, tokenizer: Tokenizer, flag: str) -> None:
-        self.tokenizer = tokenizer
-        source = _compiled_source(tokenizer)
+        self.tokenizer, fast = tokenizer, tokenizer.fast
+        source = {} if fast is None else json.loads(fast.to_str())
+        self._take_names_for_text()
         decoder = str(source.get("decoder"))
         self.looks_ahead = "ByteLevel" in decoder
         """Whether it cuts texts into words by a pattern, as byte-level ones do."""
@@ -53,9 +49,7 @@ class TokenBytes:
                 "its tokens are not known, by which two tokenizers meet. Choose a teacher of the "
                 "student's tokenizer, or tokenizers of one of these forms."
             )
-        rule = _of_byte_level if self.looks_ahead else _of_sentencepiece
-        written = str.encode if self.looks_ahead else rule  # tokens that were added
-        self.bytes = _bytes_by_id(tokenizer, rule, written, source.get("added_tokens", []))
+        self.bytes = self._bytes_by_id(source.get("added_tokens", []))
         """Of each id; none for a special token, and for the id behind the last one."""
         self.lengths = np.array([len(piece) for piece in self.bytes])
         self.adds_space = self.join(self.encode("a")) == b" a"
@@ -74,7 +68,24 @@ class TokenBytes:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _compiled_source(self.tokenizer)  # a copy in a worker that was not forked is as it was read
+        self._take_names_for_text()  # a copy in a worker that was not forked is as it was read
+
+    def _take_names_for_text(self) -> None:
+        if self.tokenizer.fast is not None:  # a text that names a special token does not mean it
+            self.tokenizer.fast.encode_special_tokens = True
+
+    def _bytes_by_id(self, added: list[dict[str, Any]]) -> list[bytes]:
+        rule = _of_byte_level if self.looks_ahead else _of_sentencepiece
+        rule_of_added = str.encode if self.looks_ahead else rule
+        ids = self.tokenizer.ids()
+        table = [b""] * (max(ids.values()) + 2)
+        for piece, index in ids.items():
+            table[index] = rule(piece)
+        for token in added:
+            table[token["id"]] = b"" if token["special"] else rule_of_added(token["content"])
+        for index in self.tokenizer.specials():
+            table[index] = b""
+        return table
 
     def encode(self, text: str) -> list[int]:
         """A text's tokens, none of them special."""
@@ -96,34 +107,6 @@ class TokenBytes:
     def join(self, ids: Sequence[int]) -> bytes:
         """The bytes of some tokens."""
         return b"".join(map(self.bytes.__getitem__, ids))
-
-
-def _compiled_source(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer.json of a compiled one, set to read texts as they are."""
-    fast = tokenizer.fast
-    if fast is None:
-        return {}
-    fast.no_truncation()
-    fast.no_padding()
-    fast.encode_special_tokens = True  # a text that names one does not mean it
-    return json.loads(fast.to_str())
-
-
-def _bytes_by_id(
-    tokenizer: Tokenizer,
-    rule: Callable[[str], bytes],
-    rule_of_added: Callable[[str], bytes],
-    added: list[dict[str, Any]],
-) -> list[bytes]:
-    ids = tokenizer.ids()
-    table = [b""] * (max(ids.values()) + 2)
-    for piece, index in ids.items():
-        table[index] = rule(piece)
-    for token in added:
-        table[token["id"]] = b"" if token["special"] else rule_of_added(token["content"])
-    for index in tokenizer.specials():
-        table[index] = b""
-    return table
 
 
 _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
