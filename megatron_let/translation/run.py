@@ -34,7 +34,7 @@ class Translation:
         described = self._translator.teacher.tokenizer.fast.to_str()
         described += f"{self._translator.start} {self._translator.end}"
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:8]
-        """Changes with anything the teacher's tokenizer does."""
+        """Eight hexadecimal digits that change with anything the teacher's tokenizer does."""
         self.length: int | None = args.teacher_seq_length
         """Of the teacher's rows, in its tokens; measured where the data is, then told to all."""
         self._dataset: Translated | None = None
