@@ -1,36 +1,29 @@
 """The optional accelerators: which of them are here, and what their absence switches off."""
 
 import functools
-import importlib
-import importlib.util
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 from megatron_let.console import say
 from megatron_let.upstream import cpu
 
-
-class Without(NamedTuple):
-    """What a missing accelerator means, in words and as defaults of Megatron's flags."""
-
-    means: str
-    defaults: dict[str, Any]
-
-
-WITHOUT = {
-    "Transformer Engine": Without(
-        "local layers, no fused rope", {"transformer_impl": "local", "apply_rope_fusion": False}
+WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "Transformer Engine": (
+        "local layers, no fused rope",
+        {"transformer_impl": "local", "apply_rope_fusion": False},
     ),
-    "NVIDIA Apex": Without(
+    "NVIDIA Apex": (
         "no fused norm, no fused softmax",
         {"no_persist_layer_norm": True, "masked_softmax_fusion": False},
     ),
     # Transformer Engine does not replace them: its students, too, end in Megatron's own output
     # layer, which asks for this extension and refuses to be built without it.
-    "Apex's CUDA extensions": Without(
-        "no fused weight gradient", {"gradient_accumulation_fusion": False}
-    ),
+    "Apex's CUDA extensions": ("no fused weight gradient", {"gradient_accumulation_fusion": False}),
 }
+"""What a missing accelerator means, in words and as defaults of Megatron's flags."""
 
 
 def platform_defaults() -> dict[str, Any]:
@@ -43,12 +36,10 @@ def platform_defaults() -> dict[str, Any]:
     defaults: dict[str, Any] = {"distributed_backend": "gloo"} if on_cpu else {}
     missing = [name for name, present in accelerators().items() if not present]
     for name in missing:
-        defaults |= WITHOUT[name].defaults
+        defaults |= WITHOUT[name][1]
     if missing and not on_cpu:
-        means = ", ".join(WITHOUT[name].means for name in missing)
-        _tell_once(
-            f"> without {', '.join(missing)}: {means} (docs/install.md says how to add them)"
-        )
+        means = ", ".join(WITHOUT[name][0] for name in missing)
+        _tell_once(f"> without {', '.join(missing)}: {means} (docs/install.md: how to add them)")
     return defaults
 
 
@@ -57,11 +48,13 @@ def accelerators() -> dict[str, bool]:
 
     PyPI's `apex` is an unrelated package, told apart by its missing `apex.optimizers`.
     """
-    gpu = not cpu.is_active()
+    if cpu.is_active():
+        return dict.fromkeys(WITHOUT, False)
     return {
-        "Transformer Engine": gpu and _exists("transformer_engine.pytorch"),
-        "NVIDIA Apex": gpu and _exists("apex.optimizers"),
-        "Apex's CUDA extensions": gpu and _imports("fused_weight_gradient_mlp_cuda"),
+        "Transformer Engine": _is_found(find_spec, "transformer_engine.pytorch"),
+        "NVIDIA Apex": _is_found(find_spec, "apex.optimizers"),
+        # Loaded, as Megatron does.
+        "Apex's CUDA extensions": _is_found(import_module, "fused_weight_gradient_mlp_cuda"),
     }
 
 
@@ -71,17 +64,8 @@ def _tell_once(line: str) -> None:
         say(line)
 
 
-def _imports(name: str) -> bool:
-    """Whether an extension module loads, which is what Megatron tries."""
+def _is_found(find: Callable[[str], Any], name: str) -> bool:
     try:
-        importlib.import_module(name)
+        return find(name) is not None
     except ImportError:
-        return False
-    return True
-
-
-def _exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
         return False

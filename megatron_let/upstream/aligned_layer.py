@@ -26,13 +26,10 @@ from megatron_let.losses.attach import Alignment, Resize
 
 @functools.cache
 def aligned_layer_class(layer_class: type) -> type:
-    """Return a subclass of a `TransformerLayer` class that attaches the alignment loss.
-
-    A factory, since a mixture-of-experts student has another layer class than a dense one.
-    """
+    """Return a subclass of a `TransformerLayer`'s class; a mixture of experts has its own."""
 
     class AlignedTransformerLayer(layer_class):  # type: ignore[misc, valid-type]
-        """`TransformerLayer` whose output carries the alignment loss in its backward pass."""
+        """A layer whose output carries the alignment loss in its backward pass."""
 
         def __init__(
             self,
@@ -65,8 +62,7 @@ def aligned_layer_class(layer_class: type) -> type:
         ) -> dict[str, Any]:
             """Save the learned map, if any, under a key of its own.
 
-            Megatron stacks the layers' tensors to one `[L, ...]` tensor; the map exists in one
-            layer only, so it must not be stacked.
+            Megatron would stack it with those of other layers, which have none.
             """
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
             weights = self.let_resize.state_dict(keep_vars=True)
@@ -93,8 +89,8 @@ def aligned_block_spec(
     index = layer_number - 1 - get_transformer_layer_offset(transformer, vp_stage)
     owns = 0 <= index < len(layers)
     if owns:
-        spec, extra = layers[index], {"alignment": alignment, "resize": resize}
-        layers[index] = dataclasses.replace(
-            spec, module=aligned_layer_class(spec.module), params={**spec.params, **extra}
-        )
+        spec = layers[index]
+        module = aligned_layer_class(spec.module)
+        params = {**spec.params, "alignment": alignment, "resize": resize}
+        layers[index] = dataclasses.replace(spec, module=module, params=params)
     return dataclasses.replace(block, layer_specs=layers), owns

@@ -19,26 +19,21 @@ from megatron_let.upstream import cpu
 from megatron_let.upstream.table import Redirect, apply, instead
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+_FILES = f"{_STRATEGIES}.filesystem_async"
+_CALLER = f"{_STRATEGIES}.async_utils.PersistentAsyncCaller"
 _write = async_utils.PersistentAsyncCaller.async_loop
 
 
 def redirects(args: Namespace, results: Any) -> list[Redirect]:
     """What is replaced for saves: `results` is the queue in which writers put theirs."""
-    found = [
-        Redirect(
-            f"{_STRATEGIES}.filesystem_async",
-            "_results_queue",
-            instead(results),
-            "lives in a process that imports the whole program: ten seconds on CPU",
-        )
-    ]
+    # Upstream's is in a process that imports the whole program: ten seconds on CPU.
+    found = [Redirect(_FILES, "_results_queue", instead(results), "its process imports all")]
     if args.async_save:
-        caller = f"{_STRATEGIES}.async_utils.PersistentAsyncCaller"
         loop = instead(staticmethod(write_loop))
-        found.append(Redirect(caller, "async_loop", loop, "outlives its run, dies of its SIGTERM"))
+        found.append(Redirect(_CALLER, "async_loop", loop, "outlives its run, dies of its SIGTERM"))
         if cpu.is_active():
             fork = functools.partial(_forked, args)
-            found.append(Redirect(caller, "_get_process", fork, "spawns where a fork would do"))
+            found.append(Redirect(_CALLER, "_get_process", fork, "spawns where a fork would do"))
     return found
 
 

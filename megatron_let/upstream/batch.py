@@ -31,12 +31,9 @@ def drawn_batch(
 ) -> Batch:
     """Return the next micro-batch of an iterator.
 
-    Args:
-        args: the checked command line.
-        data_iterator: on ranks that hold data.
-        holds_data: whether this rank reads the files, for those that share its micro-batches.
-        reads_all: whether the chunk reads every key, not just what its stage's place asks for.
-        further: rows of token ids or indices beside Megatron's, and their length.
+    A rank that `holds_data` reads the files for those that share its micro-batches; a chunk that
+    `reads_all` reads every key, not just what its stage's place asks for. `further` are rows of
+    token ids or indices beside Megatron's, with their length.
     """
     batch: Batch = {}
     drawn: Batch = {}

@@ -25,12 +25,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_let.upstream import gpus
-from megatron_let.upstream.table import Redirect, alike, apply, instead
+from megatron_let.upstream.table import Redirect, alike, apply, around, by, instead, returns
 
 CPU = torch.device("cpu")
-GPU_PACKAGES = "transformer_engine transformer_engine_torch apex flash_attn".split()
-"""Not there in a CPU run, whatever is installed."""
-
 
 # --- what a GPU call becomes --------------------------------------------------------------------
 
@@ -40,74 +37,55 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, int) or str(device).startswith("cuda")
 
 
-def _given(change: Callable[[tuple, dict[str, Any]], tuple]) -> Callable[[Any], Any]:
-    """A redirect to upstream's own, given other arguments: `change` returns the positional ones."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            args = change(args, kwargs)
-            return original(*args, **kwargs)
-
-        return changed
-
-    return make
-
-
-@_given
-def _factory_on_cpu(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    if "device" in kwargs and _names_cuda(kwargs["device"]):
+@around
+def _factory_on_cpu(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _names_cuda(kwargs.get("device")):
         kwargs["device"] = CPU
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
-    return args
+    return factory(*args, **kwargs)
 
 
-@_given
-def _to_on_cpu(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    if "device" in kwargs and _names_cuda(kwargs["device"]):
+@around
+def _to_on_cpu(to: Callable[..., Any], this: Any, *others: Any, **kwargs: Any) -> Any:
+    if _names_cuda(kwargs.get("device")):
         kwargs["device"] = CPU
-    this, *others = args
     if others and not isinstance(others[0], (int, torch.Tensor)) and _names_cuda(others[0]):
-        others[0] = CPU
-    return (this, *others)
+        others = (CPU, *others[1:])
+    return to(this, *others, **kwargs)
 
 
-@_given
-def _without_nccl(args: tuple, kwargs: dict[str, Any]) -> tuple:
+@around
+def _without_nccl(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for device in ("device_id", "device_ids"):
         kwargs.pop(device, None)
     if kwargs.get("backend") == "nccl":
         kwargs["backend"] = "gloo"
-    return args
+    return function(*args, **kwargs)
 
 
-@_given
-def _loader_with_generator(args: tuple, kwargs: dict[str, Any]) -> tuple:
+@around
+def _loader_with_generator(init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """`DataLoader.__init__` that seeds its workers from a generator of its own.
 
     By default each iterator draws a seed from the CPU generator. That one stands in for the GPU's
     here, so a resumed run, which makes its iterators after loading the state, would drop out
     other activations than the uninterrupted run.
     """
-    kwargs.setdefault("generator", torch.Generator())
-    return args
+    init(*args, **{"generator": torch.Generator()} | kwargs)
 
 
-@_given
-def _says_process(args: tuple, kwargs: dict[str, Any]) -> tuple:
+@around
+def _says_process(say: Callable[..., None], text: str, *others: Any, **named: Any) -> None:
     """Each process is a GPU to Megatron, whose log says so."""
-    text = args[0].replace("per GPU (TFLOP/s/GPU)", "per process (TFLOP/s/process)")
-    return (text.replace("TFLOP/s/GPU", "TFLOP/s/process"), *args[1:])
+    text = text.replace("per GPU (TFLOP/s/GPU)", "per process (TFLOP/s/process)")
+    say(text.replace("TFLOP/s/GPU", "TFLOP/s/process"), *others, **named)
 
 
-def _type_as_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(tensor_type)
-    def as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = tensor_type(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
-
-    return as_cuda
+@around
+def _type_as_cuda(tensor_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = tensor_type(*args, **kwargs)
+    return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
 
 def _on_one_device(group_class: type) -> type:
@@ -147,20 +125,6 @@ def _as_it_is(model: Any = None, **options: Any) -> Any:
 
 def _local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def by(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A redirect to a function, as an object of its own.
-
-    torch._dynamo, which every optimizer imports, keeps a table of torch's functions by identity and
-    refuses one that has two names.
-    """
-    return lambda original: lambda *args, **kwargs: function(*args, **kwargs)
-
-
-def returns(value: Any) -> Callable[[Any], Any]:
-    """A redirect to a function that returns this, whatever it is given."""
-    return by(lambda *args, **kwargs: value)
 
 
 class Event(torch.cpu.Event):
@@ -265,7 +229,8 @@ def activate() -> None:
     # a cached set: it must hold the originals, or every model is built, and initialised, for real.
     _device_constructors()
     apply(TORCH_REDIRECTS)
-    for name in GPU_PACKAGES:  # Megatron takes what it can import, and their kernels know no CPU
+    # Megatron takes what it can import, and their kernels know no CPU.
+    for name in "transformer_engine transformer_engine_torch apex flash_attn".split():
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     # What is true of every CPU run, and nobody can act on; before Megatron's import.
     nobodys = ".*(pin_memory|Apex (is|are) not installed|[Tt]ransformer[ -][Ee]ngine)"
@@ -277,14 +242,10 @@ def activate() -> None:
 
 
 def activate_if_wanted(argv: list[str] | None = None, work: str = "training") -> None:
-    """Activate the CPU platform if there is no GPU or `--cpu` is among `argv`.
+    """Activate the CPU platform if there is no GPU or `--cpu` is among `argv` (`sys.argv`).
 
-    Args:
-        argv: the command line, this process's by default.
-        work: what is then done on the CPU, for the user to read.
-
-    Raises:
-        SystemExit: GPUs are promised that torch cannot use, and nobody has asked for the CPU.
+    `work` is what the user reads is then done there. Ends the process where GPUs are promised that
+    torch cannot use, and nobody has asked for the CPU.
     """
     argv = sys.argv if argv is None else argv
     if "--cpu" in argv or is_active():

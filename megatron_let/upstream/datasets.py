@@ -9,7 +9,7 @@ import numpy as np
 from megatron.core.datasets import gpt_dataset
 
 from megatron_let.errors import UsageError
-from megatron_let.upstream.table import Redirect, alike, instead
+from megatron_let.upstream.table import Redirect, alike, around, instead
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
@@ -36,23 +36,17 @@ def _load_index(path: str, **_: Any) -> np.ndarray:
         ) from error
 
 
-def _unless_built(compile_helpers: Callable[[], None]) -> Callable[[], None]:
-    is_built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
-    return (lambda: None) if is_built else compile_helpers
+@around
+def _unless_built(compile_helpers: Callable[[], None]) -> None:
+    """The wheel brings them and no makefile, so upstream's call would end the run."""
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        compile_helpers()
 
 
-PREBUILT_HELPERS = Redirect(
-    "megatron.core.datasets.utils",
-    "compile_helpers",
-    _unless_built,
-    "the wheel brings them and no makefile, so upstream's call ends the run",
-)
+_UTILS = "megatron.core.datasets.utils"
+_CACHED = "megatron.core.datasets.gpt_dataset megatron.core.datasets.blended_dataset"
+PREBUILT_HELPERS = Redirect(_UTILS, "compile_helpers", _unless_built, "there is no makefile")
 REDIRECTS = [
     PREBUILT_HELPERS,
-    *alike(
-        "megatron.core.datasets.gpt_dataset megatron.core.datasets.blended_dataset",
-        "safe_numpy_load",
-        instead(_load_index),
-        "takes some pickles for the arrays of a cached index",
-    ),
+    *alike(_CACHED, "safe_numpy_load", instead(_load_index), "takes some pickles for arrays"),
 ]

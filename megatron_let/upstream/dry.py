@@ -5,33 +5,21 @@ comes after `cpu.activate()`.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_let.upstream.cpu import by, returns
-from megatron_let.upstream.table import Redirect, alike, applied, apply, instead
+from megatron_let.upstream.table import Redirect, alike, applied, apply, around, by, returns
 from megatron_let.upstream.watch import Watch
 
 _CUDA, _DIST, _MODULE = "torch.cuda", "torch.distributed", "torch.nn.Module"
-_RANDOM, _TRAINING = "megatron.core.tensor_parallel.random", "megatron.training.training"
+_RANDOM, _CLIP = "megatron.core.tensor_parallel.random", "megatron.core.optimizer.clip_grads"
+_BUFFER = "megatron.core.distributed.param_and_grad_buffer"
 _NO_CONTENTS = "reads what no tensor holds here"
-
-
-class Done:
-    """The handle of a collective that has nothing to do."""
-
-    def wait(self, *args: Any) -> bool:
-        """Not at all."""
-        return True
-
-    def is_completed(self) -> bool:
-        """It is."""
-        return True
 
 
 def _apply(self: Any, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -56,31 +44,18 @@ def _gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
     gathered[:] = [value] * len(gathered)
 
 
-def _in_this_process(make: Callable[..., None]) -> Callable[..., None]:
-    own = {"num_workers": 0, "pin_memory": False, "persistent_workers": False}
-    own |= dict.fromkeys(["prefetch_factor", "multiprocessing_context", "worker_init_fn"])  # type: ignore[arg-type]
-
-    @functools.wraps(make)
-    def loader(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs | own)
-
-    return loader
+@around
+def _in_this_process(init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    own: dict[str, Any] = {"num_workers": 0, "pin_memory": False, "persistent_workers": False}
+    own |= dict.fromkeys(["prefetch_factor", "multiprocessing_context", "worker_init_fn"])
+    init(*args, **kwargs | own)
 
 
-@contextlib.contextmanager
-def _together(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Done]:
-    yield Done()
-
-
-def real(function: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def real(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The function on tensors with contents, as those of the data are."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            return function(*args, **kwargs)
-
-    return called
+    with _disable_current_modes():
+        return function(*args, **kwargs)
 
 
 # --- what a GPU's kernels keep ------------------------------------------------------------------
@@ -119,34 +94,36 @@ class _RMSNorm(torch.autograd.Function):
         return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:2])
 
 
-def _flash(watch: Watch) -> Callable[..., Any]:
-    def forward(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+def kernels(watch: Watch) -> list[Redirect]:
+    """Stand-ins for Transformer Engine's: local layers would keep the scores of attention."""
+
+    def attend(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         # Transformer Engine copies a part of the joint projection, which then can go.
         inputs = (tensor.contiguous() for tensor in (query, key, value))
         return _FlashAttention.apply(*inputs, watch).flatten(2)
 
-    return forward
+    def norm(self: Any, hidden: Any) -> Any:
+        return _RMSNorm.apply(hidden, self.weight)
 
-
-def kernels(watch: Watch) -> list[Redirect]:
-    """Stand-ins for Transformer Engine's: local layers would keep the scores of attention."""
-    core, said = "megatron.core.transformer", "keeps what the GPU's kernel does not"
-    attention = f"{core}.dot_product_attention.DotProductAttention"
-    norm = lambda self, hidden: _RMSNorm.apply(hidden, self.weight)  # noqa: E731
+    attention = "megatron.core.transformer.dot_product_attention.DotProductAttention"
+    said = "keeps what the GPU's kernel does not"
     return [
-        Redirect(attention, "forward", instead(_flash(watch)), said),
-        Redirect("torch.nn.RMSNorm", "forward", instead(norm), said),
+        Redirect(attention, "forward", by(attend), said),
+        Redirect("torch.nn.RMSNorm", "forward", by(norm), said),
     ]
 
 
 # --- tables -------------------------------------------------------------------------------------
 
+_together = contextlib.nullcontext(SimpleNamespace(wait=lambda: True, is_completed=lambda: True))
+"""Collectives of which each, with the handle of all, has nothing to do."""
+_no_norm = by(lambda *tensors: (torch.zeros(1), None))
 TORCH = [
     *alike(_CUDA, "manual_seed set_rng_state", returns(None), _NO_CONTENTS),
     Redirect(_CUDA, "get_rng_state", returns("state"), _NO_CONTENTS),
     Redirect("torch.Tensor", "record_stream", returns(None), "there is one stream"),
     Redirect("torch", "allclose", returns(True), _NO_CONTENTS),
-    Redirect(_MODULE, "_apply", instead(_apply), "swaps parameters, which fake ones do not allow"),
+    Redirect(_MODULE, "_apply", by(_apply), "swaps parameters, which fake ones do not allow"),
     Redirect(_DIST, "all_gather_object", by(_gather_object), "objects travel as contents"),
     *alike(_DIST, "broadcast_object_list barrier", returns(None), "nobody else is there"),
     Redirect("torch.utils.data.DataLoader", "__init__", _in_this_process, "modes end at processes"),
@@ -154,18 +131,8 @@ TORCH = [
 MEGATRON = [
     Redirect(_RANDOM, "_get_cuda_rng_state", returns("state"), _NO_CONTENTS),
     Redirect(_RANDOM, "_set_cuda_rng_state", returns(None), _NO_CONTENTS),
-    Redirect(
-        "megatron.core.distributed.param_and_grad_buffer",
-        "_coalescing_manager",
-        instead(_together),
-        "the fake group's backend has none",
-    ),
-    Redirect(
-        "megatron.core.optimizer.clip_grads",
-        "l2_norm_impl",
-        by(lambda *tensors: (torch.zeros(1), None)),
-        "without Apex each gradient's norm is read by the host",
-    ),
+    Redirect(_BUFFER, "_coalescing_manager", returns(_together), "the fake backend has none"),
+    Redirect(_CLIP, "l2_norm_impl", _no_norm, "without Apex the host reads each gradient's norm"),
 ]
 
 

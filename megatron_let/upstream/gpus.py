@@ -35,8 +35,8 @@ def promise(environment: Mapping[str, str], root: Path = Path("/")) -> str | Non
             return f"{name}={environment[name]}"
     if "CUDA_VISIBLE_DEVICES" in environment:
         return None
-    files = [*sorted((root / "dev").glob("nvidia[0-9]*")), root / "dev" / "nvidiactl"]
-    files.append(root / "proc" / "driver" / "nvidia")
+    devices = sorted((root / "dev").glob("nvidia[0-9]*"))
+    files = [*devices, root / "dev/nvidiactl", root / "proc/driver/nvidia"]
     return next((str(file) for file in files if file.exists()), None)
 
 
@@ -54,15 +54,9 @@ def reason() -> str:
 
 
 def fall_back(line: str, way_out: str = "--cpu", told: TextIO | None = None) -> None:
-    """Say that the CPU is used; end the process where GPUs are promised.
+    """Say `line` on the first rank (to `told`); end the process where GPUs are promised.
 
-    Args:
-        line: what to say, on the first rank.
-        way_out: the flag that asks for the CPU.
-        told: where; the standard output by default.
-
-    Raises:
-        SystemExit: with status 1, which lets a scheduler try another node.
+    Its status 1 lets a scheduler try another node. `way_out` is the flag that asks for the CPU.
     """
     found = promise(os.environ)
     if found is None:
@@ -84,8 +78,7 @@ def fall_back(line: str, way_out: str = "--cpu", told: TextIO | None = None) -> 
 def check_transformer_engine(argv: Sequence[str]) -> None:
     """Load it before Megatron does, which would end in a traceback where it is broken.
 
-    Raises:
-        SystemExit: it is, and nobody has asked for layers without it.
+    Ends the process if it is, and nobody has asked for layers without it.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return

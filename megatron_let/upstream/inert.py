@@ -52,10 +52,8 @@ class Inert:
 def load_inert(file: io.BytesIO) -> Any:
     """Load plain data and Namespaces; every other class becomes `Inert`.
 
-    The run's arguments refer to enumerations of Megatron's, which would have to be imported.
-
-    Raises:
-        UsageError: the file is damaged, or names what PyTorch never accepts (`os`, `sys`).
+    The run's arguments refer to enumerations of Megatron's, which would have to be imported. A
+    damaged file, or one that names what PyTorch never accepts (`os`, `sys`), is a `UsageError`.
     """
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)

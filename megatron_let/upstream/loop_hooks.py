@@ -18,9 +18,11 @@ from megatron.training.checkpointing import get_checkpoint_name
 from megatron.training.utils import is_last_rank
 
 from megatron_let.upstream.async_saves import snapshot
-from megatron_let.upstream.table import Redirect, applied, instead
+from megatron_let.upstream.table import Redirect, applied, around, returns
 
 _TRAINING, _NO_HOOK = "megatron.training.training", "the loop has no hook there"
+_SAVING = "megatron.training.checkpointing"
+_FILES = "megatron.core.dist_checkpointing.serialization"
 
 LISTENERS: list[Callable[[Namespace], "Listener"]] = []
 """Makers of further listeners, given the run's arguments; a --method-module may append one."""
@@ -112,28 +114,19 @@ class LoopHooks:
         """What is wrapped."""
         if self.args.fake_process_group:  # alone, a rank waits in vain for what others say of it
             return self.log_redirects()
+        schedule, no_sums = around(self._schedule_save), returns(None)
         return [
             *self.log_redirects(),
-            Redirect(_TRAINING, "save_checkpoint", self._around_save, _NO_HOOK),
-            Redirect(
-                "megatron.training.checkpointing",
-                "schedule_async_save",
-                self._around_schedule,
-                "writes what the weights become meanwhile, and no hook is there",
-            ),
-            Redirect(
-                "megatron.core.dist_checkpointing.serialization",
-                "save_integrity_manifest",
-                instead(lambda folder: None),
-                "rank 0 sums all files while the others wait",
-            ),
+            Redirect(_TRAINING, "save_checkpoint", around(self._save), _NO_HOOK),
+            Redirect(_SAVING, "schedule_async_save", schedule, "saves what weights become later"),
+            Redirect(_FILES, "save_integrity_manifest", no_sums, "rank 0 sums while others wait"),
         ]
 
     def log_redirects(self) -> list[Redirect]:
         """What is wrapped of steps and evaluations alone."""
         return [
-            Redirect(_TRAINING, "training_log", self._around_log, _NO_HOOK),
-            Redirect(_TRAINING, "evaluate", self._around_evaluate, _NO_HOOK),
+            Redirect(_TRAINING, "training_log", around(self._log), _NO_HOOK),
+            Redirect(_TRAINING, "evaluate", around(self._evaluate), _NO_HOOK),
         ]
 
     def on_start(self, data: str | None) -> None:
@@ -151,62 +144,50 @@ class LoopHooks:
         for listener in self.listeners:
             getattr(listener, event)(*values)
 
-    def _around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(training_log)
+    def _log(self, training_log: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(training_log).bind(*args, **kwargs).arguments
+        step = Step(
+            number=given["iteration"],
+            losses=given["loss_dict"],
+            grad_norm=given["grad_norm"],
+            learning_rate=given["learning_rate"],
+            is_skipped=bool(given["skipped_iter"]),
+        )
+        self._tell("after_step", step)
+        if is_last_rank():
+            for name in self._reported - step.reported.keys():
+                given["total_loss_dict"].pop(name, None)  # else 0.0 for the rest of the run
+            self._reported = set(step.reported)
+            step.losses.update(step.reported)
+        result = training_log(*args, **kwargs)
+        self._tell("after_log", step)
+        return result
 
-        @functools.wraps(training_log)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            step = Step(
-                number=given["iteration"],
-                losses=given["loss_dict"],
-                grad_norm=given["grad_norm"],
-                learning_rate=given["learning_rate"],
-                is_skipped=bool(given["skipped_iter"]),
-            )
-            self._tell("after_step", step)
-            if is_last_rank():
-                for name in self._reported - step.reported.keys():
-                    # else logged as 0.0 for the rest of the run
-                    given["total_loss_dict"].pop(name, None)
-                self._reported = set(step.reported)
-                step.losses.update(step.reported)
-            result = training_log(*args, **kwargs)
-            self._tell("after_log", step)
-            return result
+    def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        self._tell("after_evaluation", result[0] or {})
+        return result
 
-        return wrapped
+    def _save(
+        self,
+        save_checkpoint: Callable[..., None],
+        step: int,
+        chunks: Any,
+        optimizer: Any,
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        is_lasting = not named.get("non_persistent_ckpt")
+        folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
+        self._folder = folder if is_lasting else None
+        self._tell("before_save", Save(step, chunks, optimizer, self._folder))
+        states = {type(one).__name__: one.state() for one in self.listeners}
+        self.args.listener_states = {name: state for name, state in states.items() if state}
+        save_checkpoint(step, chunks, optimizer, *others, **named)
+        if self._folder and not self.args.async_save:
+            self._tell("after_save", self._folder)
 
-    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(evaluate)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = evaluate(*args, **kwargs)
-            self._tell("after_evaluation", result[0] or {})
-            return result
-
-        return wrapped
-
-    def _around_save(self, save_checkpoint: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(save_checkpoint)
-        def wrapped(step: int, chunks: Any, optimizer: Any, *others: Any, **named: Any) -> None:
-            is_lasting = not named.get("non_persistent_ckpt")
-            folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
-            self._folder = folder if is_lasting else None
-            self._tell("before_save", Save(step, chunks, optimizer, self._folder))
-            states = {type(one).__name__: one.state() for one in self.listeners}
-            self.args.listener_states = {name: state for name, state in states.items() if state}
-            save_checkpoint(step, chunks, optimizer, *others, **named)
-            if self._folder and not self.args.async_save:
-                self._tell("after_save", self._folder)
-
-        return wrapped
-
-    def _around_schedule(self, schedule: Callable[[Any], None]) -> Callable[[Any], None]:
-        @functools.wraps(schedule)
-        def wrapped(request: Any) -> None:
-            if self._folder:
-                told = functools.partial(self._tell, "after_save", self._folder)
-                request.add_finalize_fn(told)
-            schedule(snapshot(request))
-
-        return wrapped
+    def _schedule_save(self, schedule: Callable[[Any], None], request: Any) -> None:
+        if self._folder:
+            request.add_finalize_fn(functools.partial(self._tell, "after_save", self._folder))
+        schedule(snapshot(request))

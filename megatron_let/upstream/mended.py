@@ -2,7 +2,6 @@
 
 import copy
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,62 +11,46 @@ from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.upstream import datasets, optimizers, secrets
-from megatron_let.upstream.table import Redirect, apply
+from megatron_let.upstream.table import Redirect, apply, around
 
 
-def _marking_weights(new: Any) -> Callable[..., torch.nn.Module]:
+@around
+def _marking_weights(new: Any, cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     """`WrappedTorchNorm.__new__` that marks its weights instead of refusing.
 
     Under sequence parallelism a norm sees a slice of the sequence, so its weights' gradients are
     partial sums; `finalize_model_grads` adds them over the TP group if the weights say so.
     """
-
-    def build(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        if not config.sequence_parallel:
-            return new(cls, config, hidden_size, eps, **kwargs)
-        unsharded = copy.copy(config)
-        unsharded.sequence_parallel = False
-        norm = new(cls, unsharded, hidden_size, eps, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = True
-        return norm
-
-    return build
+    if not config.sequence_parallel:
+        return new(cls, config, *args, **kwargs)
+    unsharded = copy.copy(config)
+    unsharded.sequence_parallel = False
+    norm = new(cls, unsharded, *args, **kwargs)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = True
+    return norm
 
 
-TORCH_NORM = Redirect(
-    "megatron.core.transformer.torch_norm.WrappedTorchNorm",
-    "__new__",
-    _marking_weights,
-    "refuses sequence parallelism since it does not mark its weights",
-)
-"""For where Transformer Engine and Apex are missing."""
-
-
-def _moving_first(wrap: Any) -> Callable[..., list[torch.nn.Module]]:
+@around
+def _moving_first(wrap: Any, chunks: list[torch.nn.Module], config: Any, *rest: Any) -> Any:
     """The wrapper of the built chunks, which go to the GPU before where they are not yet."""
-
-    def wrap_on_device(chunks: list[torch.nn.Module], config: Any, *rest: Any) -> Any:
-        waits = config.init_model_with_meta_device or get_args().use_torch_fsdp2
-        if config.use_cpu_initialization and not waits:
-            for chunk in chunks:
-                chunk.cuda(torch.cuda.current_device())
-        return wrap(chunks, config, *rest)
-
-    return wrap_on_device
+    waits = config.init_model_with_meta_device or get_args().use_torch_fsdp2
+    if config.use_cpu_initialization and not waits:
+        for chunk in chunks:
+            chunk.cuda(torch.cuda.current_device())
+    return wrap(chunks, config, *rest)
 
 
-CPU_DRAWN = Redirect(
-    "megatron.training.models.dist_utils",
-    "_wrap_with_mp_wrapper",
-    _moving_first,
-    "the builder leaves weights that --use-cpu-initialization drew on the CPU there",
-)
+_NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
+_MODELS = "megatron.training.models.dist_utils"
+TORCH_NORM = Redirect(_NORM, "__new__", _marking_weights, "refuses sequence parallelism")
+"""For where Transformer Engine and Apex are missing."""
 REDIRECTS = [
     *secrets.REDIRECTS,
     *datasets.REDIRECTS,
     TORCH_NORM,
-    CPU_DRAWN,
+    # The builder leaves weights there that --use-cpu-initialization drew on the CPU.
+    Redirect(_MODELS, "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"),
     *optimizers.REDIRECTS,
 ]
 

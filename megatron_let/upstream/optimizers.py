@@ -4,7 +4,6 @@ Without Transformer Engine and Apex: their Adam keeps its step once; PyTorch's k
 parameter, which three places of `DistributedOptimizer` overlook when they load a checkpoint.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.training import get_args
 
-from megatron_let.upstream.table import Redirect, alike
+from megatron_let.upstream.table import Redirect, alike, around
 
 
 class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
@@ -36,15 +35,12 @@ class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
 
-def _with_state(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(sharded_state_dict)
-    def sharded(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if self.init_state_fn is None:
-            self.init_state_fn = _momentum_of_zeros
-        _make_state(self)
-        return sharded_state_dict(self, model, is_loading, **kwargs)
-
-    return sharded
+@around
+def _with_state(sharded_state_dict: Callable[..., Any], self: Any, *args: Any, **named: Any) -> Any:
+    if self.init_state_fn is None:
+        self.init_state_fn = _momentum_of_zeros
+    _make_state(self)
+    return sharded_state_dict(self, *args, **named)
 
 
 def _make_state(wrapper: Any) -> None:
@@ -56,16 +52,13 @@ def _make_state(wrapper: Any) -> None:
         state["step"] = torch.zeros(())
 
 
-def _with_step(load_state_dict: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(load_state_dict)
-    def load(self: Any, state_dict: Any) -> None:
-        saved = state_dict.get("optimizer", state_dict)["state"]
-        is_counted = "common_step" in saved or any("step" in state for state in saved.values())
-        if _is_torch_adam(self.optimizer) and not is_counted:
-            saved["common_step"] = torch.zeros(())
-        load_state_dict(self, state_dict)
-
-    return load
+@around
+def _with_step(load_state_dict: Callable[..., None], self: Any, state_dict: Any) -> None:
+    saved = state_dict.get("optimizer", state_dict)["state"]
+    is_counted = "common_step" in saved or any("step" in state for state in saved.values())
+    if _is_torch_adam(self.optimizer) and not is_counted:
+        saved["common_step"] = torch.zeros(())
+    load_state_dict(self, state_dict)
 
 
 def _momentum_of_zeros(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -84,64 +77,41 @@ def _without_rates(identifiers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in identifiers if key not in ("max_lr", "min_lr"))
 
 
-def _with_rates(load_state_dict: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(load_state_dict)
-    def load(scheduler: Any, state_dict: Any) -> None:
-        load_state_dict(scheduler, state_dict)
-        is_overridden = scheduler.override_opt_param_scheduler
-        for group in scheduler.optimizer.param_groups if is_overridden else ():
-            if not group.get("is_decoupled_lr"):
-                group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
-
-    return load
+@around
+def _with_rates(load_state_dict: Callable[..., None], scheduler: Any, state_dict: Any) -> None:
+    load_state_dict(scheduler, state_dict)
+    is_overridden = scheduler.override_opt_param_scheduler
+    for group in scheduler.optimizer.param_groups if is_overridden else ():
+        if not group.get("is_decoupled_lr"):
+            group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
 
 
-def _schedule_goes_on(set_up: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(set_up)
-    def resumed(*args: Any, **kwargs: Any) -> Any:
-        made = set_up(*args, **kwargs)
-        scheduler, run = made[2], get_args()
-        if scheduler is not None and run.iteration > 0 and scheduler.num_steps == 0:
-            scheduler.step(increment=run.consumed_train_samples)
-        return made
-
-    return resumed
+@around
+def _schedule_goes_on(set_up: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    made = set_up(*args, **kwargs)
+    scheduler, run = made[2], get_args()
+    if scheduler is not None and run.iteration > 0 and scheduler.num_steps == 0:
+        scheduler.step(increment=run.consumed_train_samples)
+    return made
 
 
 def _of_torch_adam(upstreams: type) -> type:
     return upstreams if distrib_optimizer.HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
 
 
-_OPTIMIZER = "megatron.core.optimizer"
-_OWNERS = (
-    f"{_OPTIMIZER}.optimizer.FP32Optimizer {_OPTIMIZER}.optimizer.Float16OptimizerWithFloat16Params"
-)
+_MADE, _TRAINING = "megatron.core.optimizer", "megatron.training.training"
+_OWNERS = f"{_MADE}.optimizer.FP32Optimizer {_MADE}.optimizer.Float16OptimizerWithFloat16Params"
+_GROUPS = f"{_MADE}.optimizer {_MADE}.distrib_optimizer"
+_SCHEDULER = "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler"
 REDIRECTS = [
-    *alike(
-        _OWNERS,
-        "sharded_state_dict",
-        _with_state,
-        "before a step (fp16 skips the first) nothing is saved that a resume asks for; SGD has "
-        "no function that makes its state",
-    ),
+    # Before a step (fp16 skips the first); and SGD has no function that makes its state.
+    *alike(_OWNERS, "sharded_state_dict", _with_state, "does not save what a resume asks for"),
     *alike(_OWNERS, "load_state_dict", _with_step, "PyTorch's Adam wants the step that was zero"),
-    *alike(
-        f"{_OPTIMIZER}.optimizer {_OPTIMIZER}.distrib_optimizer",
-        "param_group_identifier_keys",
-        _without_rates,
-        "another --lr would find no group of its own in the checkpoint",
-    ),
-    Redirect(
-        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler",
-        "load_state_dict",
-        _with_rates,
-        "with --override-opt-param-scheduler the loaded groups keep the checkpoint's rates",
-    ),
-    Redirect(
-        "megatron.training.training",
-        "setup_model_and_optimizer",
-        _schedule_goes_on,
-        "with --no-load-optim the schedule starts anew",
-    ),
-    Redirect(_OPTIMIZER, "DistributedOptimizer", _of_torch_adam, "cannot load PyTorch's Adam"),
+    # Or another --lr would find no group of its own in the checkpoint.
+    *alike(_GROUPS, "param_group_identifier_keys", _without_rates, "tells groups by their rates"),
+    # With --override-opt-param-scheduler.
+    Redirect(_SCHEDULER, "load_state_dict", _with_rates, "groups keep the checkpoint's rates"),
+    # With --no-load-optim.
+    Redirect(_TRAINING, "setup_model_and_optimizer", _schedule_goes_on, "the schedule starts anew"),
+    Redirect(_MADE, "DistributedOptimizer", _of_torch_adam, "cannot load PyTorch's Adam"),
 ]

@@ -6,7 +6,6 @@ place. They also tell damage from any other failure: what cannot be read when tr
 itself, is damaged. `redirects` are the functions that the door stands in.
 """
 
-import functools
 import io
 import os
 import pickle
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_let.errors import UsageError
 from megatron_let.upstream.inert import MetadataUnpickler, why
-from megatron_let.upstream.table import Redirect, apply, instead
+from megatron_let.upstream.table import Redirect, apply, around, instead
 
 
 class DamagedCheckpoint(UsageError):
@@ -49,10 +48,9 @@ def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO)
 
 @contextmanager
 def agreed_damage() -> Iterator[None]:
-    """Raise on all ranks what is found damaged on any of them; entered on every rank.
+    """Raise on all ranks, as `DamagedCheckpoint`, what the first of them to do so finds damaged.
 
-    Raises:
-        DamagedCheckpoint: with the words of the first rank that found something.
+    Entered on every rank.
     """
     found = None
     try:
@@ -70,17 +68,16 @@ def agreed_damage() -> Iterator[None]:
         raise DamagedCheckpoint(found)
 
 
-def _naming_damage(read_data: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(read_data)
-    def named(self: FileSystemReader, plan: LoadPlan, planner: Any) -> Any:
-        try:
-            return read_data(self, plan, planner)
-        except Exception as error:
-            if found := _damaged_entry(self, plan):
-                raise DamagedCheckpoint(found) from error
-            raise
-
-    return named
+@around
+def _naming_damage(
+    read_data: Callable[..., Any], reader: FileSystemReader, plan: LoadPlan, planner: Any
+) -> Any:
+    try:
+        return read_data(reader, plan, planner)
+    except Exception as error:
+        if found := _damaged_entry(reader, plan):
+            raise DamagedCheckpoint(found) from error
+        raise
 
 
 def _damaged_entry(reader: FileSystemReader, plan: LoadPlan) -> str | None:
@@ -102,27 +99,14 @@ def _damaged_entry(reader: FileSystemReader, plan: LoadPlan) -> str | None:
 
 
 _READING = SimpleNamespace(load=lambda file: MetadataUnpickler(file).load(), dump=pickle.dump)
-_CHECKPOINT = "torch.distributed.checkpoint"
+_TORCH = "torch.distributed.checkpoint"
+_READER, _PLANNER = f"{_TORCH}.FileSystemReader", f"{_TORCH}.default_planner.DefaultLoadPlanner"
+_SHARDS = "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy"
 REDIRECTS = [
-    Redirect(f"{_CHECKPOINT}.filesystem", "pickle", instead(_READING), "executes a `.metadata`"),
-    Redirect(
-        f"{_CHECKPOINT}.default_planner.DefaultLoadPlanner",
-        "load_bytes",
-        instead(load_bytes),
-        "executes what is no tensor",
-    ),
-    Redirect(
-        f"{_CHECKPOINT}.FileSystemReader",
-        "read_data",
-        _naming_damage,
-        "does not tell damage from a full disk",
-    ),
-    Redirect(
-        "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy",
-        "load",
-        agreed_damage(),
-        "one rank's damage would leave the others waiting",
-    ),
+    Redirect(f"{_TORCH}.filesystem", "pickle", instead(_READING), "executes a `.metadata`"),
+    Redirect(_PLANNER, "load_bytes", instead(load_bytes), "executes what is no tensor"),
+    Redirect(_READER, "read_data", _naming_damage, "does not tell damage from a full disk"),
+    Redirect(_SHARDS, "load", agreed_damage(), "one rank's damage would leave others waiting"),
 ]
 
 
@@ -137,16 +121,12 @@ def redirects(
     load: Callable[..., tuple[int, int]],
 ) -> list[Redirect]:
     """The ways by which a checkpoint comes in; `load` is given upstream's function first."""
-    checkpointing_, reason = "megatron.training.checkpointing", "loads what its tracker names"
+    module, newest = "megatron.training.checkpointing", "loads what its tracker names"
+    again = "ends where an older checkpoint would do"
     return [
-        Redirect(checkpointing_, "_load_base_checkpoint", instead(load_base), reason),
-        Redirect(checkpointing_, "checkpoint_exists", instead(holds), reason),
-        Redirect(
-            "megatron.training.training",
-            "load_checkpoint",
-            lambda upstreams: functools.partial(load, upstreams),
-            "ends where an older checkpoint would do",
-        ),
+        Redirect(module, "_load_base_checkpoint", instead(load_base), newest),
+        Redirect(module, "checkpoint_exists", instead(holds), newest),
+        Redirect("megatron.training.training", "load_checkpoint", around(load), again),
     ]
 
 

@@ -1,6 +1,5 @@
 """No secret of a command line or an environment is printed, logged or saved."""
 
-import functools
 import importlib
 import re
 import sys
@@ -8,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_let.upstream.table import Redirect
+from megatron_let.upstream.table import Redirect, around
 
 HIDDEN = "***"
 SECRET_NAME = re.compile(
@@ -46,28 +45,22 @@ def scrubbed(value: Any) -> Any:
     return value
 
 
-def _without_secrets(function: Callable[..., None]) -> Callable[..., None]:
+@around
+def _without_secrets(function: Callable[..., None], *given: Any) -> None:
     """The function, with a copy of Megatron's arguments, as its last one or as it finds them."""
-
-    @functools.wraps(function)
-    def wrapped(*given: Any) -> None:
-        initialize: Any = importlib.import_module("megatron.training.initialize")
-        argv, get_args = sys.argv, initialize.get_args
-        hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
-        sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
-        try:
-            function(*given[:-1], *([hidden] if given else []))
-        finally:
-            sys.argv, initialize.get_args = argv, get_args
-
-    return wrapped
+    initialize: Any = importlib.import_module("megatron.training.initialize")
+    argv, get_args = sys.argv, initialize.get_args
+    hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
+    sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
+    try:
+        function(*given[:-1], *([hidden] if given else []))
+    finally:
+        sys.argv, initialize.get_args = argv, get_args
 
 
+_MEGATRON, _SHOWS = "megatron.training", "shows every argument"
 REDIRECTS = [
-    Redirect(f"megatron.training.{owner}", name, _without_secrets, "shows every argument")
-    for owner, name in (
-        ("arguments", "_print_args"),
-        ("global_vars", "_set_wandb_writer"),
-        ("training", "write_args_to_tensorboard"),
-    )
+    Redirect(f"{_MEGATRON}.arguments", "_print_args", _without_secrets, _SHOWS),
+    Redirect(f"{_MEGATRON}.global_vars", "_set_wandb_writer", _without_secrets, _SHOWS),
+    Redirect(f"{_MEGATRON}.training", "write_args_to_tensorboard", _without_secrets, _SHOWS),
 ]

@@ -1,6 +1,7 @@
 """What is replaced in Megatron and PyTorch stands in tables of this one kind, with its reason."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pkgutil import resolve_name
@@ -49,3 +50,33 @@ def applied(redirects: Iterable[Redirect]) -> Iterator[None]:
 def instead(value: Any) -> Callable[[Any], Any]:
     """A redirect to something that needs nothing of upstream's."""
     return lambda original: value
+
+
+def by(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A redirect to a function, as an object of its own.
+
+    torch._dynamo, which every optimizer imports, keeps a table of torch's functions by identity and
+    refuses one that has two names.
+    """
+    return lambda original: lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def returns(value: Any) -> Callable[[Any], Any]:
+    """A redirect to a function that returns this, whatever it is given."""
+    return by(lambda *args, **kwargs: value)
+
+
+def around(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A redirect to a function that is given upstream's first, then what that one would be given.
+
+    Also a decorator of such functions.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        return called
+
+    return make

@@ -77,10 +77,8 @@ class Watch(TorchDispatchMode):
         group = torch.distributed.ProcessGroup.unbox(boxed)
         if group.size() == 1:
             return
-        key = (
-            group.group_desc.removesuffix("_GROUP"),
-            func._schema.name.removeprefix("c10d::").strip("_"),
-        )
+        kind = func._schema.name.removeprefix("c10d::").strip("_")
+        key = group.group_desc.removesuffix("_GROUP"), kind
         self.collectives[key] += 1
         sizes = (leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         self.collective_bytes[key] += max(sizes, default=0)
