@@ -1,8 +1,7 @@
 """Which checkpoint a run goes on from: the newest that is whole.
 
 The folders decide. Megatron's tracker is written last and not in one go: it can be torn by a kill,
-lost, or edited. Damage is what sizes, sums (`sums.py`) or the load itself
-(`safe_loading.py`) tell.
+lost, or edited. Damage is what sizes, sums (`sums.py`) or the load (`safe_loading.py`) tell.
 """
 
 import errno
@@ -36,11 +35,7 @@ RELEASE = -1
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuse what saves or loads in another way than this program's.
-
-    Raises:
-        UsageError: naming the flag and the way out.
-    """
+    """Refuse what saves or loads in another way than this program's."""
     used = any((args.save, args.load, args.pretrained_checkpoint))
     for flag, value, good in (
         ("--ckpt-format", args.ckpt_format if used else None, "torch_dist"),
@@ -58,13 +53,9 @@ def check_flags(args: Namespace) -> None:
 def choose(args: Namespace, load: str, damaged: dict[Path, str]) -> Path | None:
     """Return the checkpoint in `load` that a run goes on from; None if it starts from scratch.
 
-    Args:
-        args: the command line.
-        load: `--load` or `--pretrained-checkpoint`.
-        damaged: checkpoints that are known to be, and why; what is found is added.
-
-    Raises:
-        UsageError: there is none; or it was asked for by name, or is another run's, and is damaged.
+    `load` is `--load` or `--pretrained-checkpoint`. `damaged` are checkpoints that are known to be,
+    with why; what is found is added. One that was asked for by name, or is another run's, must be
+    whole: else a `UsageError`, as where there is none to go on from.
     """
     folder, problems = Path(load), []
     for step, path in _candidates(args, folder):
@@ -132,11 +123,7 @@ def is_own(args: Namespace, load: Path) -> bool:
 
 
 def refuse_overwriting(args: Namespace, start: int, damaged: dict[Path, str]) -> None:
-    """Refuse a run from a step before whole checkpoints in its `--save`.
-
-    Raises:
-        UsageError: with the ways out.
-    """
+    """Refuse a run from a step before whole checkpoints in its `--save`."""
     if args.save is None or args.skip_train:
         return
     known = set(map(os.path.realpath, damaged))
@@ -184,10 +171,8 @@ def _free_name(path: Path) -> Path:
 def find_damage(folder: Path) -> str | None:
     """Say what is wrong with one `torch_dist` checkpoint; None if nothing is.
 
-    Sizes are compared, and what a run reads first is read; `sums.py` compares whole files.
-
-    Raises:
-        MachineError: a file is there and cannot be read now, which is no damage.
+    Sizes are compared, and what a run reads first is read; `sums.py` compares whole files. A file
+    that is there and cannot be read now is a `MachineError`, no damage.
     """
     if not is_finished(folder):
         return "it is half-written: metadata.json is missing or damaged"

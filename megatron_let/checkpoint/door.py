@@ -51,11 +51,7 @@ class Door:
         self._on_load = weakref.WeakMethod(on_load)
 
     def settle(self, args: Namespace) -> None:
-        """Choose a whole checkpoint; called on every rank when the groups are there.
-
-        Raises:
-            UsageError: as `choose` and `refuse_overwriting` do.
-        """
+        """Choose a whole checkpoint; called on every rank when the groups are there."""
         alone = args.fake_process_group
         rank = 0 if alone else torch.distributed.get_rank()
         ranks = 1 if alone else torch.distributed.get_world_size()
@@ -101,7 +97,7 @@ class Door:
 
     def _load_base(
         self, load: str, args: Namespace, rank0: bool = False, **states: Any
-    ) -> tuple[Any, str, bool, Any]:
+    ) -> safe_loading.Loaded:
         """`_load_base_checkpoint`, of the chosen one; `rank0` asks for no tensors."""
         folder = self._folder(args, load)
         if folder is None:
@@ -113,10 +109,9 @@ class Door:
         return found
 
     def saved_args(self, args: Namespace) -> Namespace | None:
-        """Return the arguments saved in the checkpoint that a run goes on from, None without one.
+        """Return the arguments in the checkpoint that a run goes on from, None without one.
 
-        Every rank reads them, as Megatron does with --use-checkpoint-args: it is the small part of
-        a checkpoint that holds no tensors.
+        Every rank reads them: they are in the small part that holds no tensors.
         """
         state, _, is_release, _ = self._load_base(args.load, args, rank0=True)
         return None if is_release or not state else state.get("args")

@@ -19,8 +19,7 @@ from megatron_let.upstream.loop_hooks import Listener, Save, Step
 class FiniteCheck(Listener):
     """Ends the run where an update, or what is to be saved, is not finite.
 
-    Args:
-        count_bad_losses: tells how many losses of the step are not finite, on this rank; waits.
+    `count_bad_losses` tells how many of the step's losses are not, on this rank; it waits.
     """
 
     def __init__(self, count_bad_losses: Callable[[], int]) -> None:
@@ -49,9 +48,9 @@ class FiniteCheck(Listener):
         bad = ""
         if not math.isfinite(largest):
             bad = next((n for n, tensor in saved if not tensor.isfinite().all()), "a weight")
-        found = [(rank, name) for rank, name in enumerate(gathered(bad)) if name]
-        if found:
-            rank, name = found[0]
+        found = ((rank, name) for rank, name in enumerate(gathered(bad)) if name)
+        rank, name = next(found, (0, ""))
+        if name:
             end_run(
                 f"step {save.step}: {name.replace('module.', '')} on rank {rank} is not finite, so "
                 "the step is not saved: start again to go on from the newest checkpoint, perhaps "

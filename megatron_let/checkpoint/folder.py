@@ -12,11 +12,6 @@ from megatron_let.upstream.inert import MetadataUnpickler
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def step_name(step: int) -> str:
-    """Return the name that Megatron gives the folder of an iteration."""
-    return f"iter_{step:07d}"
-
-
 def step_of(checkpoint: Path) -> int:
     """Return the iteration that a run which goes on from a checkpoint has behind it."""
     return 0 if checkpoint.name == "release" else int(checkpoint.name.removeprefix("iter_"))
@@ -29,7 +24,7 @@ def iteration_folders(load: Path) -> dict[int, Path]:
     """
     names = (path.name.removeprefix("iter_") for path in load.glob("iter_*"))
     steps = sorted({int(name) for name in names if name.isdecimal()})
-    folders = {step: load / step_name(step) for step in steps}
+    folders = {step: load / f"iter_{step:07d}" for step in steps}
     return {step: folder for step, folder in folders.items() if folder.is_dir()}
 
 
@@ -41,8 +36,7 @@ def listed(load: Path) -> str:
 def is_finished(folder: Path) -> bool:
     """Whether a save came to its end, which is to write `metadata.json`.
 
-    Raises:
-        UsageError: it has another format than `torch_dist`, which might execute what it holds.
+    Another format than `torch_dist`, which might execute what it holds, is a `UsageError`.
     """
     try:
         saved = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
@@ -61,16 +55,11 @@ def is_finished(folder: Path) -> bool:
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
     """Return the folder of one checkpoint below `load` (`--save` of the run).
 
-    Args:
-        load: the folder that holds the `iter_` folders.
-        step: the iteration to take; the newest that has all its bytes if None.
-
-    Raises:
-        UsageError: there is no such checkpoint, or it has another format than `torch_dist`.
+    It is that of iteration `step`, or the newest that has all its bytes.
     """
     folders = [*iteration_folders(load).values()][::-1] + [load / "release"]
     if step is not None:
-        folders = [load / step_name(step)]
+        folders = [load / f"iter_{step:07d}"]
     problem: str | None = ""
     for folder in folders:
         if is_finished(folder) and (problem := cut(folder)) is None:
@@ -106,11 +95,7 @@ def cut(folder: Path) -> str | None:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Return what `.metadata` says of the other files.
-
-    Raises:
-        UsageError: it is damaged, or names what is no metadata.
-    """
+    """Return what `.metadata` says of the other files; one that is damaged is a `UsageError`."""
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:

@@ -1,10 +1,9 @@
 """One run at a time writes into a `--save`: a second one hears who the first is.
 
-Rank 0 holds an `fcntl` lock on a file there, which the kernel, or the file server, lets go of when
-the process is gone, however it went. (`flock` would be inherited by the writers of asynchronous
-saves, which may outlive it.) The file names its holder and is touched every few seconds: that tells
-a run from a lost node whose lock an NFS server still keeps, and is all there is on a file system
-without locks.
+Rank 0 holds an `fcntl` lock on a file there, which goes when the process does. (`flock` would be
+inherited by the writers of asynchronous saves, which may outlive it.) The file names its holder and
+is touched every few seconds: that tells a run from a lost node whose lock an NFS server still
+keeps, and is all there is on a file system without locks.
 """
 
 import contextlib
@@ -41,8 +40,7 @@ def save_folder(argv: Sequence[str]) -> Path | None:
 def one_run_in(save: Path | None) -> Iterator[None]:
     """Hold the lock of `save` on rank 0, as long as the context or the process lasts.
 
-    Raises:
-        MachineError: another run holds it, or the folder cannot be written.
+    It is a `MachineError` if another run holds it, or the folder cannot be written.
     """
     if save is None or os.environ.get("RANK", "0") != "0":
         yield

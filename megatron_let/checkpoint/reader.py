@@ -7,8 +7,6 @@ tensors are read with `weights_only`, and the two pickles of the format by restr
 
 import io
 import math
-import mmap
-import os
 import pickle
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -16,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,8 +32,6 @@ from megatron_let.upstream.inert import load_inert, why
 COMMON_STATE = "common_state/shard_0_1"
 """Megatron-Core 0.19: everything that is not sharded, in one object of the data."""
 OLDER_COMMON_STATE = "common.pt"
-
-
 DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, AssertionError)
 """What reading a file raises that is missing, cut or not what it should be."""
 
@@ -42,8 +39,7 @@ DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, 
 class Checkpoint:
     """One `torch_dist` checkpoint; tensors are read one at a time, or a slice of one.
 
-    Raises:
-        UsageError: the folder has no readable `.metadata`.
+    What cannot be read, `.metadata` or a file of a tensor, is told by a `UsageError`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,11 +52,7 @@ class Checkpoint:
         return set(self._metadata.state_dict_metadata)
 
     def empty(self, name: str) -> torch.Tensor:
-        """Return a tensor without data (on `meta`) of the saved one's shape and type.
-
-        Raises:
-            UsageError: it is an object, or a piece was never saved.
-        """
+        """Return a tensor without data (on `meta`) of the saved one's shape and type."""
         meta = self._tensor(name)
         return torch.empty(meta.size, dtype=meta.properties.dtype, device="meta")
 
@@ -70,9 +62,6 @@ class Checkpoint:
         Only the saved pieces that overlap the slice are read. A slice that was saved as one piece
         is a view of the file (a private mapping): nothing is read before it is used, and a file
         that another process cuts meanwhile ends this one (SIGBUS), as with safetensors.
-
-        Raises:
-            UsageError: it is an object, a piece was never saved, or a file is missing or damaged.
         """
         meta = self._tensor(name)
         start, size = [0] * len(meta.size), list(meta.size)
@@ -102,11 +91,7 @@ class Checkpoint:
         return None
 
     def args(self) -> Namespace:
-        """Return the run's arguments.
-
-        Raises:
-            UsageError: the checkpoint was saved without them, or a file is missing or damaged.
-        """
+        """Return the run's arguments."""
         older = self.folder / OLDER_COMMON_STATE
         if older.exists():
             common = load_inert(io.BytesIO(older.read_bytes()))
@@ -146,29 +131,14 @@ class Checkpoint:
             piece = data.as_strided(stand_in.shape, stand_in.stride(), stand_in.storage_offset())
             return _narrow(piece, item.storage_offsets, item.lengths)
 
-    def _mapped(self, index: MetadataIndex) -> memoryview:
-        """Return the bytes of one entry, which `torch.save` wrote, mapped from its file.
-
-        Raises:
-            EOFError: the file ends before the entry does.
-            UsageError: the bytes were saved through an extension, such as a compression.
-        """
+    def _mapped(self, index: MetadataIndex) -> np.ndarray:
+        """Return the bytes of one entry, which `torch.save` wrote, mapped from its file."""
         stored = self._metadata.storage_data[index]
-        if stored.transform_descriptors:
+        if stored.transform_descriptors:  # as a compression
             raise UsageError(f"it is saved with {', '.join(stored.transform_descriptors)}")
-        skipped = stored.offset % mmap.ALLOCATIONGRANULARITY
+        # A private mapping ("c"), since PyTorch has no tensors that cannot be written to.
         with (self.folder / stored.relative_path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < stored.offset + stored.length:
-                raise EOFError(f"{stored.relative_path} has {size} bytes, it ends too early")
-            # A private mapping, since PyTorch has no tensors that cannot be written to.
-            mapped = mmap.mmap(
-                file.fileno(),
-                skipped + stored.length,
-                access=mmap.ACCESS_COPY,
-                offset=stored.offset - skipped,
-            )
-        return memoryview(mapped)[skipped:]
+            return np.memmap(file, mode="c", offset=stored.offset, shape=stored.length)
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:

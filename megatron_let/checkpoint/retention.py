@@ -20,11 +20,7 @@ LEAVING = "removing_"
 
 
 class Retention(Listener):
-    """Removes what `--save-keep-last` does not keep; does nothing without it.
-
-    Args:
-        args: `--save`, `--save-keep-last`, and `--save-retain-interval`, whose multiples stay.
-    """
+    """Removes what `--save-keep-last` does not keep, nor `--save-retain-interval` beside it."""
 
     def __init__(self, args: Namespace) -> None:
         self._save = Path(args.save or "")
@@ -55,13 +51,10 @@ class Retention(Listener):
 
 
 def superfluous(save: Path, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Return the checkpoints that need not be kept, the oldest first.
+    """Return the checkpoints of a run that need not be kept, the oldest first.
 
-    Args:
-        save: the run's folder.
-        newest: iteration of the newest complete checkpoint; later folders are being written.
-        keep_last: how many to keep, the newest among them; a half-written one does not count.
-        keep_every: checkpoints at its multiples are kept as well.
+    Of those up to iteration `newest` (later folders are being written) the last `keep_last` stay,
+    not counting half-written ones, and all at multiples of `keep_every`.
     """
     found = {s: path for s, path in iteration_folders(save).items() if not path.is_symlink()}
     whole = [s for s in sorted(found, reverse=True) if s <= newest and is_written(found[s])]

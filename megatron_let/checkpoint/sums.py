@@ -23,7 +23,6 @@ from megatron_let.upstream.loop_hooks import Listener, Save
 
 FILE = "integrity.json"
 """Megatron's name and format."""
-HASHES_AT_ONCE = 8
 PARTS = "integrity_{}.part"
 PATIENCE_SECONDS = 600.0
 """So long rank 0 waits for the others' sums."""
@@ -46,9 +45,8 @@ class Sums(Listener):
     def after_save(self, folder: Path) -> None:
         """Sum a checkpoint whose files are all there."""
         ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._newest = threading.Thread(
-            target=_sum_after, args=(self._newest, folder, *ranks), daemon=True
-        )
+        work = self._newest, folder, *ranks
+        self._newest = threading.Thread(target=_sum_after, args=work, daemon=True)
         self._newest.start()
 
     def on_end(self, is_complete: bool) -> None:
@@ -60,8 +58,7 @@ class Sums(Listener):
 def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Compare files with their sums, where there are any: this rank's share of them.
 
-    Raises:
-        MachineError: a file is there and cannot be read now.
+    A file that is there and cannot be read now is a `MachineError`, no damage.
     """
     if not (folder / FILE).is_file():
         return None
@@ -72,7 +69,7 @@ def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
         return f"{FILE} is no list of sums: {error}"
     present = [path for path in expected if path.is_file()]
     try:
-        with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
+        with ThreadPoolExecutor(8) as pool:
             found = dict(zip(present, pool.map(sha256, present), strict=True))
     except OSError as error:
         raise MachineError(f"{folder} cannot be read now: {error}") from error
