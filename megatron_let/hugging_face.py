@@ -5,6 +5,7 @@ the folder, and what cannot be loaded ends in a sentence. Imports neither torch 
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +37,6 @@ def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> An
     A file of llama.cpp's form, `*.gguf`, holds configuration, weights and tokenizer; the package
     gguf reads it.
     """
-    from megatron_let.terminal import bars_on_a_terminal_only
-
     bars_on_a_terminal_only()
     if is_gguf(source):
         options["gguf_file"] = Path(source).name
@@ -52,12 +51,9 @@ def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> An
 
 @contextmanager
 def told(source: str | Path, failure: str = "", weights: bool = False) -> Iterator[None]:
-    """Check a folder or hub id; what fails in the context ends in `failure` and the reason.
+    """Check a folder or hub id; what fails in the context is a `UsageError` of `failure` and why.
 
     Without `failure` it is said that the source cannot be loaded.
-
-    Raises:
-        UsageError: that; as `check_folder`; the files need code of their own.
     """
     check_folder(Path(source), weights)
     try:
@@ -74,9 +70,6 @@ def check_folder(folder: Path, weights: bool = False) -> None:
     """Check that a folder's files lead nowhere else, and with `weights` that those are whole.
 
     They may link to each other, and those of the hub's cache into that cache.
-
-    Raises:
-        UsageError: naming the file.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in SUFFIXES or path.name == OWN_FOLDER:
@@ -89,11 +82,7 @@ def check_folder(folder: Path, weights: bool = False) -> None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Return each tensor's file as an index has it.
-
-    Raises:
-        UsageError: it is no index.
-    """
+    """Return each tensor's file as an index has it."""
     try:
         files = json.loads(index.read_bytes())["weight_map"]
         if all(isinstance(name, str) for name in files.values()):
@@ -105,17 +94,21 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Open a file of weights; its header is compared with its size.
-
-    Raises:
-        UsageError: it is not whole, or no such file.
-    """
+    """Open a file of weights; its header is compared with its size."""
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read: {_what_is_it(path)} ({error}).") from error
+
+
+def bars_on_a_terminal_only() -> None:
+    """Have transformers draw its progress bars only where someone sees them move."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def is_gguf(source: str | Path) -> bool:

@@ -24,10 +24,9 @@ from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokeni
 from megatron_let.conversion.write_checkpoint import write_checkpoint
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.errors import UsageError
-from megatron_let.hugging_face import TOKENIZER_FILES, has_tokenizer
+from megatron_let.hugging_face import TOKENIZER_FILES, bars_on_a_terminal_only, has_tokenizer
 from megatron_let.methods.table import BASELINE
 from megatron_let.teacher.load import DTYPES
-from megatron_let.terminal import bars_on_a_terminal_only
 
 FLAGS_FILE = "megatron_flags.txt"
 LAYERS_WITH_EXTRA_STATE = (
