@@ -10,11 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    _get_block_submodules,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -77,14 +74,15 @@ def aligned_block_spec(
     layer_number: int,
     alignment: Alignment,
     resize: Callable[[], Resize],
-) -> tuple[TransformerBlockSubmodules, bool]:
+) -> tuple[transformer_block.TransformerBlockSubmodules, bool]:
     """Return this chunk's decoder spec, and whether it owns layer `layer_number` (1-based).
 
     It is the baseline's, made and expanded by Megatron's own functions, but for layer K. A spec
     object is shared by all layers of the block, so the entry is replaced, never changed.
     """
     transformer = config.transformer
-    block = _get_block_submodules(transformer, default_layer_spec(config, vp_stage), vp_stage)
+    spec = default_layer_spec(config, vp_stage)
+    block = transformer_block._get_block_submodules(transformer, spec, vp_stage)
     layers: list[ModuleSpec] = list(block.layer_specs)
     index = layer_number - 1 - get_transformer_layer_offset(transformer, vp_stage)
     owns = 0 <= index < len(layers)

@@ -36,9 +36,8 @@ def drawn_batch(
     token ids or indices beside Megatron's, with their length.
     """
     batch: Batch = {}
-    drawn: Batch = {}
+    drawn = next(data_iterator) if holds_data else {}
     if holds_data:
-        drawn = next(data_iterator)
         for key in ("tokens", "labels"):
             check_ids(drawn[key], args.padded_vocab_size, "The data")
         batch = {

@@ -1,13 +1,9 @@
 """The CPU platform: unmodified Megatron-Core trains without a GPU, on gloo.
 
-Megatron calls `torch.cuda` everywhere. `activate()` redirects those calls, once, at start-up, and
-only where no GPU is there and none promised (`gpus.py`), or `--cpu` is given. Every
-redirect stands in one of the tables below with its reason, and a test checks that each name still
-exists upstream. A `TorchFunctionMode` would be shorter, but costs 24-29 % of a tiny step; patched
-factories cost nothing measurable.
-
-Call `activate()` before the first import of Megatron: `megatron.core.jit` reads `torch.compile`
-when it is imported.
+Megatron calls `torch.cuda` everywhere. `activate()` redirects those calls, once, before the first
+import of Megatron (`megatron.core.jit` reads `torch.compile` then), and only where no GPU is there
+and none promised (`gpus.py`), or `--cpu` is given. A `TorchFunctionMode` would be shorter than the
+tables below, but costs 24-29 % of a tiny step; patched factories cost nothing measurable.
 """
 
 import contextlib
@@ -189,10 +185,9 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect(_CUDA, "get_device_properties", returns(_PROPERTIES), "checks"),
     Redirect(_CUDA, "get_device_name", returns("cpu"), "logs"),
     Redirect(_CUDA, "synchronize", returns(None), "timers, p2p, DDP"),
-    Redirect(_CUDA, "empty_cache", returns(None), "no caching allocator"),
+    *alike(_CUDA, "empty_cache reset_peak_memory_stats", returns(None), "no caching allocator"),
     *alike(_CUDA, _MEMORY, returns(0), "memory report"),
     Redirect(_CUDA, "memory_stats", returns({}), "memory report"),
-    Redirect(_CUDA, "reset_peak_memory_stats", returns(None), "memory report"),
     Redirect(_CUDA, "Event", instead(Event), "timing"),
     Redirect(_CUDA, "Stream", instead(Stream), "DDP's communication stream"),
     Redirect(_CUDA, "stream", by(contextlib.nullcontext), "DDP's communication stream"),

@@ -168,22 +168,15 @@ class LoopHooks:
         self._tell("after_evaluation", result[0] or {})
         return result
 
-    def _save(
-        self,
-        save_checkpoint: Callable[..., None],
-        step: int,
-        chunks: Any,
-        optimizer: Any,
-        *others: Any,
-        **named: Any,
-    ) -> None:
+    def _save(self, save_checkpoint: Callable[..., None], *given: Any, **named: Any) -> None:
+        step, chunks, optimizer = given[:3]
         is_lasting = not named.get("non_persistent_ckpt")
         folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
         self._folder = folder if is_lasting else None
         self._tell("before_save", Save(step, chunks, optimizer, self._folder))
         states = {type(one).__name__: one.state() for one in self.listeners}
         self.args.listener_states = {name: state for name, state in states.items() if state}
-        save_checkpoint(step, chunks, optimizer, *others, **named)
+        save_checkpoint(*given, **named)
         if self._folder and not self.args.async_save:
             self._tell("after_save", self._folder)
 
