@@ -9,16 +9,10 @@ COMMANDS = {
     "inspect": ("commands.inspect_data", "look into such a pair, and check it"),
     "merge": ("commands.merge_datasets", "make one pair of several"),
     "cache": ("commands.prepare_cache", "build a run's index caches ahead"),
-    "plan": (
-        "commands.plan",
-        "parameters, memory, days, the fastest layout; on paper",
-    ),
+    "plan": ("commands.plan", "parameters, memory, days, the fastest layout; on paper"),
     "select": ("commands.select_data", "choose the samples that SALT_DS sees first"),
     "compare": ("commands.compare_runs", "a table and a picture of several runs"),
-    "convert": (
-        "commands.convert_checkpoint",
-        "to and from Hugging Face; grow a model",
-    ),
+    "convert": ("commands.convert_checkpoint", "to and from Hugging Face; grow a model"),
     "evaluate": ("commands.evaluate", "exported models on tasks and on text"),
     "quickstart": ("quickstart.run", "a teacher, a plain and a LET student, here"),
 }

@@ -19,9 +19,6 @@ from megatron_let.errors import UsageError
 
 LOUD = {"--verbose-console", "-h", "--help"}
 """With one of these everything is shown."""
-FOLDER = "console"
-EARLY_PIECES = 20_000
-TAIL_LINES = 20
 
 
 class Console(io.TextIOBase):
@@ -30,7 +27,7 @@ class Console(io.TextIOBase):
     def __init__(self, terminal: TextIO) -> None:
         self.terminal = terminal
         self.is_kept = False
-        self._last: deque[str] = deque(maxlen=EARLY_PIECES)
+        self.early: deque[str] = deque(maxlen=20_000)
         """Until it is known where the log is."""
         self._path: Path | None = None
         self._log: TextIO | None = None
@@ -40,7 +37,7 @@ class Console(io.TextIOBase):
         if not isinstance(text, str):
             raise TypeError(f"{type(text).__name__} is no text")
         if not self.is_kept:
-            self._last.append(text)
+            self.early.append(text)
         elif self._path is not None:
             try:
                 if self._log is None:
@@ -60,14 +57,10 @@ class Console(io.TextIOBase):
         """Write the log into a run's folder, behind those of earlier starts; None keeps none."""
         if not self.is_kept:
             rank = int(os.environ.get("RANK", "0"))
-            self._path = None if folder is None else folder / FOLDER / f"rank_{rank:05d}.log"
-            self.is_kept, early = True, "".join(self._last)
+            self._path = None if folder is None else folder / f"console/rank_{rank:05d}.log"
+            self.is_kept, early = True, "".join(self.early)
             if early:
                 self.write(early)
-
-    def tail(self) -> str:
-        """What was written last, before the log was kept."""
-        return "\n".join("".join(self._last).splitlines()[-TAIL_LINES:])
 
 
 def say(line: str) -> None:
@@ -106,5 +99,5 @@ def quiet() -> Iterator[None]:
             raise
         except BaseException as error:  # Megatron says some things only on its way out
             if not console.is_kept and not (isinstance(error, SystemExit) and error.code == 2):
-                print(console.tail(), file=sys.stderr)
+                print(*"".join(console.early).splitlines()[-20:], sep="\n", file=sys.stderr)
             raise

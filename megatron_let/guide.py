@@ -39,12 +39,8 @@ def flags(yours: Provider | None = None) -> Provider:
 class Guidance:
     """The method of `--method`, at work in a script's own functions.
 
-    Args:
-        args: Megatron's arguments, checked by Megatron.
-        model_config: `GPTModelConfig`; changed in place.
-
-    Raises:
-        UsageError: flags that do not go together, or context parallelism.
+    `args` are Megatron's, checked by Megatron; `model_config`, its `GPTModelConfig`, is changed in
+    place. Flags that a method cannot go with here are a `UsageError`.
     """
 
     def __init__(self, args: Namespace, model_config: Any) -> None:
@@ -93,10 +89,8 @@ class Guidance:
     def batches(self, get_batch: Callable[..., Any], keys: Sequence[str]) -> Callable[..., Any]:
         """Show each training micro-batch to the method before `get_batch` hands it on.
 
-        Args:
-            get_batch: called with a data iterator and a virtual stage; returns the values of
-                `keys` in their order, `tokens`, `labels` and `loss_mask` among them.
-            keys: their names.
+        It is called with a data iterator and a virtual stage, and returns the values of `keys` in
+        their order, `tokens`, `labels` and `loss_mask` among them.
         """
 
         def draw(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:

@@ -31,15 +31,8 @@ def expanded(
 
     A file has a flag with its values on each line; quotes are the shell's, and so is `#` before a
     comment. It may name further ones, whose paths start at its own folder. As on any command line
-    the last value of a flag counts. `@@` stands for a word that begins with `@`.
-
-    Args:
-        words: without the program.
-        within: the folder that relative paths start at.
-        opened: the files that are being read.
-
-    Raises:
-        UsageError: a file cannot be read, or names itself.
+    the last value of a flag counts. `@@` stands for a word that begins with `@`. Relative paths
+    start at `within`, and none of the files that are `opened` may be named again.
     """
     found: list[str] = []
     for word in words:
