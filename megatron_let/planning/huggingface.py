@@ -39,12 +39,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
 def teacher_shape(name: str) -> ModelShape:
     """Return the shape of a known teacher, or of the model in a Hugging Face folder.
 
-    Args:
-        name: a name in `TEACHERS`, with or without an organisation before it
-            (`HuggingFaceTB/SmolLM-135M`), or a folder with a `config.json`.
-
-    Raises:
-        UsageError: neither, or a model whose parameters are not known on paper.
+    A teacher of `TEACHERS` may have an organisation before its name (`HuggingFaceTB/SmolLM-135M`).
+    Raises UsageError for any other name, and for parameters that are not known on paper.
     """
     if Path(name).expanduser().is_dir():
         return folder_shape(name)
@@ -60,28 +56,21 @@ def teacher_shape(name: str) -> ModelShape:
 def folder_shape(name: str) -> ModelShape:
     """Return the shape of the model in a Hugging Face folder; raises as `from_hf_config`."""
     folder = Path(name).expanduser()
-    return from_hf_config(_read_config(folder), name=folder.resolve().name)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{folder}: config.json cannot be read ({error}). Give the folder of a "
-            "Hugging Face model."
+            f"{folder}: config.json cannot be read ({error}). Give a Hugging Face model's folder."
         ) from error
     if not isinstance(config, dict):
         raise UsageError(f"{folder}: config.json is not an object of settings.")
-    return config
+    return from_hf_config(config, name=folder.resolve().name)
 
 
 def from_hf_config(config: dict[str, Any], *, name: str) -> ModelShape:
     """Return the shape that a `config.json` describes.
 
-    Raises:
-        UsageError: an architecture or an option whose parameters are not known here, or a size
-            is missing.
+    Raises UsageError for an architecture or an option that is not known here, or a missing size.
     """
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
@@ -121,8 +110,7 @@ USUAL_NAMES = {
     "n_inner": "intermediate_size",
     "ffn_dim": "intermediate_size",
 }
-POSITION_OFFSETS = {"opt": 2, "gpt2": 0}
-"""Rows of a learned position embedding beyond the context."""
+POSITION_OFFSETS = {"opt": 2, "gpt2": 0}  # rows of a learned position embedding beyond the context
 
 
 def _fields(config: dict[str, Any], model_type: str) -> dict[str, Any]:

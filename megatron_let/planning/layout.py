@@ -13,8 +13,7 @@ class Place(NamedTuple):
     """Where a layer lives."""
 
     stage: int
-    chunk: int
-    """Virtual chunk on the stage, 0 without virtual stages."""
+    chunk: int  # virtual chunk on the stage, 0 without virtual stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +21,18 @@ class Layout:
     """Megatron's parallel layout, and what it keeps of the activations."""
 
     gpus: int
-    tp: int = 1
-    """Tensor-parallel ranks."""
-    pp: int = 1
-    """Pipeline stages."""
-    cp: int = 1
-    """Context-parallel ranks: parts of each sequence."""
-    vpp: int = 1
-    """Virtual chunks on each stage; 1 is the plain 1F1B schedule."""
-    sequence_parallel: bool | None = None
-    """None: with tensor parallelism."""
+    tp: int = 1  # tensor-parallel ranks
+    pp: int = 1  # pipeline stages
+    cp: int = 1  # context-parallel ranks: parts of each sequence
+    vpp: int = 1  # virtual chunks on each stage; 1 is the plain 1F1B schedule
+    sequence_parallel: bool | None = None  # None: with tensor parallelism
     distributed_optimizer: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
     """selective drops the attention scores, full all but the inputs of layers."""
     flash_attention: bool = True
     """Attention scores are never stored; otherwise those of every layer, unless recomputed."""
-    first_stage_layers: int | None = None
-    """`--decoder-first-pipeline-num-layers`."""
-    last_stage_layers: int | None = None
-    """`--decoder-last-pipeline-num-layers`."""
+    first_stage_layers: int | None = None  # `--decoder-first-pipeline-num-layers`
+    last_stage_layers: int | None = None  # `--decoder-last-pipeline-num-layers`
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp", "pp", "cp", "vpp"):
@@ -86,11 +78,7 @@ class Layout:
         )
 
     def split(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each stage.
-
-        Raises:
-            UsageError: Megatron would refuse this split.
-        """
+        """Layers of each stage; raises UsageError where Megatron would refuse this split."""
         layers = self._split_or_none(num_layers)
         if layers is None:
             chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""

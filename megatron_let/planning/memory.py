@@ -7,7 +7,7 @@ stage's own layers, with SwiGLU and grouped queries, with and without sequence p
 recomputation and flash attention; Megatron's report covers a part of these.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import RunShape
@@ -15,15 +15,12 @@ from megatron_let.planning.schedule import most_waiting
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.teacher.work import logits_at_once, micro_batches_at_once
 
-BF16_BYTES = 2
-FP32_BYTES = 4
-TOKEN_ID_BYTES = 8
-OPTIMIZER_BYTES = 12
-"""Main parameter and two Adam moments, each fp32."""
+GIB = 2**30
+BF16_BYTES, FP32_BYTES, TOKEN_ID_BYTES = 2, 4, 8
+OPTIMIZER_BYTES = 12  # main parameter and two Adam moments, each fp32
 LOGIT_BYTES = BF16_BYTES + FP32_BYTES
 """The logit and its fp32 softmax, which live together in the loss."""
-RUNTIME_BYTES = 2 * 1024**3
-"""CUDA context, NCCL buffers, fragmentation: an allowance, not a formula."""
+RUNTIME_BYTES = 2 * GIB  # CUDA context, NCCL buffers, fragmentation: an allowance, not a formula
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +31,7 @@ class StageMemory:
     gradients: float
     optimizer: float
     activations: float
-    teacher: float = 0.0
-    """The teacher's weights."""
+    teacher: float = 0.0  # the teacher's weights
     states: float = 0.0
     """What the teacher computes, and the alignment gradients that wait for the backward pass."""
     runtime: float = RUNTIME_BYTES
@@ -43,30 +39,28 @@ class StageMemory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
 
 def stages_memory(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
 ) -> tuple[StageMemory, ...]:
     """What a rank of each stage holds, first stage first."""
-    return tuple(_stage_memory(stage, student, teacher, layout, run) for stage in range(layout.pp))
-
-
-def _stage_memory(
-    stage: int, student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
-) -> StageMemory:
-    parameters = parameters_per_rank(student, layout, stage)
     optimizer_shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
-    teacher_bytes, states_bytes = _teacher_bytes(stage, student, teacher, layout, run)
-    return StageMemory(
-        weights=BF16_BYTES * parameters,
-        gradients=FP32_BYTES * parameters,
-        optimizer=OPTIMIZER_BYTES * parameters / optimizer_shards,
-        activations=_activation_bytes(stage, student, layout, run),
-        teacher=teacher_bytes,
-        states=states_bytes,
-    )
+
+    def held(stage: int) -> StageMemory:
+        parameters = parameters_per_rank(student, layout, stage)
+        weights, states = _teacher_bytes(stage, student, teacher, layout, run)
+        return StageMemory(
+            weights=BF16_BYTES * parameters,
+            gradients=FP32_BYTES * parameters,
+            optimizer=OPTIMIZER_BYTES * parameters / optimizer_shards,
+            activations=_activation_bytes(stage, student, layout, run),
+            teacher=weights,
+            states=states,
+        )
+
+    return tuple(held(stage) for stage in range(layout.pp))
 
 
 def parameters_per_rank(student: ModelShape, layout: Layout, stage: int) -> float:
@@ -80,9 +74,6 @@ def parameters_per_rank(student: ModelShape, layout: Layout, stage: int) -> floa
     replicated += student.position_rows * student.hidden_size * first
     replicated += student.norm_parameters * last
     return split / layout.tp + replicated
-
-
-# --- the student's activations ---------------------------------------------------------------
 
 
 def layer_activation_bytes(student: ModelShape, layout: Layout, run: RunShape) -> float:
@@ -150,9 +141,6 @@ def _rotated_bytes(student: ModelShape, layout: Layout, run: RunShape) -> float:
 def _in_flight(stage: int, layout: Layout, run: RunShape, chunk: int | None = None) -> int:
     """Passes through one virtual chunk, or through all, whose backward is still to come."""
     return most_waiting(stage, layout.pp, layout.vpp, run.micro_batches(layout), chunk)
-
-
-# --- the teacher -----------------------------------------------------------------------------
 
 
 def _teacher_bytes(

@@ -5,30 +5,25 @@ from dataclasses import dataclass
 
 from megatron_let.errors import UsageError
 from megatron_let.planning.layout import Layout
-from megatron_let.planning.memory import StageMemory, stages_memory
+from megatron_let.planning.memory import GIB, StageMemory, stages_memory
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime, split_time
 
-GIB = 1024**3
-WORTH_A_FLAG = 0.005
-"""A split that saves less than this share of the run is not worth another flag."""
+WORTH_A_FLAG = 0.005  # a split that saves less than this share of the run is not worth another flag
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plan:
     """A run on paper."""
 
     student: ModelShape
-    teacher: ModelShape | None
-    """None also where the method uses none."""
+    teacher: ModelShape | None  # None also where the method uses none
     layout: Layout
     run: RunShape
     gpu: Gpu
-    memory: tuple[StageMemory, ...]
-    """Of a rank of each stage of the layout as given."""
-    given: SplitTime
-    """The layout as given."""
+    memory: tuple[StageMemory, ...]  # of a rank of each stage of the layout as given
+    given: SplitTime  # the layout as given
     suggested: SplitTime
     """The split with the shortest run that fits; the given one if nothing is gained."""
     suggested_fits: bool
@@ -88,18 +83,11 @@ def plan(
     gpu: Gpu | None = None,
     splits: Sequence[Layout] | None = None,
 ) -> Plan:
-    """Plan a run.
+    """Plan a run of a student with its padded vocabulary.
 
-    Args:
-        student: with the padded vocabulary.
-        teacher: None only for the baseline, which ignores it.
-        layout: GPUs and how the student lies on them.
-        run: batch, steps and method.
-        gpu: the default is an A100 with 80 GiB, 0.4 of whose peak a stage's work uses.
-        splits: other splits of the layers to suggest one of; by default all.
-
-    Raises:
-        UsageError: Megatron would refuse the layout, or the method lacks something.
+    The default GPU is an A100 with 80 GiB, 0.4 of whose peak a stage's work uses. One of `splits`
+    of the layers is suggested; by default of all. Raises UsageError where Megatron would refuse the
+    layout, or the method lacks something.
     """
     gpu = gpu or Gpu()
     teacher = _check(student, teacher, layout, run)
@@ -109,17 +97,8 @@ def plan(
     fitting = [split for split in splits if _fits(memory[split], gpu)]
     times = [split_time(student, teacher, split, run, gpu) for split in fitting or splits]
     suggested = min(times, key=lambda t: t.run_seconds * (1 + WORTH_A_FLAG * _changes(t, given)))
-    return Plan(
-        student=student,
-        teacher=teacher,
-        layout=layout,
-        run=run,
-        gpu=gpu,
-        memory=memory[layout],
-        given=given,
-        suggested=suggested,
-        suggested_fits=bool(fitting),
-    )
+    fits = bool(fitting)
+    return Plan(student, teacher, layout, run, gpu, memory[layout], given, suggested, fits)
 
 
 def _changes(time: SplitTime, given: SplitTime) -> int:
@@ -137,17 +116,16 @@ def _check(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
 ) -> ModelShape | None:
     """Refuse what Megatron or the method would; return the teacher if the method uses one."""
-    _check_tensor_parallel(student, layout, run)
+    _check_shards(student, layout, run)
     layout.split(student.num_layers)
     run.micro_batches(layout)
-    guidance = run.guidance
-    if not guidance.has_teacher:
+    if not run.guidance.has_teacher:
         return None
     if teacher is None:
         raise UsageError(
             f"--method {run.method} needs a teacher. Add --teacher, or plan --method baseline."
         )
-    if guidance.aligns and not 1 <= run.let_layer <= student.num_layers:
+    if run.guidance.aligns and not 1 <= run.let_layer <= student.num_layers:
         raise UsageError(
             f"--let-layer {run.let_layer} is outside the student: choose 1 to "
             f"{student.num_layers} (an early layer is meant, such as 2 or 3)."
@@ -155,19 +133,18 @@ def _check(
     return teacher
 
 
-def _check_tensor_parallel(student: ModelShape, layout: Layout, run: RunShape) -> None:
-    sizes = {
-        "--num-attention-heads": student.num_attention_heads,
-        "--ffn-hidden-size": student.ffn_hidden_size,
-        "the padded vocabulary": student.vocab_size,
-    }
-    if layout.sequence_shards > 1:
-        sizes["--seq-length"] = run.seq_length
+def _check_shards(student: ModelShape, layout: Layout, run: RunShape) -> None:
     if run.seq_length % (2 * layout.cp) and layout.cp > 1:
         raise UsageError(
             f"--seq-length {run.seq_length} does not divide into two parts for each of --cp "
             f"{layout.cp} ranks. Change one of them."
         )
+    sizes = {
+        "--num-attention-heads": student.num_attention_heads,
+        "--ffn-hidden-size": student.ffn_hidden_size,
+        "the padded vocabulary": student.vocab_size,
+        "--seq-length": run.seq_length if layout.sequence_shards > 1 else 0,
+    }
     for name, size in sizes.items():
         if size % layout.tp:
             raise UsageError(

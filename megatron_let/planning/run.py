@@ -5,14 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_let.errors import UsageError
-from megatron_let.methods.table import (
-    KD_STOP_SHARE,
-    LET_LAYER,
-    LET_STOP_STEP,
-    MAIN,
-    MethodRow,
-    method_row,
-)
+from megatron_let.methods import table
 from megatron_let.planning.layout import Layout
 
 
@@ -32,15 +25,13 @@ class RunShape:
     micro_batch_size: int
     global_batch_size: int
     train_iters: int
-    method: str = MAIN
-    let_layer: int = LET_LAYER
-    let_stop_step: int = LET_STOP_STEP
-    kd_stop_step: int | None = None
-    """None: `KD_STOP_SHARE` of the steps."""
+    method: str = table.MAIN
+    let_layer: int = table.LET_LAYER
+    let_stop_step: int = table.LET_STOP_STEP
+    kd_stop_step: int | None = None  # None: `KD_STOP_SHARE` of the steps
     teacher_seq_length: int | None = None
     """Tokens that a teacher with another tokenizer reads for a row."""
-    dropout: bool = False
-    """Its masks are kept until the backward pass."""
+    dropout: bool = False  # its masks are kept until the backward pass
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"):
@@ -68,9 +59,9 @@ class RunShape:
             )
 
     @property
-    def guidance(self) -> MethodRow:
+    def guidance(self) -> table.MethodRow:
         """How the method uses its teacher."""
-        return method_row(self.method)
+        return table.method_row(self.method)
 
     @property
     def teacher_row(self) -> int:
@@ -94,8 +85,7 @@ class RunShape:
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one step on each data-parallel rank.
 
-        Raises:
-            UsageError: the global batch does not divide, or not as the schedule needs it.
+        Raises UsageError if the global batch does not divide, or not as the schedule needs it.
         """
         rows = self.micro_batch_size * layout.dp
         if self.global_batch_size % rows:
@@ -126,7 +116,7 @@ class RunShape:
             return 0
         if self.guidance.distils_to_the_end:
             return self.train_iters
-        return self.kd_stop_step or max(1, round(KD_STOP_SHARE * self.train_iters))
+        return self.kd_stop_step or max(1, round(table.KD_STOP_SHARE * self.train_iters))
 
     def phases(self) -> tuple[Phase, ...]:
         """The run cut where the teacher's part changes; the first phase is the most guided."""

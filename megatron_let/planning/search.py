@@ -9,8 +9,7 @@ from megatron_let.planning.plan import Plan, plan
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.shapes import ModelShape
 
-SHARDS = (1, 2, 4, 8)
-"""Tensor parallelism stays inside a node."""
+SHARDS = (1, 2, 4, 8)  # tensor parallelism stays inside a node
 ROWS = (1, 2, 4, 8, 16)
 CHUNKS = (1, 2, 4)
 
@@ -48,22 +47,20 @@ def search(
 def candidates(student: ModelShape, layout: Layout, run: RunShape) -> Iterator[tuple[Layout, int]]:
     """All layouts, and rows of a micro-batch, that divide."""
     ranks = layout.gpus // layout.cp
+    evenly = replace(
+        layout, sequence_parallel=None, first_stage_layers=None, last_stage_layers=None
+    )
     for tp in (tp for tp in SHARDS if ranks % tp == 0):
         stages = (pp for pp in range(1, student.num_layers + 1) if ranks // tp % pp == 0)
         for pp in stages:
             for vpp in CHUNKS if pp > 1 else (1,):
                 for recompute in ("none", "full"):
-                    own = Layout(
-                        gpus=layout.gpus, tp=tp, pp=pp, cp=layout.cp, vpp=vpp, recompute=recompute,
-                        distributed_optimizer=layout.distributed_optimizer,
-                        flash_attention=layout.flash_attention,
-                    )  # fmt: skip
+                    own = replace(evenly, tp=tp, pp=pp, vpp=vpp, recompute=recompute)
                     yield from ((own, rows) for rows in ROWS)
 
 
 def _rank(one: Plan) -> tuple[float, ...]:
     layout = one.layout
-    seconds = float(
-        f"{one.given.run_seconds:.6g}"
-    )  # of equal work the sum differs in the last digits
+    # Of equal work the sum differs in the last digits.
+    seconds = float(f"{one.given.run_seconds:.6g}")
     return seconds, layout.tp, layout.pp, layout.vpp, -one.run.micro_batch_size

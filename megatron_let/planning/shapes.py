@@ -28,23 +28,16 @@ class ModelShape:
     num_attention_heads: int
     num_query_groups: int
     """Heads of the keys and of the values; as many as attention heads without GQA."""
-    kv_channels: int
-    """Width of one head."""
-    vocab_size: int
-    """Rows of the embedding, padding included."""
-    gated: bool = False
-    """SwiGLU: a third matrix in the MLP."""
-    tied: bool = True
-    """The LM head is the embedding."""
-    rms_norm: bool = False
-    """RMSNorm has a weight only, LayerNorm a bias too."""
+    kv_channels: int  # width of one head
+    vocab_size: int  # rows of the embedding, padding included
+    gated: bool = False  # SwiGLU: a third matrix in the MLP
+    tied: bool = True  # the LM head is the embedding
+    rms_norm: bool = False  # RMSNorm has a weight only, LayerNorm a bias too
     qkv_bias: bool = True
-    output_bias: bool = True
-    """Bias of the attention's output projection."""
+    output_bias: bool = True  # bias of the attention's output projection
     mlp_bias: bool = True
     qk_norm: bool = False
-    position_rows: int = 0
-    """Rows of a learned position embedding; 0 for rotary positions."""
+    position_rows: int = 0  # rows of a learned position embedding; 0 for rotary positions
     context: int | None = None
     """Longest sequence in tokens that it was trained for; None for a model yet to be trained."""
 
@@ -73,16 +66,12 @@ class ModelShape:
     @property
     def mlp_matrices(self) -> int:
         """Matrices of `hidden_size x ffn_hidden_size` in one MLP."""
-        return 3 if self.gated else 2
+        return 2 + self.gated
 
     @property
     def norm_parameters(self) -> int:
         """Of one norm of the hidden width."""
-        return self.hidden_size * self._per_norm_channel
-
-    @property
-    def _per_norm_channel(self) -> int:
-        return 1 if self.rms_norm else 2
+        return self.hidden_size * (2 - self.rms_norm)
 
     @property
     def layer_matrix_parameters(self) -> int:
@@ -100,9 +89,7 @@ class ModelShape:
     @property
     def layer_replicated_parameters(self) -> int:
         """Parameters of one layer that every tensor-parallel rank holds: norms, inner biases."""
-        norms = 2 * self.norm_parameters
-        if self.qk_norm:
-            norms += 2 * self.kv_channels * self._per_norm_channel
+        norms = 2 * (self.norm_parameters + self.qk_norm * self.kv_channels * (2 - self.rms_norm))
         return norms + self.hidden_size * (self.output_bias + self.mlp_bias)
 
     @property
@@ -154,31 +141,21 @@ class ModelShape:
         return tokens_read * self.num_layers * self.layer_flops_per_token(length)
 
 
+SIZES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"
+).split()
+"""Fields of `ModelShape` that are flags of Megatron's, too."""
 # Late-to-Early Training (arXiv 2602.05393) names its students by size only; these shapes give it.
 # 70b is Llama 3's.
-STUDENTS: dict[str, dict[str, int]] = {
-    "1.4b": {
-        "num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 5504, "num_attention_heads": 16,
-    },
-    "3b": {
-        "num_layers": 32, "hidden_size": 2560, "ffn_hidden_size": 6912, "num_attention_heads": 20,
-    },
-    "7b": {
-        "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32,
-    },
-    "70b": {
-        "num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28672, "num_attention_heads": 64,
-        "num_query_groups": 8,
-    },
-}  # fmt: skip
-LLAMA_STYLE = {
-    "gated": True,
-    "tied": False,
-    "rms_norm": True,
-    "qkv_bias": False,
-    "output_bias": False,
-    "mlp_bias": False,
+STUDENTS = {
+    "1.4b": (24, 2048, 5504, 16),
+    "3b": (32, 2560, 6912, 20),
+    "7b": (32, 4096, 11008, 32),
+    "70b": (80, 8192, 28672, 64, 8),
 }
+"""The first ones of `SIZES`; the others follow from them."""
+NO_BIAS = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), False)
+LLAMA_STYLE = {"gated": True, "tied": False, "rms_norm": True} | NO_BIAS
 
 
 def student_shape(
@@ -186,13 +163,8 @@ def student_shape(
 ) -> ModelShape:
     """Return a student: a preset in Llama's style, or without one Megatron's default style.
 
-    Args:
-        preset: a name in `STUDENTS`, or None for a shape that `changes` spells out.
-        vocab_size: rows of the embedding, see `padded_vocab_size`.
-        changes: fields of `ModelShape` that replace the preset's or the default's; None is unset.
-
-    Raises:
-        UsageError: an unknown preset, or a shape that is not complete.
+    The `vocab_size` rows of the embedding are padded ones. Of the fields of `ModelShape` that
+    `changes` replaces, None is unset. An unknown preset or an incomplete shape is a UsageError.
     """
     given = {key: value for key, value in (changes or {}).items() if value is not None}
     values: dict[str, Any] = {"name": "custom"}
@@ -203,7 +175,8 @@ def student_shape(
                 f"--student {preset} is unknown. Choose {', '.join(STUDENTS)}, or leave it out and "
                 "give --num-layers --hidden-size --num-attention-heads."
             )
-        values = {"name": name + " changed" * bool(given), **LLAMA_STYLE, **STUDENTS[name]}
+        sizes = dict(zip(SIZES, STUDENTS[name], strict=False))
+        values = {"name": name + " changed" * bool(given), **LLAMA_STYLE, **sizes}
     return ModelShape(vocab_size=vocab_size, **_completed(values | given))
 
 

@@ -4,21 +4,22 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from itertools import groupby
 
-from megatron_let.planning.memory import RUNTIME_BYTES
-from megatron_let.planning.plan import GIB, WORTH_A_FLAG, Plan
+from megatron_let.planning.memory import GIB, RUNTIME_BYTES
+from megatron_let.planning.plan import WORTH_A_FLAG, Plan
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime
 
 MEMORY_HEADINGS = ("weights", "grads", "optim", "activ", "teacher", "states")
 """Of the fields of `StageMemory`, in their order, without the runtime."""
-MOST_STAGES = 8
-"""With more of them, the middle ones are left out."""
+MOST_STAGES = 8  # with more of them, the middle ones are left out
 SECONDS_PER_DAY = 86400
 
 
 def page(plan: Plan) -> str:
     """Return the whole plan as text."""
-    head = [*_models(plan), *_layout(plan), *_run(plan)]
+    student = _model("student", plan.student, plan.student_flops_per_token, "fwd+bwd")
+    teacher = _model("teacher", plan.teacher, plan.teacher_flops_per_token, "fwd")
+    head = [*student, *teacher, *_layout(plan), *_run(plan)]
     return "\n".join([*head, "", *_stages(plan), "", *_time(plan)])
 
 
@@ -45,23 +46,18 @@ def _section(label: str, *lines: str) -> list[str]:
     return [f"{'' if number else label:9}{line}" for number, line in enumerate(lines)]
 
 
-def _models(plan: Plan) -> list[str]:
-    flops = f"{plan.student_flops_per_token / 1e9:.3g} GFLOP/token (fwd+bwd)"
-    student = _section("student", *_shape(plan.student, flops))
-    if plan.teacher is None:
-        return [*student, *_section("teacher", "none")]
-    flops = f"{plan.teacher_flops_per_token / 1e9:.3g} GFLOP/token (fwd)"
-    return [*student, *_section("teacher", *_shape(plan.teacher, flops))]
-
-
-def _shape(shape: ModelShape, flops: str) -> tuple[str, str]:
+def _model(label: str, shape: ModelShape | None, flops: float, passes: str) -> list[str]:
+    if shape is None:
+        return _section(label, "none")
     heads = str(shape.num_attention_heads)
     if shape.num_query_groups != shape.num_attention_heads:
         heads += f"/{shape.num_query_groups}"
-    return (
+    return _section(
+        label,
         f"{shape.name}: {shape.num_layers} layers x {shape.hidden_size}, "
         f"FFN {shape.ffn_hidden_size}{' gated' * shape.gated}, {heads} heads",
-        f"vocab {shape.vocab_size}{' tied' * shape.tied}; {shape.parameters:,} parameters; {flops}",
+        f"vocab {shape.vocab_size}{' tied' * shape.tied}; {shape.parameters:,} parameters; "
+        f"{flops / 1e9:.3g} GFLOP/token ({passes})",
     )
 
 
@@ -82,11 +78,11 @@ def _layout(plan: Plan) -> list[str]:
 
 def _run(plan: Plan) -> list[str]:
     run, tokens = plan.run, plan.run.train_iters * plan.run.tokens_per_step
+    micro_batches = f"{run.micro_batches(plan.layout)} micro-batches of {run.micro_batch_size}"
     lines = [
         f"{run.train_iters} steps x {run.global_batch_size} x {run.seq_length} tokens = "
         f"{tokens / 1e9:.2f} B tokens, {tokens * plan.student_flops_per_token:.2e} FLOP",
-        f"{run.micro_batches(plan.layout)} micro-batches of {run.micro_batch_size}; "
-        f"method {run.method}",
+        f"{micro_batches}; method {run.method}",
     ]
     if plan.teacher is not None:
         stages = plan.given.teacher_stages
@@ -108,14 +104,14 @@ def _stages(plan: Plan) -> list[str]:
         what = "Stages while guided: GiB per rank; work over the mean (load, +T with teacher)"
         load_headings += ["+T"]
     mean_work = sum(given.plain_work) / len(given.plain_work)
-    rows = [("stage", "layers", *MEMORY_HEADINGS, "total", *load_headings)]
+    rows = [["stage", "layers", *MEMORY_HEADINGS, "total", *load_headings]]
     for stage, memory in enumerate(plan.memory):
         gib = [part / GIB for part in (*astuple(memory)[:-1], memory.total)]
         load = [given.plain_work[stage] / mean_work, given.guided_work[stage] / mean_work]
-        cells = (f"{value:.2f}" for value in gib + load[: len(load_headings)])
-        rows.append((str(stage), str(given.layers[stage]), *cells))
+        cells = [f"{value:.2f}" for value in gib + load[: len(load_headings)]]
+        rows.append([str(stage), str(given.layers[stage]), *cells])
     if plan.layout.pp > MOST_STAGES:
-        rows[5:-3] = [("..",) * len(rows[0])]
+        rows[5:-3] = [[".."] * len(rows[0])]
     return [what, *_aligned(rows), *_verdict(plan)]
 
 
@@ -179,15 +175,12 @@ def _advice(plan: Plan) -> list[str]:
     if plan.layout.pp == 1:
         return []
     if suggested.layers == given.layers:
-        return [
-            f"Keep this split: others save less than {100 * WORTH_A_FLAG:g} % of the run a flag"
-        ]
+        worth = f"{100 * WORTH_A_FLAG:g} % of the run a flag"
+        return [f"Keep this split: others save less than {worth}"]
     saved = 100 * (1 - suggested.run_seconds / given.run_seconds)
     gain = f"saves {saved:.1f} %" if saved > 0 else f"fits, and costs {-saved:.1f} %"
-    return [
-        f"Suggested, {gain} of the run:",
-        f"  {suggested.layout.split_flags or 'no flags, an even split'}",
-    ]
+    flags = suggested.layout.split_flags or "no flags, an even split"
+    return [f"Suggested, {gain} of the run:", f"  {flags}"]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,19 +19,13 @@ class SplitTime:
     """What one split of the layers over the stages costs."""
 
     layout: Layout
-    layers: tuple[int, ...]
-    """Of each stage."""
-    teacher_stages: tuple[int, ...]
-    """In the run's first phase."""
-    plain_work: tuple[float, ...]
-    """FLOPs of each stage for one micro-batch without the teacher."""
-    guided_work: tuple[float, ...]
-    """The same in the run's first phase."""
+    layers: tuple[int, ...]  # of each stage
+    teacher_stages: tuple[int, ...]  # in the run's first phase
+    plain_work: tuple[float, ...]  # FLOPs of each stage for one micro-batch without the teacher
+    guided_work: tuple[float, ...]  # the same in the run's first phase
     phase_steps: tuple[int, ...]
-    phase_seconds: tuple[float, ...]
-    """Of one step in each phase of the run, the most guided first."""
-    plain_seconds: float
-    """Of one step without the teacher."""
+    phase_seconds: tuple[float, ...]  # of one step in each phase of the run, the most guided first
+    plain_seconds: float  # of one step without the teacher
     plain_mfu: float
     """Counted FLOPs of a plain step over the peak of all GPUs: bubble, unequal stages and
     recomputation included."""
@@ -86,11 +80,7 @@ def teacher_places(
 
 
 def split_time(
-    student: ModelShape,
-    teacher: ModelShape | None,
-    layout: Layout,
-    run: RunShape,
-    gpu: Gpu,
+    student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape, gpu: Gpu
 ) -> SplitTime:
     """What this layout's split costs."""
     peak = gpu.peak_tflops * 1e12
