@@ -51,4 +51,4 @@ def _script(size: str) -> Path:
 def planned(flags: Sequence[str], gpus: int, teacher: str, *more: str) -> Plan:
     """What `tools/plan.py` says of a run with these flags of `pretrain_let.py` and its own ones."""
     words = [*plan.words_of(flags), "--gpus", str(gpus), "--teacher", teacher, *more]
-    return plan.plan_from(plan.build_parser().parse_args(words))
+    return plan.plan(*plan.parts(plan.build_parser().parse_args(words)))

@@ -40,9 +40,9 @@ from megatron_let.upstream.secrets import scrubbed
 def main() -> None:
     """One run in its `--save`: nothing is written there before."""
     if "--dry-run" in sys.argv:
-        from megatron_let.dry_run.rank import run_rank
+        from megatron_let.dry_run.rank import DryRank
 
-        run_rank(train)
+        DryRank().run(train)
         return
     with one_run_in(save_folder(sys.argv)):
         train()

@@ -8,71 +8,51 @@ Needs no GPU, no weights and no Megatron. For example:
 Behind -- stand the flags of a run; what would change size or cost and is not known here is refused.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_let.commands import tool_parser
 from megatron_let.dry_run.flags import named, without
 from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE, LET_LAYER, LET_STOP_STEP, MAIN, METHODS
+from megatron_let.planning import shapes
 from megatron_let.planning.huggingface import TEACHERS, folder_shape, teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import RUNTIME_BYTES
 from megatron_let.planning.plan import Plan, plan
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.search import search
-from megatron_let.planning.shapes import (
-    STUDENTS,
-    ModelShape,
-    padded_vocab_size,
-    student_shape,
-)
+from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.text import page, ranking
 from megatron_let.program import expanded
 
-SIZE_FLAGS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-)
-"""Flags that are fields of `ModelShape`."""
 LAYOUT_FLAGS = named(
-    *"sequence-parallel num-virtual-stages-per-pipeline-rank recompute-granularity".split(),
-    *"recompute-activations recompute-method recompute-num-layers sequence-parallel".split(),
-    *(f"decoder-{end}-pipeline-num-layers" for end in ("first", "last")),
-    *"tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size".split(),
+    "tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size sequence-parallel "
+    "num-virtual-stages-per-pipeline-rank decoder-first-pipeline-num-layers "
+    "decoder-last-pipeline-num-layers recompute-granularity recompute-activations "
+    "recompute-method recompute-num-layers"
 )
 """Of a run, which a found layout replaces."""
 RENAMED = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
-UNPLANNED = {
-    f"--{name}"
-    for name in "train-samples num-layers-per-virtual-pipeline-stage num-experts mtp-num-layers "
-    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format".split()
-}
+UNPLANNED = named(
+    "train-samples num-layers-per-virtual-pipeline-stage num-experts mtp-num-layers "
+    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format"
+)
 """Flags of a run that change its size or cost, and not as this tool knows."""
-BESIDE_A_DRY_RUN = {
-    f"--{name}"
-    for name in "gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher".split()
-}
+BESIDE_A_DRY_RUN = named("gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher")
 UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
 """Words of this tool that mean another thing in a run, or nothing there."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Return the command line; flags that Megatron has too are spelled as there."""
-    parser = argparse.ArgumentParser(
-        prog="plan.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(__doc__, "plan.py", allow_abbrev=False)
     _add_student_flags(parser.add_argument_group("student"))
     _add_method_flags(parser.add_argument_group("method"))
     _add_layout_flags(parser.add_argument_group("layout"))
@@ -80,80 +60,67 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_student_flags(group: argparse._ArgumentGroup) -> None:
-    names = ", ".join(STUDENTS)
-    group.add_argument(
-        "--student", metavar="NAME", help=f"{names}, which the flags below override; or a folder"
-    )
-    for name in (*SIZE_FLAGS, "max_position_embeddings"):
-        group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
+def _add_student_flags(group: _ArgumentGroup) -> None:
+    add = group.add_argument
+    student = f"{', '.join(shapes.STUDENTS)}, which the flags below override; or a folder"
+    add("--student", metavar="NAME", help=student)
+    for name in (*shapes.SIZES, "max_position_embeddings"):
+        add("--" + name.replace("_", "-"), type=int, metavar="N")
     vocabulary = group.add_mutually_exclusive_group()
     vocabulary.add_argument("--vocab-size", type=int, metavar="N", help="default: the teacher's")
     vocabulary.add_argument("--padded-vocab-size", type=int, metavar="N", help="rows, as they are")
-    group.add_argument(
-        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="default: 128"
-    )
-    group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
-    group.add_argument("--swiglu", action="store_true")
-    group.add_argument("--qk-layernorm", action="store_true")
-    group.add_argument("--disable-bias-linear", action="store_true")
-    group.add_argument("--add-qkv-bias", action="store_true")
-    group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"])
-    group.add_argument("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
+    divisor = "default: %(default)s"
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help=divisor)
+    for name in (
+        "untie-embeddings-and-output-weights swiglu qk-layernorm disable-bias-linear add-qkv-bias"
+    ).split():
+        add(f"--{name}", action="store_true")
+    add("--normalization", choices=["LayerNorm", "RMSNorm"])
+    add("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
 
 
-def _add_method_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--method", choices=list(METHODS), default=MAIN, help=f"default: {MAIN}")
-    group.add_argument(
-        "--teacher", metavar="NAME_OR_FOLDER", help=f"{', '.join(TEACHERS)}, or a model's folder"
-    )
-    group.add_argument(
-        "--teacher-seq-length",
-        type=int,
-        metavar="N",
-        help="tokens that a teacher with another tokenizer reads for a row (default: the row's)",
-    )
-    group.add_argument("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
-    group.add_argument("--let-stop-step", type=int, metavar="N", help=f"default: {LET_STOP_STEP}")
-    group.add_argument("--kd-stop-step", type=int, metavar="N", help="default: 17.3 %% of the run")
+def _add_method_flags(group: _ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--method", choices=list(METHODS), default=MAIN, help="default: %(default)s")
+    teacher = f"{', '.join(TEACHERS)}, or a model's folder"
+    add("--teacher", metavar="NAME_OR_FOLDER", help=teacher)
+    row = "tokens that a teacher with another tokenizer reads for a row (default: the row's)"
+    add("--teacher-seq-length", type=int, metavar="N", help=row)
+    add("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
+    add("--let-stop-step", type=int, metavar="N", help=f"default: {LET_STOP_STEP}")
+    add("--kd-stop-step", type=int, metavar="N", help="default: 17.3 %% of the run")
 
 
-def _add_layout_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--gpus", type=int, required=True, metavar="N")
+def _add_layout_flags(group: _ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--gpus", type=int, required=True, metavar="N")
     for short, long in (
         ("--tp", "--tensor-model-parallel-size"),
         ("--pp", "--pipeline-model-parallel-size"),
         ("--cp", "--context-parallel-size"),
         ("--vpp", "--num-virtual-stages-per-pipeline-rank"),
     ):
-        group.add_argument(short, long, type=int, default=1, metavar="N", dest=short[2:])
+        add(short, long, type=int, default=1, metavar="N", dest=short[2:])
     for end in ("first", "last"):
         flag, field = f"--decoder-{end}-pipeline-num-layers", f"{end}_stage_layers"
-        group.add_argument(flag, type=int, metavar="N", dest=field)
-    switch = argparse.BooleanOptionalAction
-    group.add_argument("--sequence-parallel", action=switch, help="default: if --tp is above 1")
-    group.add_argument("--distributed-optimizer", action=switch, default=True)
-    group.add_argument("--flash-attention", action=switch, default=True)
-    group.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    group.add_argument(
-        "--search", action="store_true", help="rank all layouts and micro-batches that fit"
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="and run the best ones dry; needs flags behind --"
-    )
+        add(flag, type=int, metavar="N", dest=field)
+    switch = BooleanOptionalAction
+    add("--sequence-parallel", action=switch, help="default: if --tp is above 1")
+    add("--distributed-optimizer", action=switch, default=True)
+    add("--flash-attention", action=switch, default=True)
+    add("--recompute", choices=["none", "selective", "full"], default="none")
+    add("--search", action="store_true", help="rank all layouts and micro-batches that fit")
+    dry = "and run the best ones dry; needs flags behind --"
+    add("--dry-run", action="store_true", help=dry)
 
 
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+def _add_run_flags(group: _ArgumentGroup) -> None:
+    passes = "share of the peak at which a stage's work passes, bubble left out"
     for name, type_, default, what in (
         ("--seq-length", int, 2048, "tokens"),
         ("--micro-batch-size", int, 4, "rows"),
         ("--global-batch-size", int, 512, "rows of a step"),
-        (
-            "--mfu",
-            float,
-            Gpu.mfu,
-            "share of the peak at which a stage's work passes, bubble left out",
-        ),
+        ("--mfu", float, Gpu.mfu, passes),
         ("--gpu-peak-tflops", float, Gpu.peak_tflops, "A100, bf16; H100: 989"),
         ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
     ):
@@ -162,20 +129,13 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         group.add_argument(name, type=type_, default=default, metavar="N", help=text, dest=field)
     length = group.add_mutually_exclusive_group()
     length.add_argument("--train-iters", type=int, metavar="N", help="steps")
-    length.add_argument(
-        "--train-tokens", type=float, default=20e9, metavar="N", help="default: 20e9, the paper's"
-    )
+    tokens = "default: 20e9, the paper's"
+    length.add_argument("--train-tokens", type=float, default=20e9, metavar="N", help=tokens)
     group.add_argument("--dropout", action="store_true", help="the run has dropout")
 
 
-def plan_from(args: argparse.Namespace) -> Plan:
-    """Return the plan that the command line asks for."""
-    return plan(*_parts(args))
-
-
-def _parts(
-    args: argparse.Namespace,
-) -> tuple[ModelShape, ModelShape | None, Layout, RunShape, Gpu]:
+def parts(args: Namespace) -> tuple[ModelShape, ModelShape | None, Layout, RunShape, Gpu]:
+    """Return what the command line asks to plan, as `planning.plan.plan` takes it."""
     _refuse_without_effect(args)
     teacher = None if args.teacher is None else teacher_shape(args.teacher)
     student, args.train_iters = _student(args, teacher), _train_iters(args)
@@ -185,17 +145,13 @@ def _parts(
 def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
     """A run's flags as this tool spells them, with Megatron's defaults where they are others.
 
-    Args:
-        flags: of `pretrain_let.py`; those that change neither size nor cost are left out.
-        search: leave those of the layout out, too.
-
-    Raises:
-        UsageError: one that changes them in a way that is not known here.
+    Left out are those that change neither size nor cost, and for a search those of the layout.
+    Raises UsageError for one that changes them in a way that is not known here.
     """
     words = [part for word in flags for part in _parted(word)]
     given = {word for word in words if word.startswith("--")}
     values = dict(zip(words, words[1:], strict=False))
-    for name in sorted(given & UNPLANNED):
+    for name in sorted(filter(UNPLANNED, given)):
         raise UsageError(f"{name} is not planned here: --dry-run of pretrain_let.py takes it.")
     found = ["--method", BASELINE] * ("--method" not in given)
     found += ["--no-distributed-optimizer"] * ("--use-distributed-optimizer" not in given)
@@ -207,26 +163,23 @@ def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
         found.append("--dropout")
     if "--recompute-activations" in given and not search:
         found += ["--recompute", "selective"]
-    known = build_parser()._option_string_actions.keys() - UNLIKE
-    known |= RENAMED.keys()
-
-    def unwanted(flag: str) -> bool:
-        return flag not in known or (search and LAYOUT_FLAGS(flag))
-
-    return [*found, *(RENAMED.get(word, word) for word in without(words, unwanted))]
+    known = (build_parser()._option_string_actions.keys() - UNLIKE) | RENAMED.keys()
+    unwanted = {flag for flag in given if flag not in known or (search and LAYOUT_FLAGS(flag))}
+    kept = without(words, unwanted.__contains__)
+    return [*found, *(RENAMED.get(word, word) for word in kept)]
 
 
 def _parted(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--") else [word]
 
 
-def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: argparse.Namespace) -> Part:
+def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Part:
     """A part of the plan from the flags of its fields; where one was not given, its default."""
     given = {field.name: getattr(args, field.name) for field in fields(part)}
     return part(**{name: value for name, value in given.items() if value is not None})
 
 
-def _refuse_without_effect(args: argparse.Namespace) -> None:
+def _refuse_without_effect(args: Namespace) -> None:
     if args.dry_run and not args.search:
         raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
     guidance = METHODS[args.method]
@@ -237,28 +190,25 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
         raise UsageError(f"--kd-stop-step has no effect with --method {args.method}. Remove it.")
 
 
-def _student(args: argparse.Namespace, teacher: ModelShape | None) -> ModelShape:
+def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
+    padded = partial(
+        shapes.padded_vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
+    )
     if args.student is not None and Path(args.student).is_dir():
         found = folder_shape(args.student)
-        rows = padded_vocab_size(
-            found.vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
-        )
-        return replace(found, vocab_size=rows, context=None)
-    padded, vocab_size = args.padded_vocab_size, args.vocab_size
-    if padded is None:
+        return replace(found, vocab_size=padded(found.vocab_size), context=None)
+    rows = args.padded_vocab_size
+    if rows is None:
+        vocab_size = teacher.vocab_size if args.vocab_size is None and teacher else args.vocab_size
         if vocab_size is None:
-            if teacher is None:
-                raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
-            vocab_size = teacher.vocab_size
-        padded = padded_vocab_size(
-            vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
-        )
-    return student_shape(args.student, vocab_size=padded, changes=_changes(args))
+            raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
+        rows = padded(vocab_size)
+    return shapes.student_shape(args.student, vocab_size=rows, changes=_changes(args))
 
 
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
+def _changes(args: Namespace) -> dict[str, Any]:
     """The flags as fields of `ModelShape`; None where a flag was not given."""
-    changes: dict[str, Any] = {name: getattr(args, name) for name in SIZE_FLAGS}
+    changes: dict[str, Any] = {name: getattr(args, name) for name in shapes.SIZES}
     changes["gated"] = args.swiglu or None
     changes["qk_norm"] = args.qk_layernorm or None
     if args.untie_embeddings_and_output_weights:
@@ -266,13 +216,13 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     if args.normalization is not None:
         changes["rms_norm"] = args.normalization == "RMSNorm"
     if args.disable_bias_linear:
-        changes |= {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+        changes |= shapes.NO_BIAS
     if args.add_qkv_bias:
         changes["qkv_bias"] = True
     return changes | {"position_rows": _position_rows(args)}
 
 
-def _position_rows(args: argparse.Namespace) -> int | None:
+def _position_rows(args: Namespace) -> int | None:
     """Megatron learns positions by default; the presets rotate."""
     default = "learned_absolute" if args.student is None else "rope"
     if (args.position_embedding_type or default) == "learned_absolute":
@@ -285,7 +235,7 @@ def _position_rows(args: argparse.Namespace) -> int | None:
     return None
 
 
-def _train_iters(args: argparse.Namespace) -> int:
+def _train_iters(args: Namespace) -> int:
     if args.train_iters is not None:
         return args.train_iters
     tokens_per_step = max(1, args.global_batch_size * args.seq_length)
@@ -302,7 +252,7 @@ def _check_dry_run(own: Sequence[str], flags: Sequence[str]) -> None:
     if not flags:
         raise UsageError("--dry-run needs the run's own flags, behind --.")
     for word in (word.partition("=")[0] for word in own if word.startswith("--")):
-        if word not in BESIDE_A_DRY_RUN:
+        if not BESIDE_A_DRY_RUN(word):
             raise UsageError(f"{word} stands before --, where no dry run sees it: put it behind.")
 
 
@@ -328,15 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = words_of(flags, search="--search" in own) if flags else []
         args = parser.parse_args([*words, *own])
         if not args.search:
-            print(page(plan_from(args)))
+            print(page(plan(*parts(args))))
             return
         if args.dry_run:
             _check_dry_run(own, flags)
-        found = search(*_parts(args))
+        found = search(*parts(args))
         print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

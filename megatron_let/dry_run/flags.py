@@ -7,80 +7,65 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import TEACHERS
 
 RESULT = "MEGATRON_LET_DRY_RUN"
 """In the environment of a process that is one rank: the file for what it found."""
-AS_IF = "--transformer-impl=transformer_engine"
-"""What its kernels keep is known by shapes."""
+AS_IF = "--transformer-impl=transformer_engine"  # what its kernels keep is known by shapes
 DATA = (
     "data-path train-data-path valid-data-path test-data-path data-args-path "
     "per-split-data-args-path"
-).split()
+)
 WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
-).split()
-TRACKERS = ("tensorboard-dir", "wandb-project")
-SWITCHES = (
-    "use-tp-pp-dp-mapping multi-latent-attention use-megatron-fsdp use-torch-fsdp2 "
-    "enable-cuda-graph external-cuda-graph use-checkpoint-args skip-train"
-).split()
-_KERNELS, _SHARDS = "its kernels are not known by shapes", "it moves shards on its own"
+)
 UNSEEN = {
-    "context_parallel_size": "only Transformer Engine has attention over parts of a sequence",
-    "num_experts": "how many tokens an expert gets, only data tells",
-    "multi_latent_attention": _KERNELS,
-    "fp8_format": _KERNELS,
-    "fp4_format": _KERNELS,
-    "use_megatron_fsdp": _SHARDS,
-    "use_torch_fsdp2": _SHARDS,
-    "cuda_graph_impl": "nothing is captured",
-    "enable_cuda_graph": "nothing is captured",
-    "external_cuda_graph": "nothing is captured",
-    "use_checkpoint_args": "no checkpoint is read",
-    "skip_train": "it has no step",
+    "only Transformer Engine has attention over parts of a sequence": "context-parallel-size",
+    "how many tokens an expert gets, only data tells": "num-experts",
+    "its kernels are not known by shapes": "multi-latent-attention fp8-format fp4-format",
+    "it moves shards on its own": "use-megatron-fsdp use-torch-fsdp2",
+    "nothing is captured": "cuda-graph-impl enable-cuda-graph external-cuda-graph",
+    "no checkpoint is read": "use-checkpoint-args",
+    "it has no step": "skip-train",
 }
-"""What a rank on tensors without contents cannot do, and why."""
+"""Why a rank on tensors without contents cannot do it: flags."""
+FLAGS: dict[str, dict[str, Any]] = {
+    "tensor-model-parallel-size pipeline-model-parallel-size": {"type": int, "default": 1},
+    "context-parallel-size": {"type": int, "default": 1},
+    "num-experts dry-run-world-size": {"type": int},
+    "fp8-format fp4-format step-batch-size-schedule": {},
+    "transformer-impl tokenizer-model teacher-model": {},
+    "use-tp-pp-dp-mapping multi-latent-attention use-megatron-fsdp use-torch-fsdp2 "
+    "enable-cuda-graph external-cuda-graph use-checkpoint-args skip-train": {
+        "action": "store_true"
+    },
+    "cuda-graph-impl": {"default": "none"},
+    DATA: {"nargs": "+", "default": []},
+    "dry-run-ranks": {"default": "one-per-stage"},
+    "dry-run-gpu-memory": {"type": float, "default": 80.0},
+}
+"""What is read of a command line, and how."""
 
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the flags that matter here; all others are the program's."""
     parser = ArgumentParser(prog="pretrain_let.py", add_help=False, allow_abbrev=False)
-    for name in ("tensor", "pipeline"):
-        parser.add_argument(f"--{name}-model-parallel-size", type=int, default=1)
-    parser.add_argument("--context-parallel-size", type=int, default=1)
-    parser.add_argument("--num-experts", type=int)
-    for name in ("fp8-format", "fp4-format"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--cuda-graph-impl", default="none")
-    parser.add_argument("--step-batch-size-schedule")
-    for name in SWITCHES:
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--transformer-impl")
-    parser.add_argument("--tokenizer-model")
-    parser.add_argument("--teacher-model")
-    for name in DATA:
-        parser.add_argument(f"--{name}", nargs="+", default=[])
-    parser.add_argument("--dry-run-world-size", type=int)
-    parser.add_argument("--dry-run-ranks", default="one-per-stage")
-    parser.add_argument("--dry-run-gpu-memory", type=float, default=80.0)
+    for names, how in FLAGS.items():
+        for name in names.split():
+            parser.add_argument(f"--{name}", **how)
     return parser.parse_known_args(argv)[0]
 
 
 def world_size(options: Namespace) -> int:
     """GPUs of the run; without a word of it the fewest that the layout takes.
 
-    Raises:
-        UsageError: the layout does not divide them.
+    Raises UsageError if the layout does not divide them.
     """
-    model = (
-        options.tensor_model_parallel_size
-        * options.pipeline_model_parallel_size
-        * options.context_parallel_size
-    )
+    model = _ranks_of_a_stage(options) * options.pipeline_model_parallel_size
     world = model if options.dry_run_world_size is None else options.dry_run_world_size
     if world < 1 or world % model:
         raise UsageError(
@@ -90,16 +75,15 @@ def world_size(options: Namespace) -> int:
     return world
 
 
-def ranks(options: Namespace, world: int) -> list[int]:
-    """The ranks to run.
+def _ranks_of_a_stage(options: Namespace) -> int:
+    return options.tensor_model_parallel_size * options.context_parallel_size
 
-    Raises:
-        UsageError: they are no numbers of ranks.
-    """
+
+def ranks(options: Namespace, world: int) -> list[int]:
+    """The ranks to run; raises UsageError if they are no numbers of ranks."""
     stages = options.pipeline_model_parallel_size
     if options.dry_run_ranks == "one-per-stage":
-        inner = options.tensor_model_parallel_size * options.context_parallel_size
-        step = inner if options.use_tp_pp_dp_mapping else world // stages
+        step = _ranks_of_a_stage(options) if options.use_tp_pp_dp_mapping else world // stages
         return [stage * step for stage in range(stages)]
     words = options.dry_run_ranks.split(",")
     if not all(word.isdecimal() and int(word) < world for word in words):
@@ -113,34 +97,29 @@ def ranks(options: Namespace, world: int) -> list[int]:
 def refuse_unseen(options: Namespace) -> None:
     """Raise UsageError if there is anything of `UNSEEN`."""
     plain = parse([])
-    for name, why in UNSEEN.items():
-        value = vars(options)[name]
-        if value != vars(plain)[name]:
-            flag = f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
-            raise UsageError(f"{flag} cannot be run dry: {why}. Leave it out here.")
+    for why, names in UNSEEN.items():
+        for name in names.split():
+            value = _value(options, name)
+            if value != _value(plain, name):
+                flag = f"--{name}" + f" {value}" * (value is not True)
+                raise UsageError(f"{flag} cannot be run dry: {why}. Leave it out here.")
+
+
+def _value(options: Namespace, name: str) -> Any:
+    return vars(options)[name.replace("-", "_")]
 
 
 def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[list[str], list[str]]:
-    """Replace what is not on this machine.
+    """Replace what is not on this machine; `folder` is a place for configurations.
 
-    Args:
-        argv: the command line's words.
-        options: of these.
-        folder: a place for configurations.
-
-    Returns:
-        The words of a rank's command line, and what was replaced, a sentence each.
+    Returns the words of a rank's command line, and what was replaced, a sentence each.
     """
     said: list[str] = []
-    is_local = options.transformer_impl == "local"
-    kept = [
-        *without(argv, named(*TRACKERS)),
-        "--cpu",
-        "--fake-process-group",
-        *([] if is_local else [AS_IF]),
-    ]
+    kept = without(argv, named("tensorboard-dir wandb-project"))
+    kept += ["--cpu", "--fake-process-group"]
+    kept += [AS_IF] * (options.transformer_impl != "local")
     if (missing := _missing(options)) is not None:
-        kept = [*without(kept, named(*DATA, *WITH_DATA)), "--mock-data"]
+        kept = [*without(kept, named(f"{DATA} {WITH_DATA}")), "--mock-data"]
         said.append(f"the data ({missing} is not here) by Megatron's mock data")
     if options.step_batch_size_schedule is not None:
         said.append("all batches by the first one of --step-batch-size-schedule")
@@ -148,7 +127,7 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
     vocabulary, config = _known(tokenizer), _known(teacher)
     if vocabulary is not None:
         rows = vocabulary["vocab_size"]
-        kept = without(kept, named("tokenizer-type", "tokenizer-model"))
+        kept = without(kept, named("tokenizer-type tokenizer-model"))
         kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
         said.append(f"the tokenizer {tokenizer} by {rows:,} numbers")
     if vocabulary is not None and teacher is not None:
@@ -170,9 +149,9 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
 
 def _missing(options: Namespace) -> str | None:
     """A path of the data that is not on this machine."""
-    for name in DATA:
+    for name in DATA.split():
         ending = "" if name.endswith("args-path") else ".idx"
-        for word in vars(options)[name.replace("-", "_")]:
+        for word in _value(options, name):
             if not _is_number(word) and not Path(word + ending).exists():
                 return word
     return None
@@ -203,6 +182,6 @@ def without(words: Sequence[str], unwanted: Callable[[str], bool]) -> list[str]:
     return kept
 
 
-def named(*names: str) -> Callable[[str], bool]:
-    """Whether a flag is one of these, given without dashes."""
-    return {f"--{name}" for name in names}.__contains__
+def named(names: str) -> Callable[[str], bool]:
+    """Whether a flag is one of these, given without dashes and apart by spaces."""
+    return {f"--{name}" for name in names.split()}.__contains__

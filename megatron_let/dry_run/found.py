@@ -12,11 +12,9 @@ class Found:
     parameters: int = 0
     weights: int = 0
     gradients: int = 0
-    optimizer: int = 0
-    """And what else there is before a step."""
+    optimizer: int = 0  # and what else there is before a step
     teacher: int = 0
-    step: int = 0
-    """At the step's fullest moment, beside what was there before."""
+    step: int = 0  # at the step's fullest moment, beside what was there before
     flops: float = 0.0
     teacher_flops: float = 0.0
     reads: int = 0

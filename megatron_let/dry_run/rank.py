@@ -18,27 +18,26 @@ from megatron.core import mpu
 from megatron_let.dry_run.flags import AS_IF, RESULT
 from megatron_let.dry_run.found import Found
 from megatron_let.upstream.dry import kernels, real, without_contents
-from megatron_let.upstream.table import Redirect, instead
+from megatron_let.upstream.table import Redirect, alike, instead
 from megatron_let.upstream.watch import Watch, bytes_of
 
-STEPS = 2
-"""The first one makes the optimizer's state; the second one is shown."""
+STEPS = 2  # the first one makes the optimizer's state; the second one is shown
 FILES = "save load pretrained_checkpoint init_from non_persistent_save_interval"
 """Arguments that name what is read or written."""
 _HOST, _RUN = "megatron_let.teacher.host", "megatron_let.training.run"
 _LINE, _DATASETS = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
 _LOSS = "megatron_let.losses.distilled_cross_entropy"
+_CHECKS = "check_weights check_states check_documents"
 _UNREAD, _COUNTED = "no weights are read", "the teacher's FLOPs are counted"
 
 
 class DryRank:
-    """Runs a program, and keeps what was found."""
+    """Runs a program as the rank that the environment names, and keeps what was found."""
 
     def __init__(self) -> None:
         self.watch = Watch()
         self.found = Found(rank=int(os.environ["RANK"]), stage=0)
-        self._teacher: list[weakref.ref] = []
-        """Its weights, of which it lets go of some."""
+        self._weights: list[weakref.ref] = []  # the teacher's, of which it lets go of some
         self._teacher_flops = 0.0
 
     def run(self, train: Callable[[], None]) -> None:
@@ -64,13 +63,11 @@ class DryRank:
             Redirect(_RUN, "check_loss_mask", real, "looks at the data"),
             Redirect(_HOST, "load_causal_lm", self._untrained, _UNREAD),
             Redirect(_HOST, "fingerprint", instead(lambda model: "dry run"), _UNREAD),
-            *(
-                Redirect(_HOST, name, instead(lambda *args: None), _UNREAD)
-                for name in ("check_weights", "check_states", "check_documents")
-            ),
+            *alike(_HOST, _CHECKS, instead(lambda *args: None), _UNREAD),
             Redirect(f"{_HOST}.TeacherHost", "score", instead(_unscored), _UNREAD),
-            Redirect(f"{_HOST}.Clock", "running", self._running, _COUNTED),
-            Redirect(_LOSS, "_chunk", self._distilling, _COUNTED),
+            Redirect(f"{_HOST}.Clock", "running", instead(lambda clock: self._teacher()), _COUNTED),
+            # Its one product of matrices is that of the teacher's head.
+            Redirect(_LOSS, "_chunk", self._teacher(), _COUNTED),
             Redirect("megatron.training.training", "train_step", self._step, "no hook there"),
         ]
 
@@ -94,33 +91,16 @@ class DryRank:
     def _untrained(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(*args: Any, untrained: bool) -> Any:
             model = load(*args, untrained=True)
-            self._teacher = [weakref.ref(one) for one in model.parameters()]
+            self._weights = [weakref.ref(one) for one in model.parameters()]
             return model
 
         return loaded
 
     @contextlib.contextmanager
-    def _of_teacher(self) -> Iterator[None]:
+    def _teacher(self) -> Iterator[None]:
         before = self.watch.flops
         yield
         self._teacher_flops += self.watch.flops - before
-
-    def _running(self, running: Callable[..., Any]) -> Callable[..., Any]:
-        @contextlib.contextmanager
-        def counted(clock: Any) -> Iterator[None]:
-            with self._of_teacher(), running(clock):
-                yield
-
-        return counted
-
-    def _distilling(self, losses: Callable[..., Any]) -> Callable[..., Any]:
-        """Its one product of matrices is that of the teacher's head."""
-
-        def counted(*args: Any) -> Any:
-            with self._of_teacher():
-                return losses(*args)
-
-        return counted
 
     def _step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         def step(forward: Any, data: Any, chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -145,21 +125,15 @@ class DryRank:
         found.weights = bytes_of(parameters)
         main = (getattr(one, "main_grad", None) for one in parameters)
         found.gradients = bytes_of(one for one in main if one is not None)
-        kept = (one() for one in self._teacher)
+        kept = (one() for one in self._weights)
         found.teacher = bytes_of(one for one in kept if one is not None)
         found.optimizer = held - found.weights - found.gradients - found.teacher
         found.step = watch.peak - held
         found.flops, found.teacher_flops = watch.flops, self._teacher_flops
         found.reads = watch.reads
-        found.collectives = [
-            (*key, number, watch.collective_bytes[key]) for key, number in watch.collectives.items()
-        ]
+        counts = watch.collectives.items()
+        found.collectives = [(*key, number, watch.collective_bytes[key]) for key, number in counts]
 
 
 def _unscored(host: Any, train_dataset: Any) -> None:
     host.facts["lm_loss"] = 0.0
-
-
-def run_rank(train: Callable[[], None]) -> None:
-    """Run `train` as the rank that the environment names, see `DryRank`."""
-    DryRank().run(train)

@@ -3,10 +3,11 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron_let.dry_run.flags import world_size
 from megatron_let.dry_run.found import Found
-from megatron_let.planning.memory import RUNTIME_BYTES
+from megatron_let.planning.memory import GIB, RUNTIME_BYTES
 
-GIB, MIB, TERA = 2**30, 2**20, 1e12
+MIB, TERA = 2**20, 1e12
 KINDS = ("weights", "gradients", "optimizer", "teacher", "step", "peak")
 MOST_COLLECTIVES = 12
 UNSEEN = (
@@ -15,15 +16,9 @@ UNSEEN = (
 )
 
 
-def screen(found: Sequence[Found], options: Namespace, world: int, said: Sequence[str]) -> str:
-    """Return the screen.
-
-    Args:
-        found: of each rank that was run.
-        options: the flags that matter here.
-        world: GPUs of the run.
-        said: what was replaced.
-    """
+def screen(found: Sequence[Found], options: Namespace, said: Sequence[str]) -> str:
+    """Return the screen: what each rank found, and what was replaced (`said`)."""
+    world = world_size(options)
     tp, pp = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
     seconds = max(one.seconds for one in found)
     lines = [

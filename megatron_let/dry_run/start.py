@@ -16,8 +16,7 @@ from megatron_let.dry_run.screen import screen
 from megatron_let.errors import UsageError
 from megatron_let.program import COMMAND, environment
 
-FAULT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b")
-"""The last line of a traceback."""
+FAULT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b")  # the last line of a traceback
 
 
 def begin() -> None:
@@ -30,7 +29,9 @@ def begin() -> None:
         return
     try:
         if os.environ.get("RANK", "0") == "0":  # one says it for all that torchrun has started
-            print(dry_run(sys.argv[1:]))
+            words = sys.argv[1:]
+            found, said = found_by(words)
+            print(screen(found, flags.parse(words), said))
     except UsageError as error:
         print(f"pretrain_let.py: error: {error}", file=sys.stderr)
         sys.exit(error.status)
@@ -42,26 +43,16 @@ def _prepare_rank() -> None:
     from megatron_let.upstream import cpu, dry
 
     # What these would do is not seen.
-    sys.argv = flags.without(sys.argv, flags.named(*NEEDS_GPU.split()))
+    sys.argv = flags.without(sys.argv, flags.named(NEEDS_GPU))
     cpu.activate()
     dry.before_megatron()
-
-
-def dry_run(words: Sequence[str]) -> str:
-    """Run dry what a command line describes, and return the screen; raises as `found_by`."""
-    found, said = found_by(words)
-    options = flags.parse(words)
-    return screen(found, options, flags.world_size(options), said)
 
 
 def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:
     """Run some ranks of the run that a command line, without the program, describes.
 
-    Returns:
-        What each found, and what was replaced, a sentence each.
-
-    Raises:
-        UsageError: it cannot be run dry, or a rank ended in an error, in its words.
+    Returns what each found, and what was replaced, a sentence each. Raises UsageError if it cannot
+    be run dry, or in the words of a rank that ended in an error.
     """
     options = flags.parse(words)
     world = flags.world_size(options)
@@ -79,16 +70,10 @@ def _rank(words: list[str], rank: int, world: int, folder: Path) -> Found:
     """Run one rank in a process of its own."""
     result = folder / f"{rank}.json"
     own = environment(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK="0",
-        LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="nowhere",
-        MASTER_PORT="1",
-        OMP_NUM_THREADS="1",
-        CUDA_VISIBLE_DEVICES="",
-    )
-    own[flags.RESULT] = str(result)
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="nowhere", MASTER_PORT="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        **{flags.RESULT: str(result)},
+    )  # fmt: skip
     done = subprocess.run([*COMMAND, *words], env=own, capture_output=True, text=True, check=False)
     if done.returncode or not result.exists():
         reason = _reason(done.stderr) or f"The process ended with status {done.returncode}."

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_let.dry_run import flags
 from megatron_let.dry_run.found import Found
-from megatron_let.dry_run.screen import GIB, screen
+from megatron_let.dry_run.screen import screen
+from megatron_let.planning.memory import GIB
 
 FOUND = [
     Found(
@@ -18,7 +19,8 @@ FOUND = [
 
 
 def page(*line, found=FOUND):
-    return screen(found, flags.parse(line), 32, ["the data (/x is not here) by mock data"])
+    options = flags.parse(["--dry-run-world-size", "32", *line])
+    return screen(found, options, ["the data (/x is not here) by mock data"])
 
 
 def test_it_fits_a_screen():
