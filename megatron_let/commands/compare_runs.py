@@ -5,10 +5,11 @@
 Every seed needs its plain run (--method baseline); the target is that run's final validation loss.
 """
 
-import argparse
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_let.commands import tool_parser
 from megatron_let.report.page import write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
@@ -16,37 +17,20 @@ from megatron_let.report.table import comparison_table, losses_table
 from megatron_let.report.targets import compare_all, regime_sentence
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="compare_runs.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[LABEL=]FOLDER",
-        help="a run's --save; runs of one label differ in their seeds (default label: the method)",
-    )
-    parser.add_argument(
-        "--teacher", type=Path, metavar="FOLDER", help="the teacher's own training run"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the tables there too")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page: curves over any axis, tables"
-    )
+def _build_parser() -> ArgumentParser:
+    parser = tool_parser(__doc__, "compare_runs.py", allow_abbrev=False)
+    add = parser.add_argument
+    save = "a run's --save; runs of one label differ in their seeds (default label: the method)"
+    add("runs", nargs="+", metavar="[LABEL=]FOLDER", help=save)
+    add("--teacher", type=Path, metavar="FOLDER", help="the teacher's own training run")
+    add("--output", type=Path, metavar="FILE", help="keep the tables there too")
+    add("--plot", type=Path, metavar="PNG", help="draw the losses")
+    add("--html", type=Path, metavar="FILE", help="write a page: curves over any axis, tables")
     return parser
 
 
-def read_labelled(word: str) -> Run:
-    """Read the run of one `[LABEL=]FOLDER`.
-
-    Raises:
-        ValueError: there is no such run.
-    """
+def _read_labelled(word: str) -> Run:
+    """Read the run of one `[LABEL=]FOLDER`."""
     label, equals, folder = word.partition("=")
     if equals and not Path(word).exists():
         return read_run(Path(folder), label=label)
@@ -54,11 +38,7 @@ def read_labelled(word: str) -> Run:
 
 
 def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
-    """Return the tables and the sentence that names the regime.
-
-    Raises:
-        ValueError: the runs do not compare like with like.
-    """
+    """Return the tables and the sentence that names the regime; raises as `compare_all`."""
     comparisons = compare_all(runs)
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
     if teacher is not None:
@@ -68,10 +48,10 @@ def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = build_parser()
+    parser = _build_parser()
     options = parser.parse_args(arguments)
     try:
-        runs = [read_labelled(word) for word in options.runs]
+        runs = [_read_labelled(word) for word in options.runs]
         teacher = read_run(options.teacher) if options.teacher else None
         text = compare_runs(runs, teacher)
         print(text)
@@ -85,7 +65,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"\nPage: {write_page(compared, options.html, text, loss)}")
     except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

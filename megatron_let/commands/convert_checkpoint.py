@@ -2,70 +2,53 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import import_file
+from megatron_let.planning.shapes import SIZES
 
 # The conversion imports torch and transformers, which --help does without.
 DTYPES = ("fp32", "bf16", "fp16")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line, one subcommand a direction."""
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py", description=__doc__, allow_abbrev=False
-    )
+def _build_parser() -> argparse.ArgumentParser:
+    name = "convert_checkpoint.py"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_hf = commands.add_parser(
-        "to-hf", help="Megatron's torch_dist to a Hugging Face folder", allow_abbrev=False
-    )
+    add_parser = partial(commands.add_parser, allow_abbrev=False)
+    to_hf = add_parser("to-hf", help="Megatron's torch_dist to a Hugging Face folder")
     to_hf.add_argument("--load", type=Path, required=True, metavar="DIR", help="the run's --save")
     to_hf.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: latest)")
-    to_hf.add_argument(
-        "--tokenizer-model", metavar="FOLDER", help="folder or hub id (default: the run's own)"
-    )
-    to_hf.add_argument(
-        "--sample", metavar="PROMPT", help="load the result and print how it goes on after this"
-    )
-    from_hf = commands.add_parser(
-        "from-hf", help="a Hugging Face model to Megatron's torch_dist", allow_abbrev=False
-    )
-    grow = commands.add_parser(
-        "grow",
-        help="a small Hugging Face model into a larger shape, to start a run from",
-        allow_abbrev=False,
-    )
-    add_growth_flags(grow)
+    tokenizer = "folder or hub id (default: the run's own)"
+    to_hf.add_argument("--tokenizer-model", metavar="FOLDER", help=tokenizer)
+    after = "load the result and print how it goes on after this"
+    to_hf.add_argument("--sample", metavar="PROMPT", help=after)
+    from_hf = add_parser("from-hf", help="a Hugging Face model to Megatron's torch_dist")
+    larger = "a small Hugging Face model into a larger shape, to start a run from"
+    grow = add_parser("grow", help=larger)
+    _add_growth_flags(grow)
     for command in (from_hf, grow):
         command.add_argument("--hf-model", required=True, metavar="FOLDER", help="folder or hub id")
         command.add_argument("--revision", help="branch, tag or commit on the hub")
+    default = "default: %(default)s"
     for command in (to_hf, grow):
-        command.add_argument(
-            "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
-        )
+        command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=default)
     for command in (to_hf, from_hf, grow):
-        command.add_argument(
-            "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
-        )
-        default = "fp32" if command is grow else "as saved"
-        command.add_argument("--dtype", choices=DTYPES, help=f"default: {default}")
+        new = "new folder to write"
+        command.add_argument("--output", type=Path, required=True, metavar="DIR", help=new)
+        kept = "fp32" if command is grow else "as saved"
+        command.add_argument("--dtype", choices=DTYPES, help=f"default: {kept}")
     for command in (to_hf, from_hf):
-        command.add_argument(
-            "--family-module",
-            metavar="FILE",
-            help="Python file with an architecture of your own (docs/extending.md)",
-        )
-        command.add_argument(
-            "--verify", action="store_true", help="compare both models' logits on a text"
-        )
+        own = "Python file with an architecture of your own (docs/extending.md)"
+        command.add_argument("--family-module", metavar="FILE", help=own)
+        logits = "compare both models' logits on a text"
+        command.add_argument("--verify", action="store_true", help=logits)
     return parser
 
 
-SIZES = (
-    "hidden_size num_layers ffn_hidden_size num_attention_heads num_query_groups kv_channels"
-).split()
 HOW = {
     "width": ("pad", "clone"),
     "depth": ("identity", "stack", "interleave"),
@@ -73,7 +56,7 @@ HOW = {
 }
 
 
-def add_growth_flags(parser: argparse.ArgumentParser) -> None:
+def _add_growth_flags(parser: argparse.ArgumentParser) -> None:
     """The large model's sizes, by Megatron's names, and how the small one fills them."""
     for name in SIZES:
         flag = f"--{name.replace('_', '-')}"
@@ -85,7 +68,7 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="tell the losses on it")
 
 
-def to_hf(values: dict[str, Any]) -> None:
+def _to_hf(values: dict[str, Any]) -> None:
     """Export; then what was asked for besides."""
     from megatron_let.checkpoint.folder import find_checkpoint
     from megatron_let.conversion.to_hf import export, sample
@@ -104,7 +87,7 @@ def to_hf(values: dict[str, Any]) -> None:
         print(sample(folder, prompt))
 
 
-def from_hf(values: dict[str, Any]) -> None:
+def _from_hf(values: dict[str, Any]) -> None:
     """Import; then what was asked for besides."""
     from megatron_let.checkpoint.folder import find_checkpoint
     from megatron_let.conversion.from_hf import FLAGS_FILE, import_model, local_folder
@@ -119,7 +102,7 @@ def from_hf(values: dict[str, Any]) -> None:
         print(f"Verified: {verify(find_checkpoint(folder), source)}")
 
 
-def grow(values: dict[str, Any]) -> None:
+def _grow(values: dict[str, Any]) -> None:
     """Grow, and say what came out."""
     from megatron_let.conversion.grow import grow_model
     from megatron_let.conversion.growth import Growth
@@ -127,26 +110,19 @@ def grow(values: dict[str, Any]) -> None:
     sizes = {name: values.pop(name) for name in SIZES}
     sizes["tied"] = not values.pop("untie_embeddings_and_output_weights")
     how = {name: values.pop(name) for name in (*HOW, "seed")}
-    output = values["output"]
     verdict = grow_model(**values, sizes=sizes, growth=Growth(**how))
-    print(f"Wrote {output}\nVerified: {verdict}")
-
-
-COMMANDS = {"to-hf": to_hf, "from-hf": from_hf, "grow": grow}
+    print(f"Wrote {values['output']}\nVerified: {verdict}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = build_parser()
+    parser = _build_parser()
     values = vars(parser.parse_args(arguments))
-    command = COMMANDS[values.pop("command")]
+    commands = {"to-hf": _to_hf, "from-hf": _from_hf, "grow": _grow}
+    command = commands[values.pop("command")]
     try:
         if (path := values.pop("family_module", None)) is not None:
             import_file("--family-module", path)
         command(values)
     except (UsageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

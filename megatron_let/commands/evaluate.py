@@ -6,26 +6,22 @@
 What is done of an --output is not done again.
 """
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
+from megatron_let.commands import tool_parser
 from megatron_let.data import documents, sources
 from megatron_let.errors import UsageError
-from megatron_let.evaluation.harness import (
-    PAPER_TASKS,
-    Harness,
-    TaskScore,
-    find_tasks,
-    local_data,
-)
+from megatron_let.evaluation.harness import PAPER_TASKS, Harness, TaskScore, find_tasks, local_data
 from megatron_let.evaluation.results import Results, identity
 from megatron_let.hugging_face import load
 from megatron_let.upstream import gpus
@@ -37,38 +33,22 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line, a subcommand for each kind of evaluation."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _build_parser() -> ArgumentParser:
+    parser = tool_parser(__doc__, "evaluate.py", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    tasks = commands.add_parser(
-        "tasks", help="one-shot accuracy by lm-evaluation-harness", allow_abbrev=False
-    )
+    add_parser = partial(commands.add_parser, allow_abbrev=False)
+    tasks = add_parser("tasks", help="one-shot accuracy by lm-evaluation-harness")
     names = ", ".join(task.name for task in PAPER_TASKS)
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: {names}")
-    tasks.add_argument(
-        "--task-data",
-        type=Path,
-        metavar="DIR",
-        help="data sets as DIR/OWNER/NAME, for a machine without internet (default: the hub)",
-    )
+    data = "data sets as DIR/OWNER/NAME, for a machine without internet (default: the hub)"
+    tasks.add_argument("--task-data", type=Path, metavar="DIR", help=data)
     tasks.add_argument("--num-fewshot", type=int, default=1, help="default: %(default)s")
     tasks.add_argument("--limit", type=int, metavar="N", help="only so many questions a task")
-    text = commands.add_parser(
-        "text", help="perplexity and bits per byte on held-out text", allow_abbrev=False
-    )
+    text = add_parser("text", help="perplexity and bits per byte on held-out text")
     text.add_argument("--input", nargs="+", required=True, help="files as preprocess_data.py reads")
     text.add_argument("--json-key", default="text", help="default: %(default)s")
-    text.add_argument(
-        "--by-meta",
-        metavar="KEY",
-        help='a row for each value of KEY in "meta", such as pile_set_name',
-    )
+    rows = 'a row for each value of KEY in "meta", such as pile_set_name'
+    text.add_argument("--by-meta", metavar="KEY", help=rows)
     text.add_argument("--context", type=int, metavar="N", help="default: all the model reads")
     text.add_argument("--stride", type=int, metavar="N", help="default: half the context")
     for command in (tasks, text):
@@ -80,12 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def labelled(words: Sequence[str]) -> dict[str, Path]:
-    """Return the folders by their labels, a folder's name unless one is given.
-
-    Raises:
-        UsageError: two have the same.
-    """
+def _labelled(words: Sequence[str]) -> dict[str, Path]:
+    """The folders by their labels, a folder's name unless one is given."""
     found: dict[str, Path] = {}
     for word in words:
         label, equals, folder = word.partition("=")
@@ -97,10 +73,7 @@ def labelled(words: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-# --- tasks -------------------------------------------------------------------------------------
-
-
-def evaluate_tasks(options: argparse.Namespace) -> str:
+def _evaluate_tasks(options: Namespace) -> str:
     """Score every model on every task; returns the table."""
     from megatron_let.evaluation.tables import accuracy_table
 
@@ -108,7 +81,7 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
     if options.task_data is not None:
         tasks = local_data(tasks, options.task_data)
     scores: dict[str, dict[str, TaskScore]] = {}
-    for label, folder in labelled(options.models).items():
+    for label, folder in _labelled(options.models).items():
         about = {
             "model": identity(folder),
             "shots": options.num_fewshot,
@@ -129,10 +102,7 @@ def evaluate_tasks(options: argparse.Namespace) -> str:
     return accuracy_table(scores, options.num_fewshot)
 
 
-# --- text --------------------------------------------------------------------------------------
-
-
-def evaluate_text(options: argparse.Namespace) -> str:
+def _evaluate_text(options: Namespace) -> str:
     """Score every model on the text; returns the table."""
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +113,7 @@ def evaluate_text(options: argparse.Namespace) -> str:
     paths = sources.expand(options.input)
     stats = {path: Path(path).stat() for path in paths}
     scores: dict[str, dict[str, TextScore]] = {}
-    for label, folder in labelled(options.models).items():
+    for label, folder in _labelled(options.models).items():
         about: dict[str, Any] = {"model": identity(folder)}
         context, stride = _windows(folder, options)
         about |= {
@@ -158,22 +128,17 @@ def evaluate_text(options: argparse.Namespace) -> str:
         if "subsets" not in results:
             print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
             model = load(AutoModelForCausalLM, folder, dtype=options.dtype)
-            model = model.to(options.device).eval()
-            found = score_text(
-                model,
-                load_tokenizer(folder),
-                read_documents(paths, options.json_key, options.by_meta),
-                context=context,
-                stride=stride,
-                batch_size=options.batch_size,
-            )
-            del model
+            model, tokenizer = model.to(options.device).eval(), load_tokenizer(folder)
+            read = _documents(paths, options.json_key, options.by_meta)
+            windows = {"context": context, "stride": stride}
+            found = score_text(model, tokenizer, read, **windows, batch_size=options.batch_size)
+            del model  # before the next one is loaded
             results.keep("subsets", {subset: asdict(score) for subset, score in found.items()})
         scores[label] = {name: TextScore(**score) for name, score in results["subsets"].items()}
     return text_table(scores)
 
 
-def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
+def _windows(folder: Path, options: Namespace) -> tuple[int, int]:
     """The context and stride in tokens."""
     from transformers import AutoConfig
 
@@ -187,12 +152,7 @@ def _windows(folder: Path, options: argparse.Namespace) -> tuple[int, int]:
     return context, stride
 
 
-def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator["Document"]:
-    """Yield the documents of the files.
-
-    Raises:
-        UsageError: a record is no document.
-    """
+def _documents(paths: Sequence[str], key: str, group: str | None) -> Iterator["Document"]:
     from megatron_let.evaluation.perplexity import Document
 
     for index, path in enumerate(paths):
@@ -204,8 +164,8 @@ def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterato
                 yield Document(subset, text)
 
 
-def default_device() -> str:
-    """Return the GPU, or the CPU with a word; ends the process where a GPU is promised."""
+def _default_device() -> str:
+    """The GPU, or the CPU with a word; ends the process where a GPU is promised."""
     import torch
 
     if torch.cuda.is_available():
@@ -214,22 +174,16 @@ def default_device() -> str:
     return "cpu"
 
 
-COMMANDS = {"tasks": evaluate_tasks, "text": evaluate_text}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = build_parser()
+    parser = _build_parser()
     options = parser.parse_args(arguments)
+    evaluate = {"tasks": _evaluate_tasks, "text": _evaluate_text}[options.command]
 
     from safetensors import SafetensorError
 
-    options.device = options.device or default_device()
+    options.device = options.device or _default_device()
     try:
-        print(COMMANDS[options.command](options))
+        print(evaluate(options))
     except (ValueError, OSError, RuntimeError, AssertionError, SafetensorError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

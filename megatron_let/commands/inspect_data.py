@@ -3,43 +3,30 @@
 python tools/inspect_data.py data/pile_text_document --tokenizer-model path/to/tokenizer
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_let.commands import tool_parser
+from megatron_let.data import tokenizer
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary
-from megatron_let.data.tokenizer import (
-    TOKENIZER_TYPES,
-    TokenizerConfig,
-    load_tokenizer,
-    without_models,
-)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("prefix", nargs="+", help="dataset without .bin or .idx")
-    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default=TOKENIZER_TYPES[0])
-    parser.add_argument("--tokenizer-model", help="shows documents as text")
-    parser.add_argument("--documents", type=int, default=2, help="documents to show (default 2)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="which ones, drawn at random (default 0)"
-    )
-    parser.add_argument("--vocab-size", type=int, help="default: the sidecar's")
-    parser.add_argument("--checksum", action="store_true", help="print SHA-256 of the files")
+def _build_parser() -> ArgumentParser:
+    parser = tool_parser(__doc__)
+    add, types = parser.add_argument, tokenizer.TOKENIZER_TYPES
+    add("prefix", nargs="+", help="dataset without .bin or .idx")
+    add("--tokenizer-type", choices=types, default=types[0])
+    add("--tokenizer-model", help="shows documents as text")
+    add("--documents", type=int, default=2, help="documents to show (default 2)")
+    add("--seed", type=int, default=0, help="which ones, drawn at random (default 0)")
+    add("--vocab-size", type=int, help="default: the sidecar's")
+    add("--checksum", action="store_true", help="print SHA-256 of the files")
     return parser
 
 
-def show(pair: Pair, options: argparse.Namespace) -> None:
-    """Print what is asked for of one dataset.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+def _show(pair: Pair, options: Namespace) -> None:
     print(summary(pair))
     vocab_size = options.vocab_size or pair.sidecar.get("vocab_size")
     if vocab_size:
@@ -54,31 +41,26 @@ def show(pair: Pair, options: argparse.Namespace) -> None:
         _show_documents(pair, options)
 
 
-def _show_documents(pair: Pair, options: argparse.Namespace) -> None:
-    config = TokenizerConfig(
-        tokenizer_type=options.tokenizer_type, tokenizer_model=options.tokenizer_model
-    )
-    tokenizer = load_tokenizer(config)
+def _show_documents(pair: Pair, options: Namespace) -> None:
+    kind, model = options.tokenizer_type, options.tokenizer_model
+    config = tokenizer.TokenizerConfig(tokenizer_type=kind, tokenizer_model=model)
+    reader = tokenizer.load_tokenizer(config)
     full = np.flatnonzero(np.diff(pair.documents))
     number = min(options.documents, len(full))
     for index in sorted(np.random.default_rng(options.seed).choice(full, number, replace=False)):
         ids = pair.document(int(index))
-        text = tokenizer.detokenize(ids[:100].tolist())
+        text = reader.detokenize(ids[:100].tolist())
         print(f"\ndocument {index:,} ({len(ids):,} tokens): {text}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a damaged dataset ends in one paragraph and exit status 2."""
-    parser = build_parser()
+    parser = _build_parser()
     options = parser.parse_args(arguments)
     if arguments is None:  # this process does nothing else
-        without_models()
+        tokenizer.without_models()
     for prefix in options.prefix:
         try:
-            show(open_pair(prefix), options)
+            _show(open_pair(prefix), options)
         except (ValueError, OSError) as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

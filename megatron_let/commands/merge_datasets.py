@@ -3,19 +3,15 @@
 python tools/merge_datasets.py --input folder --output-prefix data/all_text_document
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_let.commands import tool_parser
 from megatron_let.data.merge import merge
 
 
-def find_pairs(folder: Path) -> list[str]:
-    """Prefixes of the pairs in `folder`, sorted.
-
-    Raises:
-        ValueError: there are none, or one half of a pair is missing.
-    """
+def _find_pairs(folder: Path) -> list[str]:
+    """Prefixes of the pairs in `folder`, sorted."""
     if not folder.is_dir():
         raise ValueError(f"--input {folder} is no folder")
     halves = {suffix: {p.stem for p in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
@@ -28,19 +24,13 @@ def find_pairs(folder: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder of the pairs")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
     options = parser.parse_args(arguments)
     try:
-        prefixes = find_pairs(options.input)
+        prefixes = _find_pairs(options.input)
         merge(prefixes, options.output_prefix)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"Wrote {options.output_prefix}.bin, .idx and .json from {len(prefixes)} pairs")
-
-
-if __name__ == "__main__":
-    main()

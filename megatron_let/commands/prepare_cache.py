@@ -5,20 +5,15 @@
 The run's ranks then find them instead of waiting while the first one builds.
 """
 
-import argparse
 from collections.abc import Sequence
 
+from megatron_let.commands import tool_parser
 from megatron_let.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="prepare_cache.py",
-        usage="%(prog)s <the flags of the run>",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(__doc__, "prepare_cache.py", usage="%(prog)s <the flags of the run>")
     _, flags = parser.parse_known_args(arguments)
 
     from megatron_let.upstream import cpu
@@ -41,7 +36,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = ", ".join(f"{len(one):,}" for one in several if one is not None)
         print(f"{name}: {sizes or 'none'}{' samples' * bool(sizes)}")
     print(f"Caches are in {args.data_cache_path}")
-
-
-if __name__ == "__main__":
-    main()

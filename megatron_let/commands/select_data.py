@@ -11,44 +11,32 @@ samples are chosen at random, as a control. With torchrun the processes share th
 interrupted call goes on where it stopped.
 """
 
-import argparse
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_let.commands import tool_parser
 from megatron_let.errors import UsageError
 
 DTYPES = ("fp32", "bf16", "fp16")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the tool's own part of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="select_data.py",
-        usage="%(prog)s [options] <the flags of the run>",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--scorer-model", metavar="FOLDER_OR_ID", help="default: none, at random")
-    parser.add_argument(
-        "--keep-fraction", type=float, required=True, help="part of the scored samples to keep"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.npz")
-    parser.add_argument(
-        "--top-k", type=int, default=10, help="tokens within the scorer's reach (default 10)"
-    )
-    parser.add_argument(
-        "--scorer-dtype", dest="dtype", choices=DTYPES, default="fp32", help="default: fp32"
-    )
-    parser.add_argument(
-        "--scorer-batch", dest="batch", type=int, default=8, help="samples at once (default 8)"
-    )
+def _build_parser() -> ArgumentParser:
+    usage = "%(prog)s [options] <the flags of the run>"
+    parser = tool_parser(__doc__, "select_data.py", usage=usage, allow_abbrev=False)
+    add = parser.add_argument
+    add("--scorer-model", metavar="FOLDER_OR_ID", help="default: none, at random")
+    add("--keep-fraction", type=float, required=True, help="part of the scored samples to keep")
+    add("--output", type=Path, required=True, metavar="FILE.npz")
+    add("--top-k", type=int, default=10, help="tokens within the scorer's reach (default 10)")
+    add("--scorer-dtype", dest="dtype", choices=DTYPES, default="fp32", help="default: fp32")
+    add("--scorer-batch", dest="batch", type=int, default=8, help="samples at once (default 8)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = build_parser()
+    parser = _build_parser()
     options, flags = parser.parse_known_args(arguments)
 
     from megatron_let.upstream import cpu
@@ -79,7 +67,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"Wrote {config.output}: {len(selection.samples)} of {selection.candidates} samples; "
         f"scoring took {selection.flops:.2e} FLOPs. Train with --kd-selection {config.output}"
     )
-
-
-if __name__ == "__main__":
-    main()
