@@ -25,6 +25,7 @@ MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | _flags
     "num_experts openai_gelu qk_l2_norm quick_geglu spec squared_relu use_mup window_size"
 )
 """Arguments that change what the model computes as no family does, and their flags."""
+DEMANDED_OF_ALL = {"is_causal": (True,)}
 
 
 # --- Megatron to Hugging Face ------------------------------------------------------------------
@@ -125,7 +126,7 @@ def family_of_config(config: Any) -> Family:
     if family is None:
         raise UsageError(f"model_type {config.model_type!r} is none of {_names()}.")
     fields = config.to_dict()
-    for name, accepted in family.demands.items():
+    for name, accepted in {**family.demands, **DEMANDED_OF_ALL}.items():
         if fields.get(name, accepted[0]) not in accepted:
             raise UsageError(
                 f"{name}={fields[name]!r} cannot be converted: Megatron's layers compute "

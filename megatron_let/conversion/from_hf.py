@@ -4,6 +4,7 @@ It goes layer by layer from disk to disk. The checkpoint is what Megatron calls 
 without optimizer, from which a run starts at step 0.
 """
 
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from megatron_let import hugging_face
@@ -62,7 +64,7 @@ def import_model(
         return rules[name].join(reader.read, layer, shape)
 
     with complete_or_absent(output) as folder:
-        values = source.values | _tokenizer(source.folder, folder, output)
+        values = source.values | _tokenizer(source, folder, output)
         (folder / "release").mkdir()
         write_checkpoint(folder / "release", stand_ins, read, _objects(values))
         flags = [*configs.megatron_flags(values), "--load", str(output.absolute())]
@@ -107,6 +109,12 @@ class Source:
 def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
     """Open a folder or hub id, which a flag names; its tensors must be those of its family."""
     folder = local_folder(hf_model, revision, flag)
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{flag} {folder} holds an adapter, adapter_config.json, whose weights would be left "
+            "out. Merge them first: load the folder with peft's AutoPeftModelForCausalLM, call "
+            "merge_and_unload, and save what that returns with save_pretrained."
+        )
     failure = f"{flag} {folder} has no configuration to load."
     config = hugging_face.load(AutoConfig, folder, failure)
     family = configs.family_of_config(config)
@@ -146,12 +154,19 @@ def _check_weights(source: Source, expected: dict[str, torch.Tensor]) -> None:
 # --- what is written beside the weights --------------------------------------------------------
 
 
-def _tokenizer(source: Path, folder: Path, output: Path) -> dict[str, Any]:
+def _tokenizer(source: Source, folder: Path, output: Path) -> dict[str, Any]:
     """Copy the tokenizer, if the model has one; returns the arguments that name it."""
-    if not has_tokenizer(source):
+    if not has_tokenizer(source.folder):
         return {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
-    tokenizer = load_tokenizer(source)
-    write_tokenizer(source, tokenizer, folder / "tokenizer")
+    tokenizer = load_tokenizer(source.folder)
+    largest, rows = max(tokenizer.get_vocab().values(), default=-1), source.shape.vocab_size
+    if largest >= rows:
+        tqdm.write(
+            f"> {source.folder}: the tokenizer has ids up to {largest} and the model {rows} rows, "
+            f"0 to {rows - 1}. In a run the other ids begin as rows of zeros.",
+            file=sys.stderr,
+        )
+    write_tokenizer(source.folder, tokenizer, folder / "tokenizer")
     return {
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str((output / "tokenizer").absolute()),

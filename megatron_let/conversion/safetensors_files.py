@@ -60,8 +60,15 @@ class SafetensorsReader:
         return torch.empty(entry.get_shape(), dtype=DTYPES[dtype], device="meta")
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor."""
-        return self._get(name, "get_tensor")
+        """Return a tensor; a UsageError if a value is NaN or infinite."""
+        tensor = self._get(name, "get_tensor")
+        low, high = tensor.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UsageError(
+                f"{name} in {self.folder} has values from {low} to {high}: it is damaged, or of a "
+                "run that diverged. Download the model again, or choose an earlier checkpoint."
+            )
+        return tensor
 
     def _get(self, name: str, method: str) -> Any:
         saved = self._names[name]

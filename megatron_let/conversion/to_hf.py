@@ -49,6 +49,8 @@ def export(
         tokenizer_files.check_tokenizer(args, tokenizer, source)
     # A model that came with more rows than tokens keeps them.
     rows = max(vars(args).get("vocab_size") or 0, 0 if tokenizer is None else len(tokenizer))
+    if vars(args).get("tokenizer_fingerprint") is not None:
+        rows = min(rows, args.padded_vocab_size)  # its own tokenizer, of an import with fewer rows
     shape = configs.model_shape(args, rows)
     config = configs.hugging_face_config(family, args, shape, tokenizer)
 

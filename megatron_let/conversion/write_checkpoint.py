@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import ChunkStorageMetadata, DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    ChunkStorageMetadata,
+    DefaultSavePlanner,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from tqdm import tqdm
@@ -58,7 +63,10 @@ def write_checkpoint(
         writer = FileSystemWriter(folder)
         writer.fs.create_stream = PiecewiseFile  # type: ignore[method-assign, assignment]
         planner = Planner(flatten_state_dict=False)
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # hides what `read` or the disk has said
+            raise next(iter(error.failures.values()))[0] from None
     (folder / "metadata.json").write_text(METADATA)
 
 

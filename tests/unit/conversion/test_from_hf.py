@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
-from megatron_let.conversion.from_hf import import_model
+from megatron_let.conversion.from_hf import import_model, open_model
 from megatron_let.conversion.to_hf import export
 from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.errors import UsageError
@@ -134,6 +134,18 @@ def test_more_rows_than_tokens_are_kept(tmp_path: Path) -> None:
     assert_same_bits(export(load, tmp_path / "back"), original)
 
 
+def test_fewer_rows_than_tokens_are_told_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = save_model("llama", tmp_path / "hf", tokenizer=False)
+    write_tokenizer(original, VOCAB + 5)
+    load = import_model(str(original), tmp_path / "megatron")
+    assert "ids up to 304 and the model 300 rows, 0 to 299" in capsys.readouterr().err
+    folder = export(load, tmp_path / "back")
+    assert_same_bits(folder, original)
+    assert len(load_tokenizer(folder)) == VOCAB + 5
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value", "message"),
     [
@@ -142,7 +154,8 @@ def test_more_rows_than_tokens_are_kept(tmp_path: Path) -> None:
         ("llama", "hidden_act", "gelu", "hidden_act='gelu'"),
         ("qwen2", "use_sliding_window", True, "use_sliding_window=True"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx"),
-        ("llama", "model_type", "mistral", "model_type 'mistral' is none of Llama, Qwen2"),
+        ("llama", "model_type", "olmo", "model_type 'olmo' is none of Llama, Qwen2"),
+        ("llama", "is_causal", False, "is_causal=False cannot be converted"),
         ("llama", "num_attention_heads", 8, "has the shape"),
         ("llama", "intermediate_size", 50, r"\(48, 32\); config.json makes it \(50, 32\)"),
         ("llama", "num_hidden_layers", 5, "lacks model.layers.4"),
@@ -168,6 +181,25 @@ def test_refused(tmp_path: Path, name: str, field: str, value: object, message: 
     with pytest.raises(UsageError, match=message):
         import_model(str(original), tmp_path / "megatron")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    original = save_model("qwen3", tmp_path / "hf")
+    tensors = load_bytes((original / "model.safetensors").read_bytes())  # not mapped
+    name = "model.layers.2.self_attn.k_proj.weight"
+    for value in (torch.nan, -torch.inf):
+        tensors[name][3, 3] = value
+        save_file(tensors, original / "model.safetensors")
+        with pytest.raises(UsageError, match=f"{name} in .*/hf has values from {value}"):
+            import_model(str(original), tmp_path / "megatron")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_an_adapter_is_not_left_out_unsaid(tmp_path: Path) -> None:
+    original = save_model("llama", tmp_path / "hf")
+    (original / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="--small .*/hf holds an adapter.*merge_and_unload"):
+        open_model("--small", str(original))
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
