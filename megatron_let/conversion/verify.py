@@ -1,18 +1,22 @@
 """Compares a converted model with the one it came from: the logits of both on the same text."""
 
+import functools
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_let import hugging_face
 from megatron_let.checkpoint.reader import Checkpoint
+from megatron_let.conversion.checks import NOT_WEIGHTS, is_not_weight
+from megatron_let.conversion.safetensors_files import SafetensorsReader
 from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import has_tokenizer
@@ -56,9 +60,11 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     of a difference over `TOLERANCE`.
     """
     model = hugging_face.load(AutoModelForCausalLM, folder, dtype=torch.float32)
-    own = hugging_face.load(AutoConfig, folder).dtype or torch.float32
     # What a cast has lost on one side, the other loses here.
-    theirs = Checkpoint(checkpoint).empty("decoder.final_layernorm.weight").dtype
+    files = SafetensorsReader(folder, model.base_model_prefix)
+    own = _widest(files, files.names & model.state_dict().keys())
+    saved = Checkpoint(checkpoint)
+    theirs = _widest(saved, {n for n in saved.names if not is_not_weight(n, NOT_WEIGHTS)})
     for parameter in model.parameters():
         parameter.data = parameter.data.to(theirs).float()
     ids_BS = _token_ids(folder, model.config)
@@ -78,11 +84,17 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     return difference
 
 
+def _widest(tensors: Checkpoint | SafetensorsReader, names: Iterable[str]) -> torch.dtype:
+    """The type that holds every stored value, whatever a configuration says."""
+    return functools.reduce(torch.promote_types, (tensors.empty(name).dtype for name in names))
+
+
 def _token_ids(folder: Path, config: Any) -> torch.Tensor:
     """Ids `[1, s]` of real text; random ones for a model without a tokenizer."""
     length = min(MAX_TOKENS, config.max_position_embeddings)
     if has_tokenizer(folder):
-        return torch.tensor([load_tokenizer(folder)(TEXT)["input_ids"][:length]])
+        ids = load_tokenizer(folder)(TEXT)["input_ids"][:length]
+        return torch.tensor([ids]) % config.vocab_size  # a tokenizer may have more ids than rows
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (1, length), generator=generator)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
@@ -14,7 +15,7 @@ from megatron_let.conversion.to_hf import export
 from megatron_let.conversion.verify import TOLERANCE, verify
 from megatron_let.errors import UsageError
 from tests.support.testing import run_program
-from tests.unit.conversion.hf_models import MODELS, save_model
+from tests.unit.conversion.hf_models import MODELS, VOCAB, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,30 @@ def test_a_cast_is_not_held_against_the_conversion(tmp_path: Path) -> None:
     assert verify(load, narrow).relative < TOLERANCE
     load = find_checkpoint(import_model(str(original), tmp_path / "megatron", dtype="bf16"))
     assert verify(load, original).relative < TOLERANCE
+
+
+def test_the_stored_types_decide_what_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the configuration says of them."""
+    original = save_model("llama", tmp_path / "hf")
+    load = find_checkpoint(import_model(str(original), tmp_path / "megatron"))
+    config = original / "config.json"
+    config.write_text(config.read_text().replace("float32", "float16"))
+    asked = []
+
+    def ones(checkpoint: Path, ids_BS: torch.Tensor, rounded_to: torch.dtype) -> torch.Tensor:
+        asked.append(rounded_to)
+        return torch.ones(*ids_BS.shape, VOCAB)
+
+    monkeypatch.setattr(verify_module, "_megatron_logits", ones)
+    tensors = load_bytes((original / "model.safetensors").read_bytes())  # not mapped
+    mixed = {n: t if "norm" in n else t.bfloat16() for n, t in tensors.items()}
+    for saved in (tensors, mixed, {n: t.bfloat16() for n, t in tensors.items()}):
+        save_file(saved, original / "model.safetensors")
+        with pytest.raises(UsageError, match="do not compute the same"):
+            verify(load, original)
+    assert asked == [torch.float32, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", ["qwen3", *SLOW])
