@@ -21,6 +21,8 @@ OWN_FOLDER = "tokenizer"
 """Where a tokenizer's files lie if the model's folder would make another tokenizer of them."""
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Of the files that are read."""
+CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
+"""What a configuration calls the longest sequence."""
 SIGNS = {
     b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself, git lfs pull",
     b"<": "it is a web page, perhaps of an error",
@@ -114,6 +116,12 @@ def bars_on_a_terminal_only() -> None:
 def is_gguf(source: str | Path) -> bool:
     """Whether a model is one file of llama.cpp's form."""
     return str(source).endswith(".gguf") and Path(source).is_file()
+
+
+def context(config: Any) -> int:
+    """Return the longest sequence that a model reads: `sys.maxsize` for ALiBi and recurrence."""
+    config = config.get_text_config()  # of a model that sees pictures, too
+    return max(getattr(config, name, None) or 0 for name in CONTEXT_NAMES) or sys.maxsize
 
 
 def own_folder(folder: Path) -> Path:

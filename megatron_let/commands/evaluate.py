@@ -8,7 +8,7 @@ What is done of an --output is not done again.
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
+from megatron_let import hugging_face
 from megatron_let.commands import tool_parser
 from megatron_let.data import documents, sources
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, Harness, TaskScore, find_tasks, local_data
 from megatron_let.evaluation.results import Results, identity
-from megatron_let.hugging_face import load
 from megatron_let.upstream import gpus
 
 # The rest imports torch and transformers, which --help does without.
@@ -55,9 +55,22 @@ def _build_parser() -> ArgumentParser:
         command.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER", help="exported models")
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
-        command.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+        command.add_argument(
+            "--batch-size",
+            type=_batch_size,
+            default=8,
+            metavar="N",
+            help="sequences at once, a number: no auto (default: %(default)s)",
+        )
         command.add_argument("--device", help="default: cuda, or cpu where no GPU is promised")
     return parser
+
+
+def _batch_size(word: str) -> int:
+    """Return a number of sequences."""
+    if not (word.isdecimal() and int(word)):
+        raise ArgumentTypeError(f"{word} is no number from 1 on; lm_eval's auto is none")
+    return int(word)
 
 
 def _labelled(words: Sequence[str]) -> dict[str, Path]:
@@ -127,7 +140,7 @@ def _evaluate_text(options: Namespace) -> str:
         results = Results(options.output / f"{label}-text.json", about)
         if "subsets" not in results:
             print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
-            model = load(AutoModelForCausalLM, folder, dtype=options.dtype)
+            model = hugging_face.load(AutoModelForCausalLM, folder, dtype=options.dtype)
             model, tokenizer = model.to(options.device).eval(), load_tokenizer(folder)
             read = _documents(paths, options.json_key, options.by_meta)
             windows = {"context": context, "stride": stride}
@@ -142,8 +155,10 @@ def _windows(folder: Path, options: Namespace) -> tuple[int, int]:
     """The context and stride in tokens."""
     from transformers import AutoConfig
 
-    longest = load(AutoConfig, folder).max_position_embeddings
+    longest = hugging_face.context(hugging_face.load(AutoConfig, folder))
     context = options.context or longest
+    if context == sys.maxsize:
+        raise UsageError(f"{folder} reads texts of any length: tell how much at once by --context.")
     stride = options.stride or max(context // 2, 1)
     if not 1 <= context <= longest:
         raise UsageError(f"--context {context}: {folder} reads 1 to {longest} tokens.")

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from megatron_let import hugging_face
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import is_gguf
 
-CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
-"""What a configuration calls it; one without has no limit (ALiBi, recurrence)."""
 CHOOSE = "Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,7 +75,6 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
             f"half writes about. {CHOOSE}"
         )
     config = config.get_text_config()  # of a model that sees pictures, too
-    context = max(getattr(config, name, None) or 0 for name in CONTEXT_NAMES)
     return TeacherConfig(
         name=name,
         revision=revision,
@@ -86,7 +82,7 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
         hidden_size=config.hidden_size,
         # OPT projects its states to the embedding's width after the last layer.
         last_width=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
-        context=context if context > 0 else sys.maxsize,
+        context=hugging_face.context(config),
         vocab_size=config.vocab_size,
     )
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import BloomConfig, BloomForCausalLM, Gemma3Config, GPT2Config, MptConfig
 
 from megatron_let.commands.evaluate import main
 from megatron_let.errors import UsageError
@@ -17,6 +18,7 @@ from megatron_let.evaluation.harness import (
     local_data,
 )
 from megatron_let.evaluation.tables import accuracy_table, mean_of
+from megatron_let.hugging_face import context
 from tests.unit.conversion.hf_models import make_model, save_model, write_tokenizer
 from tests.unit.evaluation.task_data import QUESTIONS, write_task_data
 
@@ -99,6 +101,7 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for flags, message in (
         (["--context", "99999"], "reads 1 to 16384 tokens"),
         (["--context", "8", "--stride", "9"], "--stride 9 must be 1 to --context 8"),
+        (["--batch-size", "auto"], "auto is no number from 1 on"),
     ):
         (tmp_path / "text.jsonl").write_text('{"text": "w1"}\n')
         text = ["--input", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "out")]
@@ -127,6 +130,24 @@ def test_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main([*command, "--output", str(tmp_path / "new")])
     assert "text.jsonl:1: the value of 'text' must be a string" in capsys.readouterr().err
+
+
+def test_the_longest_text_has_many_names(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert context(MptConfig(max_seq_len=64)) == context(GPT2Config(n_positions=64)) == 64
+    assert context(Gemma3Config(text_config={"max_position_embeddings": 64})) == 64
+    sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 4}
+    BloomForCausalLM(BloomConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "bloom")
+    write_tokenizer(tmp_path / "bloom")
+    (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n')
+    text = ["--input", str(tmp_path / "text.jsonl"), "--device", "cpu"]
+    command = ["text", str(tmp_path / "bloom"), *text, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "texts of any length: tell how much at once by --context" in capsys.readouterr().err
+    main([*command, "--context", "16"])
+    assert "bloom" in capsys.readouterr().out
 
 
 def test_averages_and_paired_errors() -> None:
