@@ -16,12 +16,12 @@ def _flags(attributes: str) -> dict[str, str]:
     return {name: "--" + name.replace("_", "-") for name in attributes.split()}
 
 
-NEEDED_BY_ALL = {"rotary_interleaved": False, "softmax_type": "vanilla"}
+NEEDED_BY_ALL = {"rotary_interleaved": False, "softmax_type": "vanilla", "no_rope_freq": None}
 MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | _flags(
     "activation_func_clamp_value apply_residual_connection_post_layernorm attention_output_gate "
     "experimental_attention_variant glu_linear_offset heterogeneous_layers_config_encoded_json "
     "heterogeneous_layers_config_path hybrid_layer_pattern hybrid_override_pattern "
-    "is_hybrid_model linear_attention_freq mtp_num_layers multi_latent_attention no_rope_freq "
+    "is_hybrid_model linear_attention_freq mtp_num_layers multi_latent_attention "
     "num_experts openai_gelu qk_l2_norm quick_geglu spec squared_relu use_mup window_size"
 )
 """Arguments that change what the model computes as no family does, and their flags."""
@@ -53,7 +53,7 @@ def _names() -> str:
 
 
 def _unmet(family: Family, values: Mapping[str, Any]) -> Values:
-    needs = {**family.needs, **NEEDED_BY_ALL}
+    needs = {**NEEDED_BY_ALL, **family.needs}
     # A version of Megatron that lacks an argument lacks the feature, too.
     return {name: need for name, need in needs.items() if values.get(name, need) != need}
 
@@ -147,8 +147,8 @@ def megatron_values(family: Family, config: Any) -> Values:
         "kv_channels": config.hidden_size // heads,
         "init_method_std": config.initializer_range,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        **family.needs,
         **NEEDED_BY_ALL,
+        **family.needs,
         **{name: getattr(config, field) for name, field in family.same.items()},
         **family.from_config(config),
     }
@@ -158,7 +158,7 @@ FLAG_OF = _flags(
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
     "max_position_embeddings position_embedding_type normalization init_method_std "
     "rotary_base rotary_percent rotary_seq_len_interpolation_factor rope_scaling_factor "
-    "use_rope_scaling rotary_interleaved softmax_type group_query_attention swiglu "
+    "use_rope_scaling no_rope_freq rotary_interleaved softmax_type group_query_attention swiglu "
     "attention_dropout hidden_dropout use_te_activation_func use_transformer_engine_op_fuser "
     "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights"
 ) | {

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from typing import Any
 
 from megatron_let.conversion import rope
 from megatron_let.conversion.family import (
@@ -19,11 +20,12 @@ from megatron_let.conversion.family import (
     VOCABULARY,
     Family,
     Rule,
+    Values,
     with_bias,
 )
 from megatron_let.errors import UsageError
 
-# --- Llama, Qwen2, Qwen3: gated MLP, RMSNorm, rotary positions -----------------------------------
+# --- Llama and its kin: gated MLP, RMSNorm, rotary positions -----------------------------------
 
 _LAYER = "model.layers.{layer}"
 _ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
@@ -101,6 +103,32 @@ QWEN3 = replace(
     ),
     needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": True},
     demands=_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
+)
+MISTRAL = replace(
+    LLAMA,
+    name="Mistral",
+    model_type="mistral",
+    demands=_SILU | {"sliding_window": (None,)},
+)
+_ONE_IN_FOUR = [1, 1, 1, 0]
+
+
+def _smollm3_values(config: Any) -> Values:
+    if config.no_rope_layers != _ONE_IN_FOUR * (config.num_hidden_layers // 4):
+        raise UsageError(
+            f"no_rope_layers={config.no_rope_layers} of {config.num_hidden_layers} layers cannot "
+            f"be converted: only {_ONE_IN_FOUR} again and again, which is --no-rope-freq 4."
+        )
+    return LLAMA.from_config(config)
+
+
+SMOLLM3 = replace(
+    LLAMA,
+    name="SmolLM3",
+    model_type="smollm3",
+    needs={**LLAMA.needs, "no_rope_freq": len(_ONE_IN_FOUR)},
+    demands={**LLAMA.demands, "sliding_window": (None,)},
+    from_config=_smollm3_values,
 )
 
 # --- GPT-2 and GPT-NeoX: plain MLP with GELU, LayerNorm, biases ----------------------------------
@@ -211,7 +239,8 @@ GPT_NEOX = Family(
 )
 
 
-FAMILIES = [LLAMA, QWEN2, QWEN3, GPT2, GPT_NEOX]
+FAMILIES = [LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, GPT2, GPT_NEOX]
+"""A run whose arguments are those of several is exported as the first: a Mistral as a Llama."""
 
 
 def add_family(family: Family) -> None:

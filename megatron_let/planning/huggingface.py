@@ -90,6 +90,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "llama": (LLAMA_STYLE, ("attention_bias", "mlp_bias")),
     "qwen2": (LLAMA_STYLE | {"qkv_bias": True}, ()),
     "qwen3": (LLAMA_STYLE | {"qk_norm": True, "kv_channels": 128}, ("attention_bias",)),
+    "mistral": (LLAMA_STYLE, ()),
+    "smollm3": (LLAMA_STYLE | {"tied": True}, ("attention_bias", "mlp_bias")),
     "opt": ({}, ("enable_bias",)),
     "gpt_neox": ({"tied": False}, ("attention_bias",)),
     "gpt2": ({}, ()),

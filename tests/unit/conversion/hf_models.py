@@ -41,6 +41,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         _LLAMA | _GQA | {"head_dim": 16, "rope_parameters": _DEFAULT, "tie_word_embeddings": False},
     ),
+    "mistral": (
+        "mistral",
+        _LLAMA
+        | _GQA
+        | {"sliding_window": None, "rope_parameters": _DEFAULT, "tie_word_embeddings": False},
+    ),
+    "smollm3": (
+        "smollm3",
+        _LLAMA | _GQA | {"rope_parameters": _DEFAULT, "pad_token_id": None},
+    ),
     "gpt2": ("gpt2", {"n_embd": 32, "n_inner": 80, "activation_function": "gelu_new"}),
     "gpt2-untied": (
         "gpt2",

@@ -156,6 +156,8 @@ def test_fewer_rows_than_tokens_are_told_and_kept(
         ("gpt2", "scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx"),
         ("llama", "model_type", "olmo", "model_type 'olmo' is none of Llama, Qwen2"),
         ("llama", "is_causal", False, "is_causal=False cannot be converted"),
+        ("mistral", "sliding_window", 8, "sliding_window=8 cannot be converted"),
+        ("smollm3", "no_rope_layers", [1, 0, 1, 0], r"no_rope_layers=\[1, 0, 1, 0\] of 4 layers"),
         ("llama", "num_attention_heads", 8, "has the shape"),
         ("llama", "intermediate_size", 50, r"\(48, 32\); config.json makes it \(50, 32\)"),
         ("llama", "num_hidden_layers", 5, "lacks model.layers.4"),

@@ -150,6 +150,7 @@ def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: P
         ("num_experts", 8, "--num-experts 8"),
         ("multi_latent_attention", True, "--multi-latent-attention True"),
         ("window_size", (128, 0), "--window-size (128, 0)"),
+        ("no_rope_freq", 2, "no_rope_freq=2 (--no-rope-freq)"),
     ],
 )
 def test_other_models_are_refused(
@@ -168,6 +169,7 @@ def test_the_arguments_tell_the_family(made: MadeCheckpoint) -> None:
     for changes, name in (
         ({"add_qkv_bias": True}, "Qwen2"),
         ({"qk_layernorm": True}, "Qwen3"),
+        ({"no_rope_freq": 4}, "SmolLM3"),
         ({"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}, None),
     ):
         args = argparse.Namespace(**vars(made.args) | changes)
@@ -188,7 +190,7 @@ def test_flags_exist_and_mean_what_they_say() -> None:
     flags = FLAG_OF | MUST_BE_OFF
     assert not {a: f for a, f in flags.items() if f not in destinations.get(a, [])}
     for family in FAMILIES:
-        values = {**family.needs, **NEEDED_BY_ALL, "use_rope_scaling": True, "kv_channels": 24}
+        values = {**NEEDED_BY_ALL, **family.needs, "use_rope_scaling": True, "kv_channels": 24}
         values |= {"group_query_attention": True, "num_query_groups": 2}
         values |= {"bias_gelu_fusion": False, "layernorm_epsilon": 3e-6}
         parsed = vars(parser.parse_args(megatron_flags(values)))

@@ -24,6 +24,17 @@ QWEN3_06B = {
     "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": True,
 }  # fmt: skip
 
+MISTRAL_7B = {
+    "model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+    "vocab_size": 32000, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+}  # fmt: skip
+SMOLLM3_3B = {
+    "model_type": "smollm3", "hidden_size": 2048, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 11008,
+    "vocab_size": 128256, "max_position_embeddings": 65536,
+}  # fmt: skip
+
 
 def test_parameters_of_the_known_teachers():
     assert {name: teacher_shape(name).parameters for name in TEACHERS} == PARAMETERS
@@ -38,10 +49,16 @@ def test_only_the_untied_teacher_has_a_head_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "config, parameters", [(QWEN2_5_05B, 494_032_768), (QWEN3_06B, 596_049_920)]
+    "config, parameters",
+    [
+        (QWEN2_5_05B, 494_032_768),
+        (QWEN3_06B, 596_049_920),
+        (MISTRAL_7B, 7_241_732_096),
+        (SMOLLM3_3B, 3_075_098_624),
+    ],
 )
-def test_parameters_of_qwen(config, parameters):
-    assert from_hf_config(config, name="qwen").parameters == parameters
+def test_parameters_of_others(config, parameters):
+    assert from_hf_config(config, name="it").parameters == parameters
 
 
 def test_a_hub_id_is_known_by_its_last_part():
