@@ -168,7 +168,7 @@ def take_turns(method: Any, steps: Steps) -> None:
     states, method.host.states = method.host.states, counted
     steps.mode = method.args.method  # all take part until the first step: the teacher is loaded
     for signal in method.signals:
-        weight = signal.weight_at(0, 0)
+        weight = signal.weight_at(0)
         signal.weight_at = functools.partial(weight_at, signal, weight)
     for part in (method.host, *method.signals):
         part.release = lambda: None  # a step without the teacher is not the end of it

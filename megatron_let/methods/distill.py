@@ -100,7 +100,7 @@ class Distill(Signal):
                 "reverse-kd, which distils during the whole run. Remove them, or use --method salt."
             )
 
-    def weight_at(self, step: int, samples: int) -> float:
+    def weight_at(self, step: int) -> float:
         """omega(s)."""
         flags = self.flags
         return flags.kd_weight * guidance_factor(step, flags.kd_stop_step, flags.kd_decay)
@@ -221,7 +221,7 @@ class Distill(Signal):
 
 
 def _check_salt_stop(args: Namespace) -> None:
-    steps = run_length(args, "step")
+    steps = run_length(args)
     if args.kd_stop_step is None and steps is not None:
         args.kd_stop_step = max(1, round(KD_STOP_SHARE * steps))
     stop = args.kd_stop_step

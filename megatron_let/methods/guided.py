@@ -191,8 +191,7 @@ class TeacherMethod(Method):
 
     def _set_weights(self, step: int) -> None:
         for signal in self.signals:
-            weight = signal.weight_at(step, self.args.consumed_train_samples)
-            signal.weight = weight * self._ending.factor(step)
+            signal.weight = signal.weight_at(step) * self._ending.factor(step)
 
     def _check_fingerprint(self) -> None:
         before, now = self.args.teacher_fingerprint, self.host.facts["fingerprint"]

@@ -57,9 +57,6 @@ class LetFlags(Flags):
     """Step from which on the weight is zero and the teacher is released. Default 1500, or none
     with --let-decay constant."""
 
-    let_stop_samples: int | None = None
-    """The same, counted in training samples."""
-
     let_decay: Literal["linear", "cosine", "step", "constant"] = "linear"
     """Course of the weight: linear or cosine to zero at the stop step, step: full weight until
     there, constant: full weight during the whole run."""
@@ -140,11 +137,10 @@ class Let(Signal):
             )
         _resolve_stop(args)
 
-    def weight_at(self, step: int, samples: int) -> float:
-        """lambda(s), by steps or by samples."""
-        unit, stop = _stop(self.flags)
-        done = step if unit == "step" else samples
-        return self.flags.let_weight * guidance_factor(done, stop, self.flags.let_decay)
+    def weight_at(self, step: int) -> float:
+        """lambda(s)."""
+        flags = self.flags
+        return flags.let_weight * guidance_factor(step, flags.let_stop_step, flags.let_decay)
 
     def _lambda(self, device: torch.device) -> torch.Tensor:
         """The current step's weight by the rule, a scalar."""
@@ -264,9 +260,8 @@ class Let(Signal):
     def summary(self) -> str:
         """Layers, weight and its course."""
         flags, course = self.flags, "during the whole run"
-        unit, stop = _stop(flags)
-        if stop is not None:
-            course = f"{flags.let_decay} until {unit.removesuffix('s')} {stop}"
+        if flags.let_stop_step is not None:
+            course = f"{flags.let_decay} until step {flags.let_stop_step}"
         weight = f"weight {flags.let_weight}"
         if self._balance is not None:
             weight += f", then by the gradients ({flags.let_gradient_ratio} of the LM loss's),"
@@ -277,33 +272,22 @@ class Let(Signal):
         )
 
 
-def _stop(flags: Any) -> tuple[str, Any]:
-    """Where the guidance ends, and in what that is counted; None for nowhere."""
-    if flags.let_stop_samples is not None:
-        return "samples", flags.let_stop_samples
-    return "step", flags.let_stop_step
-
-
 def _resolve_stop(args: Namespace) -> None:
-    given = [args.let_stop_step is not None, args.let_stop_samples is not None]
+    given = args.let_stop_step
     if args.let_decay == "constant":
-        if any(given):
+        if given is not None:
             raise UsageError(
                 "--let-decay constant guides the whole run, so a stop has no effect. Remove "
-                "--let-stop-step / --let-stop-samples, or use --let-decay step to stop there."
+                "--let-stop-step, or use --let-decay step to stop there."
             )
         return
-    if all(given):
-        raise UsageError("Give --let-stop-step or --let-stop-samples, not both.")
-    if not any(given):
-        args.let_stop_step = LET_STOP_STEP
-    unit, stop = _stop(args)
-    total = run_length(args, unit)
+    stop = args.let_stop_step = LET_STOP_STEP if given is None else given
+    total = run_length(args)
     if stop < 1:
-        raise UsageError(f"--let-stop-{unit} {stop} must be at least 1.")
+        raise UsageError(f"--let-stop-step {stop} must be at least 1.")
     if total is not None and stop > total:
         raise UsageError(
-            f"The guidance would end after the run: --let-stop-{unit} "
-            f"{stop}{'' if any(given) else ' (the default)'} is beyond the run's {total}. "
+            f"The guidance would end after the run: --let-stop-step "
+            f"{stop}{' (the default)' if given is None else ''} is beyond the run's {total}. "
             f"Choose a stop of at most {total}, or --let-decay constant for the whole run."
         )

@@ -16,25 +16,18 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def guidance_factor(done: int, stop: int | None, decay: str) -> float:
-    """Factor of the initial weight after `done` of `stop` steps (or samples).
+    """Factor of the initial weight in the step after `done` steps.
 
-    Args:
-        done: steps (or samples) completed before this one, 0 at the first.
-        stop: step (or sample) from which on the factor is zero; None for one during the whole run.
-        decay: a key of `DECAYS`; any without a stop.
+    It is zero from `stop` on, or never without one; `decay` is a key of `DECAYS`.
     """
     if stop is None:
         return 1.0
     return DECAYS[decay](done / stop) if done < stop else 0.0
 
 
-def run_length(args: Namespace, unit: str) -> int | None:
-    """The whole run in `step` or `samples`; None as long as the flags do not tell."""
-    given = {"step": args.train_iters, "samples": args.train_samples}
-    if given[unit] is not None:
-        return given[unit]
-    if args.global_batch_size is None or args.step_batch_size_schedule is not None:
-        return None
-    if unit == "step":
-        return args.train_samples and args.train_samples // args.global_batch_size
-    return args.train_iters and args.train_iters * args.global_batch_size
+def run_length(args: Namespace) -> int | None:
+    """The steps of the whole run; None as long as the flags do not tell."""
+    is_unknown = args.global_batch_size is None or args.step_batch_size_schedule is not None
+    if args.train_iters is not None or args.train_samples is None or is_unknown:
+        return args.train_iters
+    return args.train_samples // args.global_batch_size

@@ -66,8 +66,8 @@ class Signal(Hooks):
         """Whether the teacher works in vain: everything is computed and recorded, nothing added."""
         return self.args.teacher_control == "zero"
 
-    def weight_at(self, step: int, samples: int) -> float:
-        """The signal's weight after `step` steps and `samples` samples."""
+    def weight_at(self, step: int) -> float:
+        """The signal's weight after `step` steps."""
         raise NotImplementedError
 
     def teacher_layer(self) -> int | None:

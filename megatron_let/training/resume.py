@@ -18,7 +18,11 @@ from megatron_let.methods.base import Method
 from megatron_let.methods.table import BASELINE
 from megatron_let.training.arguments import InitFlags, flag, groups
 
-REMOVED = {"let_resize_side": "teacher", "kd_temperature_side": "teacher"}
+REMOVED = {
+    "let_resize_side": "teacher",
+    "kd_temperature_side": "teacher",
+    "let_stop_samples": None,
+}
 """Arguments that older checkpoints hold, and the only value that this version still means."""
 SHAPES = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "

@@ -216,6 +216,6 @@ def test_checkpoints_of_examples_are_checkpoints(corpus, files, tmp_path):
     """What an outsider's listener keeps does not get into anyone's way."""
     module = ["--method-module", str(files["heartbeat.py"])]
     assert not run(1, *corpus.flags, *module, "--save", str(tmp_path), "--exit-interval", "2")
-    assert checkpoint(tmp_path).args().listener_states == {"Heartbeat": {"steps": 2}}
+    assert checkpoint(tmp_path).args().listener_states["Heartbeat"] == {"steps": 2}
     plain = ["--load", str(tmp_path), "--save", str(tmp_path)]
     assert not run(1, *corpus.flags, *plain)

@@ -93,7 +93,7 @@ def test_methods_tells_where_each_default_comes_from():
     told = set(re.findall(r"--[a-z-]+", methods.split("## Defaults")[1]))
     [known] = run_distributed("tests.support.testing:our_flags", 1)
     valued = {flag for flag in known if flag.startswith(("--let-", "--kd-"))}
-    no_default = {"--let-teacher-layer", "--let-stop-samples", "--kd-selection"}
+    no_default = {"--let-teacher-layer", "--kd-selection"}
     assert valued - no_default <= told
 
 

@@ -125,10 +125,6 @@ MISTAKES = {
         r"--let-stop-step 1500 \(the default\) .*run's 10. .*at most 10, or --let-decay constant",
     ),
     "stop step beyond the run": (f"{LET} --let-stop-step 11", "--let-stop-step 11 is beyond.* 10"),
-    "stop samples beyond the run": (
-        f"{LET} --let-stop-samples 21",
-        "--let-stop-samples 21 is beyond the run's 20. .*at most 20",
-    ),
     "stop step beyond a run given in samples": (
         LET.replace("--train-iters 10", "--train-samples 20") + " --let-stop-step 11",
         "--let-stop-step 11 is beyond the run's 10",
@@ -136,9 +132,8 @@ MISTAKES = {
     "stop at nothing": (f"{LET} --let-stop-step 0", "--let-stop-step 0 must be at least 1"),
     "stop of a constant weight": (
         f"{CONSTANT} --let-stop-step 5",
-        "--let-decay constant .*no effect. Remove --let-stop-step .*--let-decay step",
+        "--let-decay constant .*no effect. Remove --let-stop-step, .*--let-decay step",
     ),
-    "both stops": (f"{LET} --let-stop-step 5 --let-stop-samples 5", "or --let-stop-samples, not"),
     "weight zero": (f"{CONSTANT} --let-weight 0", "--let-weight 0.0 .*0.1.*--method baseline"),
     "negative weight": (f"{CONSTANT} --let-weight -1", "--let-weight -1.0 .*positive"),
     "weight that is no number": (f"{CONSTANT} --let-weight nan", "--let-weight nan .*positive"),
@@ -259,7 +254,6 @@ FINE = {
     "baseline": PLAIN,
     "guided for the whole run": CONSTANT,
     "guided until the last step": f"{LET} --let-stop-step 10",
-    "guided until the last sample": f"{LET} --let-stop-samples 20",
     "larger vocabulary of the teacher": f"{CONSTANT} --vocab-size 100",
     "tokens that were added to the teacher's": f"{CONSTANT} --teacher-model TMP/superset "
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model TMP/tokenizer",
