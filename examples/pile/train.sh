@@ -6,6 +6,10 @@ TEACHER=${TEACHER:-$default_teacher}
 TOKENIZER=${TOKENIZER:-$TEACHER} # whose vocabulary the student has; another than TEACHER for a folder
 DATA=$(realpath -m "${DATA:-/data/pile}")  # DATA/TOKENIZER: output of examples/pile/preprocess.sh
 SAVE=$(realpath -m "${SAVE:-/checkpoints}") # the run is SAVE/pile_SIZE-METHOD-TEACHER-SEED
+if [[ "$DATA$SAVE" =~ [[:space:]] ]]; then # blanks separate a blend's paths
+    echo "DATA $DATA and SAVE $SAVE: a path with a blank cannot be part of a blend of data" >&2
+    exit 1
+fi
 NODES=${NODES:-4}                # of 8 A100-80GB: the paper's 32
 SEED=${SEED:-1234}
 

@@ -92,3 +92,37 @@ def test_bad_input(env: dict[str, str], message: str, tmp_path: Path) -> None:
     script = ROOT / "examples" / "pile_1.4b" / "train.sh"
     done = subprocess.run(["bash", script], env=os.environ | env, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
+
+
+def start(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Start the 1.4 B recipe from another folder, with an `sbatch` that says what it was given."""
+    stand_in = tmp_path / "bin" / "sbatch"
+    stand_in.parent.mkdir(exist_ok=True)
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    own = os.environ | variables | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    script = str(ROOT / "examples" / "pile_1.4b" / "train.sh")
+    command = ["bash", script]
+    return subprocess.run(
+        command, env=own, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_start_passes_options_on_and_takes_relative_folders(tmp_path: Path) -> None:
+    for folder in ("small/model", "data/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data/model/pile_text_blend.txt").write_text("1 a 2 b")
+    given = {"DATA": "data", "SAVE": "save", "TEACHER": "small/model"}
+    done = start(tmp_path, SBATCH_OPTIONS="--partition=a100 --account=me", **given)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert words[:2] == ["--partition=a100", "--account=me"]
+    assert str(tmp_path / "small/model") == words[words.index("--teacher-model") + 1]
+    data = words.index("--train-data-path")
+    assert words[data + 1 : data + 5] == ["1", "a", "2", "b"]
+    assert words[words.index("--save") + 1].startswith(str(tmp_path / "save"))
+
+
+def test_a_path_with_a_blank_is_refused(tmp_path: Path) -> None:
+    done = start(tmp_path, DATA="my data", PRINT="1")
+    assert done.returncode == 1 and "a path with a blank" in done.stderr
