@@ -95,6 +95,28 @@ def weight_map(index: Path) -> dict[str, str]:
     raise UsageError(f"{index} is no index of weights ({reason}). Download it again.")
 
 
+def weight_files(source: str, revision: str | None = None) -> list[Path]:
+    """The files that transformers reads of a folder or hub id, as far as they are here.
+
+    Raises:
+        UsageError: they have an index that is none.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
+        except (OSError, ValueError):  # nothing is here; no hub id
+            return []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return sorted({folder / file for file in weight_map(index).values()})
+    return []
+
+
 def open_safetensors(path: Path) -> Any:
     """Open a file of weights; its header is compared with its size."""
     from safetensors import SafetensorError, safe_open

@@ -60,10 +60,10 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
         "transformers knows.",
         revision=revision,
     )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    named = config.architectures or []
+    known = {name.lower() for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    named = config.architectures or []  # early ones had capitals of their own: LLaMAForCausalLM
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        named and not any(architecture in known for architecture in named)
+        named and not any(architecture.lower() in known for architecture in named)
     ):
         raise UsageError(
             f"--teacher-model {name} is a {' / '.join(named) or config.model_type}, not a causal "
@@ -109,11 +109,14 @@ def _untrained(config: TeacherConfig, dtype: torch.dtype) -> Any:
 
 
 def _trained(config: TeacherConfig, dtype: torch.dtype) -> Any:
+    shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
+    needed = "It needs model.safetensors, or pytorch_model.bin."
+    if getattr(shape, "quantization_config", None):
+        needed = "They are quantized: choose the model in full precision."
     model, info = hugging_face.load(
         AutoModelForCausalLM,
         config.name,
-        f"The weights of --teacher-model {config.name} could not be loaded. It needs "
-        "model.safetensors, or pytorch_model.bin.",
+        f"The weights of --teacher-model {config.name} could not be loaded. {needed}",
         revision=config.revision,
         dtype=dtype,
         output_loading_info=True,

@@ -1,3 +1,4 @@
+import json
 import random
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def test_encoders_are_refused(tmp_path):
         read_teacher_config(str(tmp_path / "bart"))
 
 
+def test_early_names_of_architectures_are_known(folder, tmp_path):
+    written = json.loads((folder / "config.json").read_text())
+    written["architectures"] = ["LLaMAForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_teacher_config(str(tmp_path)).hidden_size == 16
+
+
 # --- weights ------------------------------------------------------------------------------------
 
 
@@ -126,6 +134,15 @@ def test_a_folder_without_weights_says_which_file_it_needs(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UsageError, match=r"could not be loaded.*model.safetensors"):
         load(tmp_path)
+
+
+def test_a_quantized_model_is_not_said_to_lack_a_file(folder, tmp_path):
+    copy = change_weights(folder, tmp_path / "copy", lambda weights: None)
+    written = json.loads((copy / "config.json").read_text())
+    written["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copy / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UsageError, match="loaded. They are quantized: .* full precision"):
+        load(copy)
 
 
 def test_weights_of_another_shape_are_refused(folder, tmp_path):
