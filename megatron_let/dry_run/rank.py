@@ -63,7 +63,7 @@ class DryRank:
             Redirect(_RUN, "check_loss_mask", real, "looks at the data"),
             Redirect(_HOST, "load_causal_lm", self._untrained, _UNREAD),
             Redirect(_HOST, "fingerprint", instead(lambda model: "dry run"), _UNREAD),
-            *alike(_HOST, _CHECKS, instead(lambda *args: None), _UNREAD),
+            *alike(_HOST, _CHECKS, instead(lambda *args: True), _UNREAD),
             Redirect(f"{_HOST}.TeacherHost", "score", instead(_unscored), _UNREAD),
             Redirect(f"{_HOST}.Clock", "running", instead(lambda clock: self._teacher()), _COUNTED),
             # Its one product of matrices is that of the teacher's head.

@@ -13,6 +13,9 @@ from megatron_let.teacher.recorded import Recorded
 from megatron_let.teacher.work import window_ends
 from megatron_let.upstream.table import Redirect, applied, instead
 
+LOUD = 1e3
+"""Logits behind which a cap shows; those of a small or young model may lie far below any."""
+
 Rows = dict[str, torch.Tensor]
 """What a teacher reads, rows first: `tokens` `[B, S]`; where documents are kept apart also
 `position_ids` `[B, S]` and `attention_mask` `[B, 1, S, S]`, True where attention is forbidden."""
@@ -34,11 +37,17 @@ class Teacher:
 
     Wanted is the output of `layer`, counted from 1, or with None of the last one after the final
     norm; later layers are dropped. Sequences beyond `context` tokens are read in windows.
-    `shuffled`, a control, gives each token the states of another position of its row.
+    `shuffled`, a control, gives each token the states of another position of its row. `windowed` is
+    what `probe.check_documents` found.
     """
 
     def __init__(
-        self, causal_lm: Any, context: int, layer: int | None = None, shuffled: bool = False
+        self,
+        causal_lm: Any,
+        context: int,
+        layer: int | None = None,
+        shuffled: bool = False,
+        windowed: bool = True,
     ) -> None:
         self.context = context
         self.parameters = sum(weight.numel() for weight in causal_lm.parameters())
@@ -47,7 +56,7 @@ class Teacher:
         self._layers = decoder_layers(self._base)
         self._layer = layer
         self._shuffled = shuffled
-        self._pass = Recorded(partial(forward, self._base), self._layers)
+        self._pass = Recorded(partial(forward, self._base, windowed=windowed), self._layers)
 
     @torch.no_grad()
     def states_BSD(self, rows: Rows) -> torch.Tensor:
@@ -106,11 +115,16 @@ class Teacher:
         return weight, bias
 
     def _check_head_is_linear(self, head: Any) -> None:
-        caps = getattr(self._base.config, "final_logit_softcapping", None)  # seen in large logits
         tokens = torch.arange(8, device=head.weight.device)[None]
-        logits = self._causal_lm(input_ids=tokens, use_cache=False).logits
-        expected = head(self._base(input_ids=tokens, use_cache=False).last_hidden_state)
-        if caps or not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
+        states = self._base(input_ids=tokens, use_cache=False).last_hidden_state
+        room = torch.finfo(states.dtype).max / 2 / states.abs().max()
+        factor = (LOUD / head(states).abs().max()).clamp(max=room)
+        louder = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * factor,))
+        logits = self._causal_lm(input_ids=tokens, use_cache=False).logits.float()
+        expected = head(states).float()
+        louder.remove()
+        # Where they are not finite, neither is the loss, which is told of.
+        if (logits - expected).abs().max() > 1e-2 * expected.abs().max():
             raise UsageError(
                 f"A {self._base.config.model_type} teacher scales or caps its logits behind the "
                 f"head, which distillation does not know of. {CHOOSE} Or --method let, which needs "
@@ -147,8 +161,8 @@ def text_model(causal_lm: Any) -> Any:
     return causal_lm.model if found is causal_lm else found  # Llama 4's is itself
 
 
-def forward(base_model: Any, rows: Rows) -> torch.Tensor:
-    """The model's last states `[B, S, D]`."""
+def forward(base_model: Any, rows: Rows, windowed: bool = True) -> torch.Tensor:
+    """The model's last states `[B, S, D]`; `windowed` if its window is to be in a mask."""
     tokens_BS = rows["tokens"]
     inputs: dict[str, Any] = {"input_ids": tokens_BS, "use_cache": False}
     if "position_ids" in rows:
@@ -159,7 +173,7 @@ def forward(base_model: Any, rows: Rows) -> torch.Tensor:
     if "attention_mask" in rows:
         dtype = next(base_model.parameters()).dtype
         forbidden = torch.finfo(dtype).min
-        masks = _masks_by_kind(base_model.config, rows["attention_mask"])
+        masks = _masks_by_kind(base_model.config, rows["attention_mask"], windowed)
         inputs["attention_mask"] = {kind: m.to(dtype) * forbidden for kind, m in masks.items()}
         if len(masks) == 1:
             [inputs["attention_mask"]] = inputs["attention_mask"].values()
@@ -167,14 +181,14 @@ def forward(base_model: Any, rows: Rows) -> torch.Tensor:
         return base_model(**inputs).last_hidden_state
 
 
-def _masks_by_kind(config: Any, forbidden: torch.Tensor) -> dict[str, torch.Tensor]:
+def _masks_by_kind(config: Any, forbidden: torch.Tensor, windowed: bool) -> Rows:
     """Where attention is forbidden, by kind of layer: transformers adds no window to a mask."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if window is None or (kinds is not None and "sliding_attention" not in kinds):
         return {"full_attention": forbidden}
     position = torch.arange(forbidden.size(-1), device=forbidden.device)
-    sliding = forbidden | (position[:, None] - position >= window)
+    sliding = forbidden | (windowed & (position[:, None] - position >= window))
     return {"sliding_attention": sliding} | ({"full_attention": forbidden} if kinds else {})
 
 

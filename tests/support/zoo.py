@@ -21,8 +21,9 @@ SIZES: dict[int, str] = {
     "ffn_hidden_size",
     16: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
     "mamba_d_head mamba_head_dim",
-    8: "head_dim kv_lora_rank q_lora_rank v_head_dim qk_head_dim sliding_window attention_window "
+    8: "head_dim kv_lora_rank q_lora_rank v_head_dim qk_head_dim "
     "linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input attention_head_dim",
+    18: "sliding_window attention_window attention_chunk_size",
     1: "num_experts_per_tok moe_topk moe_k n_shared_experts n_group topk_group max_window_layers "
     "first_k_dense_replace n_groups global_attn_every_n_layers bos_token_id",
     2: "eos_token_id",

@@ -4,6 +4,9 @@ Documents kept apart: states equal to those of each read alone within 1e-3, rela
 out of the mask changes them by 0.1 and more.
 """
 
+import json
+
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -79,8 +82,31 @@ def test_the_zoo(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma2"])
 def test_a_mask_without_the_window_is_noticed(tmp_path, kind, monkeypatch):
     _, model = make(tmp_path, kind, APART[kind])
-    monkeypatch.setattr(stage, "_masks_by_kind", lambda config, mask: {"full_attention": mask})
+    monkeypatch.setattr(stage, "_masks_by_kind", lambda config, mask, _: {"full_attention": mask})
     with pytest.raises(UsageError, match="cannot keep documents apart"):
+        check_documents(text_model(model), VOCAB, LENGTH, "it")
+
+
+@pytest.mark.parametrize("window", [4, 14])
+@pytest.mark.parametrize("kind", ["Llama", "Cohere", "Olmo2"])
+def test_a_window_that_the_model_ignores_is_in_no_mask(tmp_path, kind, window):
+    config, model = make(tmp_path, kind, GROUPED | {"sliding_window": window})
+    windowed = check_documents(text_model(model), VOCAB, LENGTH, "it")
+    teacher = Teacher(model, config.context, windowed=windowed)
+    tokens = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    later = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    states = teacher.states_BSD({"tokens": tokens, "attention_mask": later})
+    torch.testing.assert_close(states, teacher.states_BSD({"tokens": tokens}))
+
+
+def test_chunks_that_a_row_reaches_beyond_are_told(tmp_path):
+    fields = {
+        "attention_chunk_size": 14, "head_dim": 8, "intermediate_size_mlp": 64,
+        "num_local_experts": 2, "num_experts_per_tok": 1,
+    }  # fmt: skip
+    _, model = make(tmp_path, "Llama4Text", GROUPED | fields)
+    check_documents(text_model(model), VOCAB, 14, "it")
+    with pytest.raises(UsageError, match="does it attend within chunks"):
         check_documents(text_model(model), VOCAB, LENGTH, "it")
 
 
@@ -96,6 +122,7 @@ def test_what_reads_ahead_is_refused(tmp_path, kind):
 
 
 BROKEN = {
+    "float8": ("q_proj", lambda weight: weight.to(torch.float8_e4m3fn), "as F8_E4M3: it is q"),
     "int8": ("q_proj", lambda weight: (1000 * weight).to(torch.int8), "as I8: it is quantized"),
     "bool": ("q_proj", lambda weight: weight > 0, "as BOOL: it is quantized"),
     "nan": ("q_proj", lambda weight: weight * torch.nan, "q_proj.weight from nan"),
@@ -115,3 +142,24 @@ def test_weights_that_no_training_leaves_are_named(tmp_path, kind):
     model = load_causal_lm(read_teacher_config(str(tmp_path)), torch.float32, torch.device("cpu"))
     with pytest.raises(UsageError, match=words):
         check_weights(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "shard", "hub"])
+def test_quantized_weights_are_found_wherever_they_lie(tmp_path, form, monkeypatch):
+    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
+    file = save_tiny_teacher(folder) / "model.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name] = (1000 * weights[name]).to(torch.int8)
+    file = folder / ("part.bin" if form == "shard" else "pytorch_model.bin")
+    torch.save(weights, file, _use_new_zipfile_serialization=form != "old")
+    if form == "shard":
+        index = {"weight_map": dict.fromkeys(weights, file.name), "metadata": {}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = load_causal_lm(read_teacher_config(str(folder)), torch.float32, torch.device("cpu"))
+    with pytest.raises(UsageError, match="q_proj.weight as int8: it is quantized"):
+        check_weights(model, "a/b" if form == "hub" else str(folder))

@@ -2,16 +2,19 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_let.errors import UsageError
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher, near_random
 from megatron_let.teacher.work import window_ends
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
+from tests.support.zoo import tiny_model
 
 VOCAB = 256
 TOKENS_BS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -150,6 +153,20 @@ def test_head_maps_the_states_to_the_logits(teacher, reference):
     with torch.no_grad():
         logits_BSV = model.get_output_embeddings()(teacher.states_BSD(ROWS))
     torch.testing.assert_close(logits_BSV, output.logits, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "kind", "gemma2 gemma3_text recurrent_gemma xlstm cohere nanochat llama opt".split()
+)
+def test_a_head_that_caps_or_scales_is_refused_however_small_its_logits(kind):
+    model = tiny_model(kind)
+    if kind == "gemma3_text":
+        model.config.final_logit_softcapping = 30.0
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    refusal = pytest.raises(UsageError, match="scales or caps its logits")
+    with nullcontext() if kind in ("llama", "opt") else refusal:
+        Teacher(model, CONTEXT).head_rows(0, VOCAB)
 
 
 def test_a_state_does_not_see_the_tokens_after_it(teacher):
