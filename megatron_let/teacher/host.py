@@ -78,7 +78,7 @@ class TeacherHost:
     # --- before the run -----------------------------------------------------------------------
 
     def check_tokens(self, student_ids: dict[str, int], same: bool) -> None:
-        """Compare the two tokenizers; without one on either side, ids must at least exist.
+        """Compare the two tokenizers, and the largest id with the teacher's rows.
 
         `student_ids` is the student's token -> id, empty if unknown; `same` says whether the
         teacher must have that tokenizer, or may have rows of its own.
@@ -91,6 +91,7 @@ class TeacherHost:
             except UsageError as error:
                 what = "Student and teacher number tokens differently."
                 raise UsageError(f"{what} {error}") from error
+            largest = self.translation.largest_id()
         elif self.args.teacher_seq_length is not None:
             raise UsageError(
                 f"--teacher-seq-length {self.args.teacher_seq_length} has no effect: the teacher "
@@ -98,10 +99,14 @@ class TeacherHost:
             )
         elif student_ids and teacher_ids:
             check_token_ids(student_ids, teacher_ids, name)
-        elif self.config.vocab_size < get_tokenizer().vocab_size:
+            largest = max(student_ids.values())
+        else:
+            largest = get_tokenizer().vocab_size - 1
+        if largest >= self.config.vocab_size:
             raise UsageError(
-                f"--teacher-model {name} knows {self.config.vocab_size} token ids, the student "
-                f"{get_tokenizer().vocab_size}: choose a teacher of the same tokenizer."
+                f"--teacher-model {name} knows {self.config.vocab_size} token ids, and would be "
+                f"given ids up to {largest}: choose a teacher of the same tokenizer, or give its "
+                "embedding a row for each token (resize_token_embeddings)."
             )
 
     def translated(self, dataset: Any) -> Any:
@@ -135,8 +140,9 @@ class TeacherHost:
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
         length = self._row_length()
         try:
-            self._probe(model)
-            self.teacher = Teacher(model, self.config.context, self._layer, control == "shuffled")
+            windowed = self._probe(model)
+            shuffled = control == "shuffled"
+            self.teacher = Teacher(model, self.config.context, self._layer, shuffled, windowed)
         except (UsageError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # each kind of model has its own
@@ -159,13 +165,15 @@ class TeacherHost:
         length = None if self.translation is None else self.translation.length
         return length or self.args.seq_length
 
-    def _probe(self, model: Any) -> None:
+    def _probe(self, model: Any) -> bool:
+        """Returns what `check_documents` does."""
         name, vocab_size, base = self.config.name, self.config.vocab_size, text_model(model)
-        check_weights(model, name)
+        check_weights(model, name, self.config.revision)
         check_states(base, vocab_size, name)
-        if self.args.reset_attention_mask:
-            length = min(self._row_length(), self.config.context)
-            check_documents(base, vocab_size, length, name)
+        if not self.args.reset_attention_mask:
+            return True
+        length = min(self._row_length(), self.config.context)
+        return check_documents(base, vocab_size, length, name)
 
     def score(self, train_dataset: Any) -> None:
         """Note the model's own loss on the first micro-batch, where this rank holds the data.
@@ -187,18 +195,28 @@ class TeacherHost:
     def share(self, chunks: list[list[tuple[int, int | None]]]) -> None:
         """Merge the facts of all ranks: only the stages with the teacher know it.
 
-        `chunks` are for each signal this rank's that need it, as (stage, virtual stage).
+        `chunks` are for each signal this rank's that need it, as (stage, virtual stage). Raises
+        UsageError on all ranks if the loss of `score` is not finite.
         """
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (self.facts, chunks))
         known = [facts for facts, _ in gathered if facts]
         self.facts = {name: value for facts in known for name, value in facts.items()}
         if known:
+            self._check_loss()
             self.facts["stages"] = sorted({stage for facts in known for stage in facts["stages"]})
             self.facts["chunks"] = [
                 sorted({chunk for _, every in gathered for chunk in every[i]}, key=str)
                 for i in range(len(chunks))
             ]
+
+    def _check_loss(self) -> None:
+        if not math.isfinite(loss := self.facts["lm_loss"]):
+            dtype = DTYPES.get(self.args.teacher_dtype, self.args.params_dtype)
+            raise UsageError(
+                f"--teacher-model {self.config.name} has a loss of {loss} on the first micro-batch "
+                f"in {dtype}: it overflows there, or is damaged. Try --teacher-dtype bf16 or fp32."
+            )
 
     # --- during the run -----------------------------------------------------------------------
 

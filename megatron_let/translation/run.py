@@ -59,6 +59,11 @@ class Translation:
         self._dataset = Translated(dataset, self._translator, self.length)
         return self._dataset
 
+    def largest_id(self) -> int:
+        """Of those that the teacher is given: no text makes a special token."""
+        made = self._translator
+        return max(int(made.teacher.lengths.nonzero()[0].max()), *made.start, *made.end)
+
     def stop(self) -> None:
         """The guidance is over."""
         if self._dataset is not None:

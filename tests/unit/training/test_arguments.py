@@ -61,7 +61,7 @@ MISTAKES = {
     ),
     "teacher with a smaller vocabulary": (
         f"{CONSTANT} --teacher-model TMP/small",
-        "TMP/small knows 100 token ids, the student 25[56]: choose",
+        "TMP/small knows 100 token ids, and would be given ids up to 25[45]: choose",
     ),
     "documents kept apart beyond the teacher's context": (
         f"{CONSTANT} {LONG} --reset-position-ids",

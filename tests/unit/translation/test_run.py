@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from megatron_let.translation.run import Translation
@@ -33,3 +34,11 @@ def test_a_start_that_is_the_end_belongs_to_its_text():
 
 def test_all_that_is_in_front_must_follow():
     assert positions([1, 9, 5, 2, 1, 9, 6, 2, 1, 7], [1, 9], [2]) == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+
+
+def test_the_largest_id_is_of_a_token_with_text_or_of_what_stands_around_it():
+    made = Translation.__new__(Translation)
+    teacher = SimpleNamespace(lengths=np.array([1, 2, 0, 3, 0, 0]))
+    for end, largest in ((2, 3), (4, 4)):
+        made._translator = SimpleNamespace(teacher=teacher, start=[2], end=[end])
+        assert made.largest_id() == largest
