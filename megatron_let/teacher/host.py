@@ -99,7 +99,9 @@ class TeacherHost:
             )
         elif student_ids and teacher_ids:
             check_token_ids(student_ids, teacher_ids, name)
-            largest = max(student_ids.values())
+            # No text makes a special token; Gemma 3 has one more than rows.
+            made = [index for token, index in student_ids.items() if token not in teacher_ids.added]
+            largest = max(get_tokenizer().eod or 0, *made)
         else:
             largest = get_tokenizer().vocab_size - 1
         if largest >= self.config.vocab_size:

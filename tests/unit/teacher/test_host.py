@@ -23,12 +23,14 @@ ARGS = {
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A function that makes the host of a teacher with so many rows and 72 tokens."""
+def made(tmp_path, monkeypatch):
+    """A function that makes the host of a teacher with so many rows, and 72 tokens and more."""
+    monkeypatch.setattr(host, "get_tokenizer", lambda: SimpleNamespace(eod=1))
 
-    def make(rows):
+    def make(rows, *special):
         save_tiny_teacher(tmp_path, vocab_size=rows, width=16)
         words = Tokenizer(models.WordLevel(WORDS, unk_token="w0"))
+        words.add_special_tokens(list(special))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
         return host.TeacherHost(Namespace(**ARGS), read_teacher_config(str(tmp_path)), None)
 
@@ -40,6 +42,8 @@ def test_each_id_needs_a_row_of_the_teachers(made, monkeypatch):
     few = made(64)
     with pytest.raises(UsageError, match="knows 64 token ids, and would be given ids up to 71"):
         few.check_tokens(WORDS, same=True)
+    made(72, "<image>").check_tokens(WORDS | {"<image>": 72}, same=True)  # as Gemma 3
+    few = made(64)
     other = SimpleNamespace(largest_id=lambda: 65)  # where the teacher's own tokens are read
     monkeypatch.setattr(host, "Translation", lambda *_: other)
     with pytest.raises(UsageError, match="knows 64 token ids, and would be given ids up to 65"):
