@@ -6,8 +6,11 @@ import multiprocessing as mp
 import os
 import queue
 import signal
+import sys
 import threading
+import time
 from argparse import Namespace
+from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
 from multiprocessing.util import Finalize
 from typing import Any
@@ -22,6 +25,8 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _FILES = f"{_STRATEGIES}.filesystem_async"
 _CALLER = f"{_STRATEGIES}.async_utils.PersistentAsyncCaller"
 _write = async_utils.PersistentAsyncCaller.async_loop
+CLOSE_SECONDS = 5.0
+"""Within these a writer that was asked to end is forgotten."""
 
 
 def redirects(args: Namespace, results: Any) -> list[Redirect]:
@@ -31,16 +36,24 @@ def redirects(args: Namespace, results: Any) -> list[Redirect]:
     if args.async_save:
         loop = instead(staticmethod(write_loop))
         found.append(Redirect(_CALLER, "async_loop", loop, "outlives its run, dies of its SIGTERM"))
-        if cpu.is_active():
-            fork = functools.partial(_forked, args)
-            found.append(Redirect(_CALLER, "_get_process", fork, "spawns where a fork would do"))
+        get = functools.partial(_watched, args)
+        found.append(Redirect(_CALLER, "_get_process", get, "waits for a dead one for ever"))
     return found
 
 
-def _forked(args: Namespace, start: Any) -> Any:
-    priorities = args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
-    # Once more for a save at the run's end, for which upstream spawns one.
-    return classmethod(lambda it, *_: start.__func__(it, args.rank, "fork", *priorities))
+def _watched(args: Namespace, start: Any) -> Any:
+    forked = "fork", args.async_ckpt_cpu_priority, args.async_ckpt_io_priority
+
+    def get(it: Any, rank: int, *others: Any, **named: Any) -> Any:
+        is_new = it._persistent_process is None
+        if cpu.is_active():  # for a save at the run's end, too, for which upstream spawns one
+            others, named = forked, {}
+        writer = start.__func__(it, rank, *others, **named)
+        if is_new:
+            threading.Thread(target=_end_without, args=(writer,), daemon=True).start()
+        return writer
+
+    return classmethod(get)
 
 
 def prepare_saves(args: Namespace) -> None:
@@ -52,7 +65,7 @@ def prepare_saves(args: Namespace) -> None:
     results.start(_end_with_parent)
     apply(redirects(args, results.Queue()))
     if cpu.is_active():
-        async_utils.PersistentAsyncCaller._get_process()
+        async_utils.PersistentAsyncCaller._get_process(args.rank)
     Finalize(None, _kill_writer, exitpriority=1)  # multiprocessing would wait for it
 
 
@@ -92,6 +105,24 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _end_without(writer: Any) -> None:
+    """End this process if its writer does, unasked: what waits for it hears no signal."""
+    wait([writer.sentinel])
+    time.sleep(CLOSE_SECONDS)
+    if async_utils.PersistentAsyncCaller._persistent_process is writer:
+        try:
+            print(
+                "pretrain_let.py: error: the process that writes checkpoints (--async-save) has "
+                f"ended, with status {writer.exitcode} (-9: killed, perhaps as memory was short). "
+                "Start again: the run goes on from its last whole checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        finally:
+            os._exit(1)
+
+
 def _kill_writer() -> None:
     if (writer := async_utils.PersistentAsyncCaller._persistent_process) is not None:
+        async_utils.PersistentAsyncCaller._persistent_process = None
         writer.kill()

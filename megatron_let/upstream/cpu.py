@@ -207,7 +207,7 @@ MEGATRON_REDIRECTS: list[Redirect] = [
     Redirect(_RANDOM, "_get_cuda_rng_state", _get_rng_state, "its states fork the CPU generator's"),
     Redirect(_RANDOM, "_set_cuda_rng_state", _set_rng_state, "its states fork the CPU generator's"),
     Redirect(_TRAINING, "initialize_megatron", _without_cuda, "asserts that CUDA is there"),
-    *alike(_TRAINING, "print_rank_last append_to_progress_log", _says_process, "TFLOP/s of GPUs"),
+    Redirect(_TRAINING, "print_rank_last", _says_process, "TFLOP/s of GPUs"),
 ]
 
 

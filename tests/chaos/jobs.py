@@ -65,9 +65,7 @@ def _run_in_fork(words: list[str], env: dict[str, str], out: int, err: int) -> N
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(BaseException):
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        threading._shutdown()  # type: ignore[attr-defined]  # ends pools, joins what is no daemon
         from multiprocessing import util
 
         util._exit_function()  # type: ignore[attr-defined]

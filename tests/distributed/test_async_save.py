@@ -114,6 +114,30 @@ def test_a_kill_in_the_middle_of_a_save(corpus, whole, tmp_path):
     assert hashes(save) == hashes(whole / "sync")
 
 
+OUT_OF_MEMORY = """
+import os, runpy, signal
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+def write(transforms, **named):
+    if "iter_0000006" in named["write_bucket"][0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(transforms, **named)
+
+right = FileSystemWriterAsync.write_preloaded_data
+FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+runpy.run_path("{root}/pretrain_let.py", run_name="__main__")
+"""
+
+
+def test_a_run_ends_with_its_writer(corpus, tmp_path):
+    save = tmp_path / "run"
+    (tmp_path / "killed.py").write_text(OUT_OF_MEMORY.format(root=ROOT))
+    flags = [*FLAGS, *corpus.flags, *ASYNC, "--save", str(save)]
+    result = run_program(str(tmp_path / "killed.py"), *flags, timeout=60)
+    assert result.returncode == 1 and "has ended, with status -9" in result.stderr, result.stderr
+    assert tracked(save) == 3
+
+
 def test_a_full_disk(corpus, tmp_path):
     argv = [*FLAGS, *corpus.flags, *ASYNC, "--save", str(tmp_path)]
     function = "tests.distributed.training:train_on_a_full_disk"
