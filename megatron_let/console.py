@@ -50,7 +50,7 @@ class Console(io.TextIOBase):
 
     def say(self, line: str) -> None:
         """Show a line, and note it."""
-        print(line, file=self.terminal, flush=True)
+        show(line, self.terminal)
         self.write(f"{line}\n")
 
     def keep(self, folder: Path | None) -> None:
@@ -63,12 +63,21 @@ class Console(io.TextIOBase):
                 self.write(early)
 
 
+def show(line: str, terminal: TextIO) -> None:
+    """Print a line. A terminal that is gone is no reason not to train either."""
+    try:
+        print(line, file=terminal, flush=True)
+    except OSError:  # what is left in its buffer would fail once more, at the process's end
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), terminal.fileno())
+
+
 def say(line: str) -> None:
     """Print a line of the program's own."""
     if isinstance(sys.stdout, Console):
         sys.stdout.say(line)
     else:
-        print(line, flush=True)
+        show(line, sys.stdout)
 
 
 def keep(folder: Path | None) -> None:

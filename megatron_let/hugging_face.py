@@ -5,13 +5,14 @@ the folder, and what cannot be loaded ends in a sentence. Imports neither torch 
 """
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_let.errors import UsageError
+from megatron_let.errors import MachineError, UsageError
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
@@ -27,6 +28,10 @@ SIGNS = {
     b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself, git lfs pull",
     b"<": "it is a web page, perhaps of an error",
 }
+
+AWAY = ConnectionError, TimeoutError, socket.gaierror
+BUSY = (408, 429, *range(500, 600))
+"""What a hub answers that may answer otherwise later."""
 
 
 class OutsideError(UsageError):
@@ -65,7 +70,7 @@ def told(source: str | Path, failure: str = "", weights: bool = False) -> Iterat
             raise remote_code(source) from error
         pickles = sorted(path.name for path in Path(source).glob("*.bin")) if weights else []
         failure = failure or f"{source} cannot be loaded."
-        raise UsageError(f"{failure} ({': '.join([*pickles, first_line(error)])})") from error
+        raise unreadable(failure, error, *pickles) from error
 
 
 def check_folder(folder: Path, weights: bool = False) -> None:
@@ -161,6 +166,21 @@ def has_tokenizer(folder: Path) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its kind."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def unreadable(failure: str, error: BaseException, *files: str) -> UsageError:
+    """Return what is said of something that cannot be loaded; a hub that is away may come back."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    answers = (getattr(cause, "response", None) for cause in causes)
+    status = next((answer.status_code for answer in answers if answer is not None), None)
+    reason = ": ".join([*files, first_line(error).rstrip(".:")])
+    if status in (401, 403) or "auth login" in str(error):
+        reason += f"; the hub answers {status}: ask for access on its page, and run hf auth login"
+    if any(isinstance(cause, AWAY) for cause in causes) if status is None else status in BUSY:
+        return MachineError(f"{failure} ({reason}; the hub is away: {first_line(causes[-1])})")
+    return UsageError(f"{failure} ({reason})")
 
 
 def _check_inside(folder: Path, path: Path) -> None:

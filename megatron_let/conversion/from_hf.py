@@ -88,8 +88,8 @@ def local_folder(hf_model: str, revision: str | None, flag: str = "--hf-model") 
         files = ["*.json", "*.safetensors", *TOKENIZER_FILES]
         return Path(snapshot_download(hf_model, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
-        failure = f"{flag} {hf_model} is no folder, and the hub does not give it"
-        raise UsageError(f"{failure}: {hugging_face.first_line(error)}") from error
+        failure = f"{flag} {hf_model} is no folder, and the hub does not give it."
+        raise hugging_face.unreadable(failure, error) from error
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class TeacherHost:
                 self.translation = Translation(self.args, str(own_folder(Path(name))), revision)
             except UsageError as error:
                 what = "Student and teacher number tokens differently."
-                raise UsageError(f"{what} {error}") from error
+                raise type(error)(f"{what} {error}") from error
             largest = self.translation.largest_id()
         elif self.args.teacher_seq_length is not None:
             raise UsageError(

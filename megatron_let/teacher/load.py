@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_let import hugging_face
-from megatron_let.errors import UsageError
+from megatron_let.errors import MachineError, UsageError
 from megatron_let.hugging_face import is_gguf
 
 CHOOSE = "Choose a decoder such as Llama, Qwen, OPT, GPT-NeoX or GPT-2."
@@ -155,7 +155,7 @@ def read_token_ids(name: str, revision: str | None = None) -> TokenIds | None:
     failure = f"The tokenizer of --teacher-model {name} cannot be loaded."
     try:
         tokenizer = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
-    except hugging_face.OutsideError:
+    except (hugging_face.OutsideError, MachineError):
         raise
     except UsageError:
         if hugging_face.has_tokenizer(Path(name)) or is_gguf(name):

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from megatron_let.console import show
+
 COUNTS = "SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPUS".split()
 """What a job was given, as a number or as `a100:8`."""
 INDICES = "SLURM_JOB_GPUS SLURM_STEP_GPUS GPU_DEVICE_ORDINAL CUDA_VISIBLE_DEVICES".split()
@@ -61,7 +63,7 @@ def fall_back(line: str, way_out: str = "--cpu", told: TextIO | None = None) -> 
     found = promise(os.environ)
     if found is None:
         if os.environ.get("RANK", "0") == "0":
-            print(line, file=told, flush=True)
+            show(line, told or sys.stdout)
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(FIRST_RANK_SECONDS)

@@ -1,15 +1,18 @@
 """The tool that shows what a run survives can't be content with nothing."""
 
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chaos import faults
+from tests.chaos import faults, jobs
 from tests.chaos.__main__ import ROOT, commits_seed, draw, table
 from tests.chaos.compare import differing
 from tests.chaos.faults import FAULTS, LAYOUTS, MOMENTS, POINTS, Missed, befall
@@ -66,6 +69,29 @@ def test_the_same_run_differs_in_nothing(trained):
 )
 def test_what_differs_is_found(trained, name, found):
     assert any(item.startswith(found) for item in differing(trained / name, trained / "one"))
+
+
+POOL = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.pool = ThreadPoolExecutor(1)
+sys.pool.submit(int).result()
+raise RuntimeError
+"""
+
+
+def test_a_rank_that_fails_ends_its_pools(tmp_path, monkeypatch):
+    rank = tmp_path / "rank.py"
+    rank.write_text(POOL)
+    monkeypatch.setattr(jobs, "RANK", str(rank))
+    if (child := os.fork()) == 0:
+        jobs._run_in_fork(["python", str(rank)], dict(os.environ), -1, -1)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert ended == (child, 256)
 
 
 class Ended:

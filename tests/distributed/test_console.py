@@ -34,6 +34,18 @@ def test_a_run_of_eight_steps_fits_a_screen(run, tmp_path):
     assert all(line in log for line in lines[1:])
 
 
+def test_a_terminal_that_is_gone_ends_no_run(corpus, tmp_path):
+    (tmp_path / "full.py").write_text(
+        f"import os, runpy\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        f"runpy.run_path({PRETRAIN!r}, run_name='__main__')\n"
+    )
+    flags = [*FLAGS, *corpus.flags, "--train-iters", "2", "--save", str(tmp_path / "run")]
+    done = run_program(str(tmp_path / "full.py"), *flags)
+    assert done.returncode == 0 and done.stderr == ""
+    log = (tmp_path / "run" / "console" / "rank_00000.log").read_text()
+    assert "> complete at step 2" in log
+
+
 def test_everything_is_shown_where_it_is_asked_for(run, tmp_path):
     done = run("--verbose-console")
     assert "iteration        8/       8" in done.stdout and "arguments ---" in done.stdout

@@ -1,6 +1,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from transformers import (
     T5Config,
 )
 
-from megatron_let.errors import UsageError
+from megatron_let.errors import MachineError, UsageError
+from megatron_let.hugging_face import told
 from megatron_let.teacher.load import (
     TokenIds,
     check_token_ids,
@@ -50,6 +52,24 @@ def change_weights(source, folder, change):
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (500, MachineError, "the hub is away: its answer"),
+        (429, MachineError, "the hub is away"),
+        (None, MachineError, "the hub is away"),
+        (403, UsageError, "the hub answers 403: .*hf auth login"),
+        (404, UsageError, r"\(no such file\)"),
+    ],
+)
+def test_a_hub_that_is_away_may_come_back(answer, kind, words):
+    cause = ConnectionRefusedError("its answer") if answer is None else OSError("its answer")
+    cause.response = answer and SimpleNamespace(status_code=answer)
+    with pytest.raises(UsageError, match=words) as error, told("org/model"):
+        raise OSError("no such file.\nMore of it") from cause
+    assert type(error.value) is kind
 
 
 # --- configuration ------------------------------------------------------------------------------
