@@ -29,7 +29,7 @@ for word in "${words[@]}"; do
     previous=$word
 done
 [ -n "$save" ] || { echo "add --save DIR: without checkpoints nothing can go on" >&2 && exit 2; }
-if [ -n "$load" ] && [ "$load" != "$save" ]; then
+if [ -n "$load" ] && [ "$(realpath -m -- "$load")" != "$(realpath -m -- "$save")" ]; then
     echo "every start would begin from --load $load: use --pretrained-checkpoint for it" >&2
     exit 2
 fi

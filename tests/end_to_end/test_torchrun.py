@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,13 @@ def test_two_agents_find_each_other_and_a_second_call_goes_on(tmp_path):
         assert max(records(save, "train")) == steps
     missing = subprocess.run([SCRIPT, "--train-iters", "4"], capture_output=True, text=True)
     assert missing.returncode == 2 and "add --save DIR" in missing.stderr
+
+
+def test_one_folder_by_two_names_is_one_folder(tmp_path):
+    call = [SCRIPT, "--save", "run", "--load", "./run"]
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ $1 != -m ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python)}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

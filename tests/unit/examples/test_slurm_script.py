@@ -91,6 +91,19 @@ def test_it_stays_down_after_the_second_failure_at_a_step(job: Job) -> None:
     assert job.start(status=1)[0] == 1
 
 
+@pytest.mark.parametrize("torn", ["", "12x", None])
+def test_without_a_tracker_the_folders_decide(job: Job, torn: str | None) -> None:
+    tracker = job.save / "latest_checkpointed_iteration.txt"
+    if torn is not None:
+        tracker.write_text(torn)
+    assert job.start(status=1)[0] == 0 and job.requeued
+    for name in ("iter_0000500", "iter_0000900.mine"):
+        (job.save / name).mkdir()
+        (job.save / name / "metadata.json").touch()
+    assert "from step 500" in job.start("--load", "old", "--finetune", status=1)[1]
+    assert f"--load old --load {job.save} " in job.given and "--finetune" not in job.given
+
+
 def test_wrong_flags_end_the_job(job: Job) -> None:
     """At once: a second try would fail as the first."""
     status, said = job.start("--no-such-flag", status=2)
