@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import sys
 import traceback
 from argparse import Namespace
@@ -25,6 +27,7 @@ from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupported
+from megatron_let.training.resume import schedule_samples
 from megatron_let.training.tracking import tracker_defaults
 from megatron_let.upstream.mended import gpt_config, known_token_ids, token_ids
 
@@ -32,8 +35,49 @@ DATA_FLAGS = (
     "data_args_path per_split_data_args_path data_path train_data_path valid_data_path "
     "test_data_path"
 ).split()
+FINITE = sys.float_info.max
+BOUNDS = {
+    "at least 1": (
+        1,
+        FINITE,
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+        "seq_length max_position_embeddings make_vocab_size_divisible_by vocab_size "
+        "micro_batch_size global_batch_size tensor_model_parallel_size context_parallel_size "
+        "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
+        "seed lr_decay_iters lr_decay_samples save_retain_interval distributed_timeout_minutes",
+    ),
+    "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)": (
+        1,
+        FINITE,
+        "eval_interval log_interval save_interval tensorboard_log_interval "
+        "non_persistent_save_interval",
+    ),
+    "0 or more": (
+        0,
+        FINITE,
+        "train_iters train_samples eval_iters num_workers lr min_lr lr_warmup_init lr_warmup_iters "
+        "lr_warmup_samples weight_decay start_weight_decay end_weight_decay adam_eps",
+    ),
+    "0, which clips nothing, or more": (0, math.inf, "clip_grad"),
+    "from 0 to 1": (
+        0,
+        1,
+        "attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction",
+    ),
+}
+"""What numbers must be that Megatron does not look at, or only when it is too late for words."""
 LOOKED_AT = 1 << 20
 """Token ids of each dataset that are compared with the model's rows before the first step."""
+REFUSALS = (
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def parse_arguments() -> Namespace:
@@ -46,7 +90,9 @@ def parse_arguments() -> Namespace:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     refuse_unsupported(sys.argv)
     arguments.import_methods(sys.argv)
-    flags = parse_args(arguments.add_arguments)
+    with _refusals():
+        flags = parse_args(arguments.add_arguments)
+    _check_numbers(flags)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it with TP
     refuse_ignored(flags, sys.argv)
@@ -58,6 +104,7 @@ def parse_arguments() -> Namespace:
     defaults = tracker_defaults(flags) | {"tokenizer_type": "GPT2BPETokenizer"}
     with _refusals():
         args = parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+    _check_warmup(args)
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
     _check_data_tokenizer(args)
     args.save_keep_every = args.save_retain_interval
@@ -68,17 +115,46 @@ def parse_arguments() -> Namespace:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """What Megatron refuses by an assertion becomes a message."""
+    """What Megatron refuses by an assertion, or by another error, becomes a message."""
     try:
         yield
     except UsageError:
         raise  # a checkpoint's, of --use-checkpoint-args
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except REFUSALS as error:
         # Some assertions have no words: then the violated condition speaks for itself.
         if "trust_remote_code" in str(error):
             raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
-        words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        words = "" if isinstance(error, ArithmeticError) else str(error)
+        words = words or traceback.extract_tb(error.__traceback__)[-1].line or ""
+        words = f"{words} is unknown" if isinstance(error, KeyError) else words
         raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
+
+
+def _check_numbers(args: Namespace) -> None:
+    for what, (least, most, names) in BOUNDS.items():
+        for name in names.split():
+            value = vars(args)[name]
+            if value is not None and not least <= value <= most:  # nan is neither
+                raise UsageError(f"{arguments.flag(name, value)} must be {what}.")
+    shares = re.findall(r"[.0-9]+", args.split or "1")  # as Megatron reads them
+    if len(shares) > 3 or not any(share.strip(".0") for share in shares):
+        raise UsageError(
+            f"--split {args.split} must be the parts of training, validation and test, such as "
+            "90,9,1."
+        )
+    if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
+        way_out = "add --non-persistent-ckpt-type global, or leave it out"
+        given = arguments.flag("non_persistent_save_interval", args.non_persistent_save_interval)
+        raise UsageError(f"{given} has no effect alone: {way_out}.")
+
+
+def _check_warmup(args: Namespace) -> None:
+    _, decay, warmup = schedule_samples(args)
+    if not args.skip_train and warmup >= decay:
+        raise UsageError(
+            f"The learning rate would rise for {warmup:g} samples (--lr-warmup-*), but it has "
+            f"reached its end after {decay:g} (--train-*, --lr-decay-*): warm up for less."
+        )
 
 
 def _data_prefixes(args: Namespace) -> list[str]:
@@ -118,13 +194,6 @@ def _check_needed(args: Namespace) -> None:
         ):
             if value is None:
                 raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
-    for name in ("eval_interval", "log_interval", "save_interval", "tensorboard_log_interval"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            raise UsageError(
-                f"{arguments.flag(name, value)} must be at least 1 step. (No evaluation: "
-                "--eval-iters 0; no checkpoints: leave --save out.)"
-            )
     if args.full_validation != args.multiple_validation_sets:
         raise UsageError(
             "--full-validation and --multiple-validation-sets go together: Megatron-LM evaluates "

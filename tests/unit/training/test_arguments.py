@@ -243,6 +243,31 @@ MISTAKES = {
         f"{CONSTANT} --mtp-num-layers 1 --position-embedding-type rope",
         "--mtp-num-layers 1 is not supported with --method let: .*--method baseline",
     ),
+    **{
+        flags: (f"{PLAIN} {flags}", f"^{flags} {words}")
+        for flags, words in (
+            ("--seq-length 0", "must be at least 1"),
+            ("--seed -1", "must be at least 1"),
+            ("--tensor-model-parallel-size 0", "must be at least 1"),
+            ("--train-iters -5", "must be 0 or more"),
+            ("--num-workers -1", "must be 0 or more"),
+            ("--weight-decay nan", "must be 0 or more"),
+            ("--lr inf", "must be 0 or more"),
+            ("--clip-grad nan", "must be 0, which clips nothing, or more"),
+            ("--hidden-dropout 2.0", "must be from 0 to 1"),
+            ("--split a,b,c", "must be the parts of training, validation and test"),
+            ("--split 25,25,25,25", "must be the parts"),
+            ("--non-persistent-save-interval 2", "has no effect alone: add --non-persistent-ckpt"),
+        )
+    },
+    "a warm-up beyond the run": (
+        f"{PLAIN} --lr-warmup-iters 100",
+        "would rise for 200 samples .*after 20 .*warm up for less",
+    ),
+    "a signal that is none": (
+        f"{PLAIN} --exit-signal-handler --exit-signal SIGFOO",
+        "refuses these flags: 'SIGFOO' is unknown",
+    ),
     "CUDA graphs": (f"{CONSTANT} --cuda-graph-impl local", "--cuda-graph-impl local is not supp"),
 }
 
