@@ -7,7 +7,7 @@ differs it ends in a traceback, or trains another model unsaid.
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -63,6 +63,13 @@ SAMPLES = (
     "lr_warmup_samples lr_warmup_fraction"
 ).split()
 """What says at which sample the learning rate and the weight decay have which value."""
+CHANGEABLE = (
+    "reset_attention_mask reset_position_ids eod_mask_loss calculate_per_token_loss clip_grad "
+    "attention_dropout hidden_dropout moe_aux_loss_coeff seed split mock_data dataloader_type"
+).split()
+"""What may be changed on purpose: it is said."""
+OPTIMIZERS_OWN = "adam_beta1 adam_beta2 adam_eps".split()
+"""What comes with its state, whatever the command line says."""
 
 ANEW = "Resume with the checkpoint's, or start a new run, with another --save,"
 FROM_THE_WEIGHTS = f"{ANEW} from the weights: --finetune."
@@ -80,6 +87,8 @@ def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any])
         if not args.finetune:  # that is a run of its own, which takes the weights only
             _check_ours(args, saved, method)
         check_flags(args, saved)
+        if not args.finetune and os.environ.get("RANK", "0") == "0":
+            _tell_changes(args, saved)
     return chunks
 
 
@@ -137,11 +146,22 @@ def check_flags(args: Namespace, saved: Namespace) -> None:
         _compare(
             args,
             saved,
-            SCHEDULED + samples * (_samples(args) != _samples(saved)),
+            SCHEDULED + samples * (schedule_samples(args) != schedule_samples(saved)),
             "Learning rate and weight decay follow a schedule over the run's samples. Add "
             "--override-opt-param-scheduler to follow this command's from here on, or "
             "--use-checkpoint-opt-param-scheduler to keep the checkpoint's.",
         )
+
+
+def _tell_changes(args: Namespace, saved: Namespace) -> None:
+    def changed(names: list[str]) -> str:
+        found = _differing(args, saved, names)
+        return ", ".join(f"{flag(name, now)} ({before})" for name, now, before in found)
+
+    if others := changed(CHANGEABLE + OPTIMIZERS_OWN * bool(args.no_load_optim)):
+        say(f"> goes on with other values than the checkpoint's: {others}")
+    if not args.no_load_optim and (kept := changed(OPTIMIZERS_OWN)):
+        say(f"> the optimizer keeps the checkpoint's values: no effect of {kept}")
 
 
 def _compare(
@@ -152,6 +172,20 @@ def _compare(
     older: Mapping[str, object] | None = None,
 ) -> None:
     """Refuse other values than the checkpoint's; `older` are those of one that lacks a name."""
+    for name, now, before in _differing(args, saved, names, older):
+        raise UsageError(
+            f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "
+            f"{flag(name, before)}. {way_out}"
+        )
+
+
+def _differing(
+    args: Namespace,
+    saved: Namespace,
+    names: Iterable[str],
+    older: Mapping[str, object] | None = None,
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what a flag is called, its value and the checkpoint's."""
     now_args, saved_args = _as_trained(args), _as_trained(saved)
     for name in names:
         now = now_args.get(name)
@@ -159,11 +193,7 @@ def _compare(
         if now != before:
             if name in NEGATIVE:
                 name, now, before = NEGATIVE[name], not now, not before
-            name = FLAG_NAMES.get(name, name)
-            raise UsageError(
-                f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "
-                f"{flag(name, before)}. {way_out}"
-            )
+            yield FLAG_NAMES.get(name, name), now, before
 
 
 def _as_trained(args: Namespace) -> dict[str, Any]:
@@ -174,7 +204,7 @@ def _as_trained(args: Namespace) -> dict[str, Any]:
     return own
 
 
-def _samples(args: Namespace) -> list[Any]:
+def schedule_samples(args: Namespace) -> list[Any]:
     """The samples of the whole run, of the decay and of the warm-up, as Megatron counts them."""
     batch = args.global_batch_size or 1
     total = args.train_samples or (args.train_iters or 0) * batch

@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.training.resume import check_flags
+from megatron_let.training.resume import _tell_changes, check_flags
 from tests.distributed.training import run, series
 from tests.support.tiny_run import checkpoint
 
@@ -118,6 +118,24 @@ def test_other_ranks_for_the_experts_are_named(saved, tmp_path):
         check_flags(now, before)
     now.no_load_optim = True
     check_flags(now, before)
+
+
+def test_what_may_be_changed_is_said(saved, tmp_path, capsys):
+    assert not saved(tmp_path, f"--exit-interval {LAST + 1}")
+    before = checkpoint(tmp_path).args()
+    changes = {"clip_grad": 0.5, "reset_position_ids": True, "adam_beta2": 0.9, "finetune": False}
+    now = Namespace(**vars(before) | changes | {"no_load_optim": None})
+    _tell_changes(now, before)
+    now.no_load_optim = True
+    _tell_changes(now, before)
+    told = "> goes on with other values than the checkpoint's: "
+    changed = f"{told}--reset-position-ids (False), --clip-grad 0.5 (1.0)"
+    kept = "> the optimizer keeps the checkpoint's values: no effect of --adam-beta2 0.9 (0.999)"
+    assert capsys.readouterr().out.splitlines() == [
+        changed,
+        kept,
+        f"{changed}, --adam-beta2 0.9 (0.999)",
+    ]
 
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"

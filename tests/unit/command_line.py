@@ -80,7 +80,12 @@ def parser_facts() -> dict[str, Any]:
         "unsupported": ignored_flags.UNSUPPORTED.split(),
         "options": [option for options, _ in flags.values() for option in options],
         "ours": sorted(ours),
-        "compared": resume.SHAPES + resume.FUNCTION + resume.OPTIMIZER + resume.SCHEDULED,
+        "compared": resume.SHAPES
+        + resume.FUNCTION
+        + resume.OPTIMIZER
+        + resume.SCHEDULED
+        + resume.CHANGEABLE
+        + resume.OPTIMIZERS_OWN,
         "known": sorted(flags),
     }
 
