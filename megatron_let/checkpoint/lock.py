@@ -68,7 +68,7 @@ def _hold(path: Path) -> IO[str]:
     deadline, first_touched = time.monotonic() + PATIENCE_SECONDS, None
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
         is_locked, stat = _lock(file), os.fstat(file.fileno())
         file.seek(0)
         holder = file.read().strip()

@@ -7,6 +7,7 @@ outside the tree is a row that `add_method` adds (docs/extending.md).
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -150,7 +151,7 @@ def import_file(flag: str, path: str) -> None:
         path: the file.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it fails.
     """
     file = Path(path).resolve()
     name = f"your_{file.stem}"
@@ -161,4 +162,13 @@ def import_file(flag: str, path: str) -> None:
         raise UsageError(f"{flag} {path}: there is no such Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles look for it there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UsageError:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = "".join(f", line {frame.lineno}" for frame in frames if frame.filename == str(file))
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{flag} {path}{where} cannot be run: {why}.") from error

@@ -67,5 +67,5 @@ def _tell_once(line: str) -> None:
 def _is_found(find: Callable[[str], Any], name: str) -> bool:
     try:
         return find(name) is not None
-    except ImportError:
+    except Exception:  # another ABI, a driver
         return False

@@ -250,4 +250,4 @@ def activate_if_wanted(argv: list[str] | None = None, work: str = "training") ->
             gpus.fall_back(f"no GPU: {work} on CPU")
         activate()
     else:
-        gpus.check_transformer_engine(argv)
+        gpus.check_accelerators(argv)

@@ -77,21 +77,38 @@ def fall_back(line: str, way_out: str = "--cpu", told: TextIO | None = None) -> 
     )
 
 
-def check_transformer_engine(argv: Sequence[str]) -> None:
-    """Load it before Megatron does, which would end in a traceback where it is broken.
+def check_accelerators(argv: Sequence[str]) -> None:
+    """Load them before Megatron does, which takes no error but an `ImportError` for their absence.
 
-    Ends the process if it is, and nobody has asked for layers without it.
+    What is broken is left out, in a line. A broken Transformer Engine ends the process, unless
+    someone has asked for layers without it.
     """
+    _check_transformer_engine(argv)
+    for name in ("apex", "fused_weight_gradient_mlp_cuda"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        except Exception as error:
+            sys.modules[name] = None  # type: ignore[assignment]
+            if os.environ.get("RANK", "0") == "0":
+                show(f"> {name} is left out: it cannot be loaded ({_told(error)})", sys.stdout)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition('\n')[0]}"
+
+
+def _check_transformer_engine(argv: Sequence[str]) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a missing package, another ABI, a driver
-        told = str(error).strip().partition("\n")[0]
         if "--transformer-impl local" not in " ".join(argv).replace("=", " "):
             sys.exit(
                 f"{Path(sys.argv[0]).name}: error: Transformer Engine is installed and cannot be "
-                f"loaded ({type(error).__name__}: {told}). Mend or uninstall it, or "
+                f"loaded ({_told(error)}). Mend or uninstall it, or "
                 "add --transformer-impl local to go on without."
             )
         for name in ("transformer_engine", "transformer_engine_torch"):

@@ -118,6 +118,14 @@ def test_what_a_listener_reports_is_recorded(corpus, tmp_path):
 def test_what_is_not_there(corpus, tmp_path):
     error = run(1, *corpus.flags, "--method-module", str(tmp_path / "no.py"))
     assert f"--method-module {tmp_path}/no.py: there is no such Python file" in error
+    broken = tmp_path / "broken.py"
+    for text, told in (
+        ("def f(:", ".py cannot be run: SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("\n{}['a']", ".py, line 2 cannot be run: KeyError: 'a'"),
+    ):
+        broken.write_text(text)
+        error = run(1, *corpus.flags, "--method-module", str(broken))
+        assert f"--method-module {tmp_path}/broken{told}" in error
 
 
 @pytest.mark.timeout(240)

@@ -99,7 +99,7 @@ def test_a_lost_node_whose_lock_the_server_keeps(hold, tmp_path, capsys):
 
 def test_a_run_on_another_node(hold, tmp_path):
     hold()
-    (tmp_path / "run" / FILE).write_text("node7, process 1, since then\n")
+    (tmp_path / "run" / FILE).write_bytes(b"node7, process 1\xff, since then\n")
     with pytest.raises(MachineError, match="node7, process 1"), one_run_in(tmp_path / "run"):
         pass
 

@@ -1,12 +1,14 @@
 """What counts as a promise of GPUs, on a root folder of the test's own."""
 
+import importlib
 import sys
 from unittest import mock
 
 import pytest
 import torch
 
-from megatron_let.upstream.gpus import check_transformer_engine, promise, reason
+from megatron_let.upstream import accelerators
+from megatron_let.upstream.gpus import check_accelerators, promise, reason
 
 FILES = {
     "device": "dev/nvidia0",
@@ -104,10 +106,25 @@ def test_a_broken_transformer_engine_is_named_or_left_alone(tmp_path, monkeypatc
         "cannot be loaded .*No module named 'a_package_that_is_missing'.*--transformer-impl local"
     )
     with pytest.raises(SystemExit, match=words):
-        check_transformer_engine(["--transformer-impl", "transformer_engine"])
-    check_transformer_engine(["--transformer-impl=local"])
+        check_accelerators(["--transformer-impl", "transformer_engine"])
+    check_accelerators(["--transformer-impl=local"])
     assert sys.modules["transformer_engine"] is None
     (package / "pytorch.py").write_text("")
     forget()
-    check_transformer_engine([])
+    check_accelerators([])
     assert sys.modules["transformer_engine"] is not None
+
+
+@mock.patch.dict(sys.modules)
+@pytest.mark.parametrize("file", ["apex/__init__.py", "fused_weight_gradient_mlp_cuda.py"])
+def test_a_broken_apex_is_left_out_in_a_line(tmp_path, monkeypatch, capsys, file):
+    path, name = tmp_path / file, file.partition("/")[0].removesuffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("raise OSError('libcudart.so.11.0: cannot open\\n...')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop(name, None)
+    assert not accelerators._is_found(importlib.import_module, name)
+    check_accelerators([])
+    assert sys.modules[name] is None
+    line = f"> {name} is left out: it cannot be loaded (OSError: libcudart.so.11.0: cannot open)\n"
+    assert capsys.readouterr().out == line
