@@ -26,13 +26,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from benchmarks.other_tokenizer import CL100K, make_tokenizers  # noqa: E402
+from benchmarks.other_tokenizer import make_tokenizers  # noqa: E402
+from megatron_let.data.cuts import GPT2, GPT4O, LLAMA3, OLMO3, QWEN2, QWEN35  # noqa: E402
 from megatron_let.data.engines import Library, make_engine  # noqa: E402
 from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer  # noqa: E402
 
 REAL = ("cl100k", "deepseek", "smollm2", "tekken", "mistral-v1")
 END = "<|endoftext|>"
-QWEN = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
+# What the library counts otherwise than gigatoken: it must go to the library.
+GPT4 = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
+    r"\s++$|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 DIGITS = r"\p{N}"
 BATCH = 2_000
 SPACES = [chr(c) for c in range(0x3100) if unicodedata.category(chr(c)) in ("Zs", "Zl", "Zp")]
@@ -87,13 +92,13 @@ def strings(number: int, seed: int) -> Iterator[str]:
 def byte_level(
     split: str | None = None, norm: Any = None, **options: Any
 ) -> Callable[[], Tokenizer]:
-    """Byte-level BPE; `options` are the model's, and `prefix` of the pre-tokenizer."""
+    """Byte-level BPE; `options` are the model's, and `prefix` and `cut` of the pre-tokenizer."""
 
     def make() -> Tokenizer:
-        prefix = options.pop("prefix", False)
+        prefix, cut = options.pop("prefix", False), options.pop("cut", ("isolated", False))
         made = Tokenizer(models.BPE(**options))
         last = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=split is None)
-        cuts = [pre_tokenizers.Split(Regex(part), "isolated") for part in (split or "").split("\0")]
+        cuts = [pre_tokenizers.Split(Regex(part), *cut) for part in (split or "").split("\0")]
         made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, last]) if split else last
         if norm is not None:
             made.normalizer = norm
@@ -112,13 +117,16 @@ def trained(made: Tokenizer, **options: Any) -> Tokenizer:
     return made
 
 
-def metaspace(**options: Any) -> Callable[[], Tokenizer]:
+def metaspace(like_gemma: bool = False, **options: Any) -> Callable[[], Tokenizer]:
     """SentencePiece's form of BPE, with a byte for what it does not know."""
 
     def make() -> Tokenizer:
         made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         if options:
             made.pre_tokenizer = pre_tokenizers.Metaspace(**options)
+        elif like_gemma:
+            made.normalizer = normalizers.Replace(" ", "\u2581")
+            made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
         else:
             parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
             made.normalizer = normalizers.Sequence(parts)
@@ -162,12 +170,19 @@ def word_piece() -> Tokenizer:
 FORMS: dict[str, Callable[[], Tokenizer]] = {
     "gpt-2": byte_level(),
     "gpt-2, space in front": byte_level(prefix=True),
-    "llama-3": byte_level(CL100K, ignore_merges=True),
-    "qwen (NFC)": byte_level(QWEN, normalizers.NFC()),
+    "llama-3": byte_level(LLAMA3, ignore_merges=True),
+    "qwen (NFC)": byte_level(QWEN2, normalizers.NFC()),
     "NFD": byte_level(norm=normalizers.NFD()),
     "NFKC": byte_level(norm=normalizers.NFKC()),
-    "NFKD": byte_level(CL100K, normalizers.NFKD()),
+    "NFKD": byte_level(LLAMA3, normalizers.NFKD()),
     "NFD, then NFC": byte_level(norm=normalizers.Sequence([normalizers.NFD(), normalizers.NFC()])),
+    "llama-3, removed": byte_level(LLAMA3, cut=("removed", True)),
+    "gpt-2, as a split": byte_level(GPT2),
+    "gpt-4": byte_level(GPT4),
+    "olmo-3": byte_level(OLMO3),
+    "qwen-3.5 (NFC)": byte_level(QWEN35, normalizers.NFC()),
+    "gpt-4o": byte_level(GPT4O),
+    "no pattern": byte_level(""),
     "digits alone": byte_level(DIGITS),
     "two splits": byte_level(f"{DIGITS}\0[\u4e00-\u9fa5\u3040-\u30ff]+"),
     "lower case": byte_level(norm=normalizers.Lowercase()),
@@ -181,6 +196,9 @@ FORMS: dict[str, Callable[[], Tokenizer]] = {
     "metaspace, always": metaspace(prepend_scheme="always"),
     "metaspace, first": metaspace(prepend_scheme="first"),
     "metaspace, never": metaspace(prepend_scheme="never", split=False),
+    "metaspace, never, split": metaspace(prepend_scheme="never", split=True),
+    "metaspace, first, whole": metaspace(prepend_scheme="first", split=False),
+    "gemma": metaspace(like_gemma=True),
     "unigram": unigram,
     "word piece": word_piece,
 }

@@ -13,6 +13,7 @@ import orjson
 import psutil
 
 from megatron_let.data.characters import UNICODE_FORMS, Encode, Screen, revealing
+from megatron_let.data.cuts import is_proven
 from megatron_let.data.tokenizer import Tokenizer
 
 ENGINES = ("auto", "gigatoken", "tokenizers")
@@ -127,6 +128,11 @@ def _check_features(source: dict[str, Any]) -> None:
     for name in _UNPROVEN_OF_MODEL:
         if source["model"].get(name):
             raise Unsuited(f"gigatoken is not used with a model's {name}")
+    if not is_proven(source):
+        raise Unsuited(
+            "gigatoken does not take this tokenizer: it was not proven to cut texts as the "
+            f"pre-tokenizer does: {orjson.dumps(source['pre_tokenizer']).decode():.80}"
+        )
     for token in source["added_tokens"]:
         if token["single_word"]:
             raise Unsuited(f"gigatoken finds the added token {token['content']!r} inside words")

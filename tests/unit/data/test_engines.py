@@ -1,8 +1,11 @@
 """Both engines give the ids that Megatron's tokenizer gives one text at a time."""
 
+import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from tokenizers import (
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import PreTrainedTokenizerFast
 
-from megatron_let.data import engines
+from megatron_let.data import cuts, engines
 from megatron_let.data.encode import with_end
 from megatron_let.data.engines import Gigatoken, Library, Rows, Unsuited, make_engine
 from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
@@ -243,10 +246,53 @@ def test_ids_and_ends_of_every_family(family) -> None:
     assert ids[end] == tokenizer.eod
 
 
+def cut(pattern: str, *ways: Any, space: bool = False, steps: Sequence[Any] = ()) -> Any:
+    """A pre-tokenizer with one split."""
+    last = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), *(ways or ("isolated",)))
+    return pre_tokenizers.Sequence([split, *steps, last])
+
+
+UNPROVEN_CUTS = [
+    None,
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    pre_tokenizers.Split(Regex(cuts.LLAMA3), "isolated"),
+    cut(cuts.LLAMA3, "removed"),
+    cut(cuts.LLAMA3, "contiguous"),
+    cut(cuts.LLAMA3, space=True),
+    cut(cuts.LLAMA3, steps=[pre_tokenizers.WhitespaceSplit()]),
+    cut(cuts.LLAMA3.replace("{1,3}", "{1,3}+")),
+]
+
+
+@pytest.mark.parametrize(
+    "form", [cut(cuts.QWEN35), cut(cuts.GPT4O), cut(cuts.GPT2, "removed", True)]
+)
+def test_proven_cuts_are_gigatokens(tmp_path, form) -> None:
+    made = load_tokenizer(byte_level(tmp_path / "first")).fast
+    made.pre_tokenizer = form
+    tokenizer = load_tokenizer(save(tmp_path / "second", made, eos_token=EOD))
+    texts = hard_texts(1000, seed=2)
+    assert rows(Gigatoken(tokenizer).encode(texts)) == rows(Library(tokenizer).encode(texts))
+
+
+@pytest.mark.parametrize("name", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_marks_of_words_are_the_librarys(tmp_path, name) -> None:
+    source = json.loads(load_tokenizer(byte_level(tmp_path / "tokenizer")).fast.to_str())
+    engines._check_features(source)
+    source["model"][name] = "##"
+    with pytest.raises(Unsuited, match=f"with a model's {name}"):
+        engines._check_features(source)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (lambda made: setattr(made.model, "dropout", 0.1), "with a model's dropout"),
+        *(
+            (lambda made, form=form: setattr(made, "pre_tokenizer", form), "proven to cut texts")
+            for form in UNPROVEN_CUTS
+        ),
         (
             lambda made: made.add_tokens([AddedToken("random", single_word=True)]),
             "finds the added token 'random' inside words",
