@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_let.data.indexed import DTYPES, HEAD, HEADER
+from megatron_let.errors import UsageError
 
 _SCANNED_BYTES = 32 * 1024**2
 
@@ -49,9 +50,7 @@ class Pair:
 
 def open_pair(prefix: str) -> Pair:
     """Read `prefix`.idx and compare it with itself and `prefix`.bin; ValueError names a damage."""
-    sidecar = Path(f"{prefix}.json")
-    about = json.loads(sidecar.read_text()) if sidecar.exists() else {}
-    pair = Pair(prefix, *_read_index(prefix), about)
+    pair = Pair(prefix, *_read_index(prefix), _sidecar(Path(f"{prefix}.json")))
     lengths, documents = pair.lengths, pair.documents
     if (lengths < 0).any():
         raise ValueError(f"{prefix}.idx has a sequence of negative length")
@@ -64,6 +63,18 @@ def open_pair(prefix: str) -> Pair:
             f"{prefix}.idx has documents that do not cover its {len(lengths)} sequences"
         )
     return pair
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(about, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): remove it, or write the pair anew"
+        ) from error
+    return about
 
 
 def first_tokens(prefix: str, number: int) -> np.ndarray:
@@ -150,7 +161,8 @@ def summary(pair: Pair) -> str:
             f"tokens a document: mean {sizes.mean():,.0f}, 10 % {low:,}, median {mid:,}, "
             f"90 % {high:,}, longest {sizes.max():,}"
         )
-    if "tokenizer_fingerprint" in (about := pair.sidecar):
+    about = pair.sidecar
+    if {"tokenizer_fingerprint", "vocab_size", "eod_id"} <= about.keys():
         lines.append(
             f"made with the tokenizer {about['tokenizer_fingerprint'][:12]} of "
             f"{about['vocab_size']:,} tokens, end of document {about['eod_id']}, "

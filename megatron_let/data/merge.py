@@ -8,9 +8,15 @@ from tempfile import TemporaryDirectory
 from megatron_let import __version__
 from megatron_let.data.indexed import ENDINGS, check_absent
 from megatron_let.data.inspect import Pair, open_pair
+from megatron_let.errors import UsageError
 
-SAME = ("tokenizer_fingerprint", "vocab_size", "eod_id")
-"""What the sidecars must agree on."""
+_OTHER_TOKENIZER = "they were made with different tokenizers"
+SAME = {
+    "tokenizer_fingerprint": _OTHER_TOKENIZER,
+    "vocab_size": _OTHER_TOKENIZER,
+    "eod_id": "their documents end differently; make all with --append-eod, or none",
+}
+"""What the sidecars must agree on, and what it means where they do not."""
 ADDED = ("documents", "empty_documents", "tokens", "text_bytes")
 
 
@@ -44,19 +50,18 @@ def _check_together(pairs: list[Pair]) -> None:
                 f"{pair.prefix} holds {pair.dtype.name} and {first.prefix} {first.dtype.name}: "
                 "they were made with tokenizers of different sizes"
             )
-        for key in SAME if pair.sidecar and first.sidecar else ():
+        for key in SAME:
             ours, theirs = pair.sidecar.get(key), first.sidecar.get(key)
-            if ours != theirs:
-                raise ValueError(
-                    f"{pair.prefix} has {key} {ours} and {first.prefix} {theirs}: they were made "
-                    "with different tokenizers"
+            if ours != theirs and key in pair.sidecar and key in first.sidecar:
+                raise UsageError(
+                    f"{pair.prefix} has {key} {ours} and {first.prefix} {theirs}: {SAME[key]}"
                 )
 
 
 def _sidecar(pairs: list[Pair]) -> dict[str, object]:
     """What the sidecars have in common, and their sums; a pair without one says nothing."""
     about: dict[str, object] = {"tool_version": __version__}
-    if all(pair.sidecar for pair in pairs):
-        about |= {key: pairs[0].sidecar[key] for key in SAME}
-        about |= {key: sum(pair.sidecar[key] for pair in pairs) for key in ADDED}
+    known = [key for key in (*SAME, *ADDED) if all(key in pair.sidecar for pair in pairs)]
+    about |= {key: pairs[0].sidecar[key] for key in SAME if key in known}
+    about |= {key: sum(pair.sidecar[key] for pair in pairs) for key in ADDED if key in known}
     return about | {"merged": [pair.prefix for pair in pairs]}

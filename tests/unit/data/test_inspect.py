@@ -1,6 +1,7 @@
 """Pairs are looked into and joined; a damaged one is named with its damage."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_let.commands import inspect_data, merge_datasets
 from megatron_let.data.inspect import check_tokens, checksum, open_pair, summary
 from megatron_let.data.merge import merge
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.errors import UsageError
 from tests.unit.data.test_preprocess import make_records, save_tokenizer, write_jsonl
 
 HEAD = 34  # bytes in front of the lengths
@@ -91,6 +93,8 @@ DAMAGES: dict[str, tuple[Callable[[str], object], str]] = {
         "speaks of",
     ),
     "token id": (lambda p: change(Path(f"{p}.bin"), 4, "<H", 60_000), "the id 60000 at token 2"),
+    "no sidecar": (lambda p: Path(f"{p}.json").write_text(""), "a_text_document.json is damaged"),
+    "a list": (lambda p: Path(f"{p}.json").write_text("[]"), "is damaged (no JSON object)"),
     "counts": (lambda p: set_count(p, "tokens", 5), "json says 5: one of them was replaced"),
 }
 
@@ -146,6 +150,22 @@ def test_pairs_of_two_tokenizers_are_not_merged(tmp_path: Path, tokenizer_model:
     with pytest.raises(ValueError, match="holds int32 and .* uint16"):
         merge([ours, str(tmp_path / "wide")], str(tmp_path / "all"))
     assert not list(tmp_path.glob("all*"))
+
+
+def test_pairs_with_and_without_an_end_are_not_merged(tmp_path: Path, prefix: str) -> None:
+    sidecar = Path(f"{prefix}.json")
+    shutil.copytree(tmp_path, tmp_path / "other")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"eod_id": 0}))
+    with pytest.raises(UsageError, match="eod_id None and .* 0: their documents end differently"):
+        merge([prefix, f"{tmp_path}/other/a_text_document"], str(tmp_path / "all"))
+
+
+def test_a_sidecar_may_say_little(tmp_path: Path, prefix: str) -> None:
+    Path(f"{prefix}.json").write_text('{"tokenizer_fingerprint": "x", "documents": 20}')
+    assert "20 documents" in summary(open_pair(prefix))
+    merge([prefix, prefix], str(tmp_path / "all"))
+    sidecar = open_pair(str(tmp_path / "all")).sidecar
+    assert (sidecar["tokenizer_fingerprint"], sidecar["documents"]) == ("x", 40)
 
 
 @pytest.mark.parametrize(
