@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def load_selection(path: Path) -> Selection:
         with np.load(path, allow_pickle=False) as file:
             values = {name: value if value.ndim else value.item() for name, value in file.items()}
             return Selection(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         raise UsageError(
             f"--kd-selection {path} is no selection ({error}). Make one: tools/select_data.py "
             "with the flags of this run."

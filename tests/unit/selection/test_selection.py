@@ -80,9 +80,11 @@ def test_a_selection_of_other_data_is_refused(kept):
         load_selection(kept).check("d2")
 
 
-def test_no_selection(tmp_path):
+def test_no_selection(tmp_path, kept):
     (tmp_path / "text").write_text("words")
-    for name in ("nowhere", "text"):
+    (tmp_path / "cut").write_bytes(kept.read_bytes()[:-20])
+    (tmp_path / "empty").touch()
+    for name in ("nowhere", "text", "cut", "empty"):
         with pytest.raises(UsageError, match=f"{name} is no selection .*tools/select_data.py"):
             load_selection(tmp_path / name)
 
