@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_let.commands import tool_parser
 from megatron_let.data.engines import ENGINES
-from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.data.preprocess import PreprocessConfig, left_out, preprocess
 from megatron_let.data.sources import SUFFIXES
 from megatron_let.data.tokenizer import TOKENIZER_TYPES, without_models
 
@@ -48,6 +48,11 @@ def _add_data(group: _ArgumentGroup) -> None:
         "PREFIX_skipped.jsonl (default: %(default)s)"
     )
     add("--on-error", choices=["stop", "skip"], default="stop", help=bad)
+    longest = (
+        "million bytes of text that a document may have, of which the tokenizer's library takes up "
+        "to 260 times as much memory (default: %(default)s)"
+    )
+    add("--max-document-mb", type=float, default=12, help=longest)
 
 
 def _add_tokenizer(group: _ArgumentGroup) -> None:
@@ -94,4 +99,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prefixes = preprocess(PreprocessConfig(**values))
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print("\n".join(f"Wrote {prefix}.bin, .idx and .json" for prefix in prefixes))
+    written = [f"Wrote {prefix}.bin, .idx and .json" for prefix in prefixes]
+    print("\n".join(filter(None, [*written, left_out(prefixes[0])])))

@@ -1,6 +1,7 @@
 """Parse a block of input into texts, and say of every record that is none what is wrong with it."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ import orjson
 
 from megatron_let.data.sources import Block, Kind
 
+GB_FOR_A_MB = 0.26
+"""Memory that the tokenizers library takes at most for a text: of a token for each byte."""
 GROUP_PARENT = "meta"
 """The object of a record that --split-by-meta looks into, as the Pile has it."""
 
@@ -21,6 +24,8 @@ class Skipped:
     record: int
     """Number of its line or row, from 1."""
     reason: str
+    records: int = 1
+    """How many it stands for, from that one on."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.record}: {self.reason}"
@@ -39,16 +44,23 @@ class Documents:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def parse(block: Block, keys: Sequence[str], group_key: str | None) -> Documents:
+def parse(
+    block: Block, keys: Sequence[str], group_key: str | None, max_mb: float = math.inf
+) -> Documents:
     """Read the records of `block`, whose texts are the values of `keys`.
 
-    The value of `group_key` in a record's "meta" groups the documents; None groups none.
+    The value of `group_key` in a record's "meta" groups the documents; None groups none. A text of
+    more than `max_mb` million bytes is none.
     """
     found = Documents(texts={key: [] for key in keys})
+    if block.kind == "damage":
+        reason, number = block.content.tobytes().decode(), block.end.records - block.first + 1
+        found.skipped.append(Skipped(block.path, block.first, reason, number))
+        return found
     for number, content in enumerate(_contents(block), start=block.first):
         try:
             record = _record(content, block.kind, keys)
-            texts = [_text(record, key) for key in keys]
+            texts = [_text(record, key, max_mb) for key in keys]
             group = "" if group_key is None else _group(record, group_key)
         except ValueError as error:
             found.skipped.append(Skipped(block.path, number, str(error)))
@@ -62,12 +74,28 @@ def parse(block: Block, keys: Sequence[str], group_key: str | None) -> Documents
 
 def _contents(block: Block) -> Iterable[Any]:
     if block.kind == "rows":
-        return block.content.to_pylist()
+        return _rows(block.content)
     content = block.content.tobytes()
     if block.kind == "text":
         return [content]
     lines = content.split(b"\n")
     return lines if lines[-1] else lines[:-1]  # the last one may lack its end
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """Its rows; a cell that is not UTF-8 is an error instead of a value."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        columns = {name: list(map(_cell, table[name])) for name in table.schema.names}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
@@ -88,18 +116,30 @@ def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
         raise ValueError(f"not a JSON object in UTF-8: {error}") from error
 
 
-def _text(record: Any, key: str) -> str:
+def _text(record: Any, key: str, max_mb: float) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if key not in record:
         raise ValueError(f"no key {key!r}; check --json-keys")
     text = record[key]
+    if isinstance(text, bytes):  # of a binary column
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            text = error
+    if isinstance(text, UnicodeDecodeError):
+        raise ValueError(f"the value of {key!r} is not UTF-8: {text}")
     if not isinstance(text, str):
         raise ValueError(f"the value of {key!r} must be a string, found {type(text).__name__}")
     try:
-        text.encode()
+        size = len(text.encode()) / 1e6
     except UnicodeEncodeError as error:
         raise ValueError(f"the value of {key!r} is not valid Unicode: {error}") from error
+    if size > max_mb:
+        raise ValueError(
+            f"longer than --max-document-mb {max_mb:g}: {key!r} holds {size:,.1f} MB, to tokenize "
+            f"which can take {size * GB_FOR_A_MB:,.1f} GB; split it or raise the limit"
+        )
     return text
 
 

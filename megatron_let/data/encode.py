@@ -63,10 +63,12 @@ class BlockEncoder:
     eod: int | None
     dtype: type[np.number]
     on_error: Literal["stop", "skip"]
+    max_document_mb: float
+    """Of a longer text, a million bytes each, no memory could be promised."""
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode one block."""
-        documents = parse(block, self.keys, self.group_key)
+        documents = parse(block, self.keys, self.group_key, self.max_document_mb)
         if documents.skipped and self.on_error == "stop":
             raise ValueError(
                 f"{documents.skipped[0]} (--on-error skip leaves such records out and lists them)"

@@ -48,6 +48,8 @@ class PreprocessConfig(TokenizerConfig):
     """Of the documents, the part that gigatoken's tokens are compared on."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a record that is no document."""
+    max_document_mb: float = 12
+    """Million bytes of text that a document may have: tokenizing takes many times its memory."""
     workers: int = 1
     """Processes that tokenize, besides the one that reads and writes."""
     log_interval: int = 100_000
@@ -93,6 +95,8 @@ def _check(config: PreprocessConfig) -> None:
         raise ValueError(f"--json-keys {' '.join(keys)} names a key twice; name it once")
     if config.engine not in ENGINES:
         raise ValueError(f"--engine {config.engine} is not one of {', '.join(ENGINES)}")
+    if not config.max_document_mb > 0:
+        raise ValueError(f"--max-document-mb {config.max_document_mb} must be above 0")
     if not 0 <= config.verify_fraction <= 1:
         raise ValueError(f"--verify-fraction {config.verify_fraction} must lie between 0 and 1")
     folder = Path(config.output_prefix).parent
@@ -112,6 +116,19 @@ def _check_tokenizer(config: PreprocessConfig, tokenizer: Tokenizer, ids: dict[s
             f"the tokenizer has {tokenizer.vocab_size} tokens but an id {highest}, which does not "
             f"fit into the {dtype.__name__} that Megatron stores for that many"
         )
+
+
+def left_out(prefix: str) -> str:
+    """Of a dataset's run: records left out, by reason, and files without a text; may be empty."""
+    about = json.loads(Path(f"{prefix}.json").read_text())
+    skipped, files, said = about["skipped"], about["without_text"], []
+    if skipped:
+        reasons = "; ".join(f"{number:,}: {reason}" for reason, number in skipped.items())
+        said.append(f"left out {sum(skipped.values()):,} records ({reasons})")
+    if files:
+        names = ", ".join(files[:3]) + ", ..." * (len(files) > 3)
+        said.append(f"{len(files):,} of {len(about['inputs']):,} files gave no text ({names})")
+    return "But: " * bool(said) + ", ".join(said)
 
 
 def _known_outputs(config: PreprocessConfig) -> list[str]:
@@ -174,6 +191,7 @@ class _Job:
             eod=self.eod,
             dtype=self.dtype,
             on_error=config.on_error,
+            max_document_mb=config.max_document_mb,
         )
         Stream(inputs, encoder, self.workplace).run(config.workers, config.log_interval)
 
@@ -186,7 +204,9 @@ class _Job:
             raise ValueError(
                 f"no text was found for {', '.join(empty) or self.config.output_prefix}; check "
                 "--input and --json-keys"
+                + "".join(f"; {n:,} records left out: {why}" for why, n in state.skipped.items())
             )
+        with_text = set(state.with_text)
         record = {
             "tool_version": __version__,
             "engine": state.engine,
@@ -196,6 +216,7 @@ class _Job:
             "arguments": asdict(self.config),
             "inputs": state.inputs,
             "skipped": state.skipped,
+            "without_text": [p for i, p in enumerate(self.paths) if i not in with_text],
         }
         made = []
         for name, counts in state.counts.items():

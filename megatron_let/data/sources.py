@@ -6,16 +6,21 @@ a .txt file, which is one document.
 
 import glob
 import hashlib
+import os
+import re
+import sys
 import zlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["lines", "text", "rows"]
+from megatron_let.errors import UsageError
+
+Kind = Literal["lines", "text", "rows", "damage"]
 
 _KINDS: dict[str, Kind] = {".jsonl": "lines", ".json": "lines", ".txt": "text", ".parquet": "rows"}
 _PACKED = (".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".txt.gz", ".txt.zst")
@@ -25,6 +30,8 @@ SUFFIXES = (*_KINDS, *_PACKED)
 _READ_BYTES = 64 * 1024
 _BLOCK_BYTES = 1024 * 1024
 _BLOCK_ROWS = 512
+_BATCH_BYTES = 4 * 1024**2
+"""What they hold at most, but for one larger row."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,10 @@ class Block:
     first: int
     """Number of its first record in the file, from 1."""
     content: Any
-    """Bytes of whole lines or of a whole text, `[size]`; a `pyarrow.RecordBatch` of rows."""
+    """Bytes of whole lines or of a whole text, `[size]`; a `pyarrow.RecordBatch` of rows.
+
+    In the place of rows that cannot be read, what is wrong with them.
+    """
     end: Position
     """Where the next block begins."""
 
@@ -54,13 +64,30 @@ class Block:
 def expand(inputs: Sequence[str]) -> list[str]:
     """Files that `inputs` name: a file itself, a folder's or a pattern's files in sorted order.
 
-    Raises ValueError where a name stands for no file, for one of no known kind, or for one twice.
+    Hidden files of a folder, what this tool writes, and further names of a file are left out, which
+    a line on stderr says. Raises ValueError where a name stands for no file, for one of no known
+    kind, for one twice, or for one that lies there packed as well.
     """
     paths = [path for name in inputs for path in _expand_one(name)]
-    twice = [path for path, times in Counter(paths).items() if times > 1]
-    if twice:
-        raise ValueError(f"--input names {twice[0]} twice; name it once")
+    seen: dict[Any, str] = {}
+    for path in paths:
+        unpacked = re.sub(r"\.(gz|zst)$", "", os.path.abspath(path), flags=re.IGNORECASE)
+        if (file := _file(path)) in seen:
+            also = f" (also as {seen[file]})" * (seen[file] != path)
+            raise UsageError(f"--input names {path} twice{also}; name it once")
+        if unpacked in seen:
+            raise UsageError(
+                f"--input reads {seen[unpacked]} and {path}, by their names the same data packed "
+                "and unpacked: move one of them away, or rename it"
+            )
+        seen |= {file: path, unpacked: path}
     return paths
+
+
+def _file(path: str) -> tuple[int, int]:
+    """What a file is, under any name."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 def _expand_one(name: str) -> list[str]:
@@ -68,9 +95,11 @@ def _expand_one(name: str) -> list[str]:
     if path.is_dir():
         files = (str(file) for file in path.rglob("*") if file.is_file())
         found = sorted(file for file in files if file.lower().endswith(SUFFIXES))
+        found = _own_texts(name, found)
         missing = f"input folder {name} holds no {', '.join(SUFFIXES)} file"
     elif glob.has_magic(name) and not path.exists():
         found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
+        found = _own_texts(name, found)
         missing = f"input pattern {name} matches no file"
     else:
         found = [name] * path.exists()
@@ -81,6 +110,37 @@ def _expand_one(name: str) -> list[str]:
         if not file.lower().endswith(SUFFIXES):
             raise ValueError(f"input {file} must end in one of {', '.join(SUFFIXES)}")
     return found
+
+
+def _own_texts(name: str, files: list[str]) -> list[str]:
+    """Without the files of a folder or pattern that nobody means; a line says how many."""
+    first: dict[tuple[int, int], str] = {}
+    unwanted: dict[str, Callable[[str], bool]] = {
+        "hidden": lambda file: _is_hidden(file, name),
+        "written by this tool": lambda file: _is_output(Path(file)),
+        "another name of a file": lambda file: first.setdefault(_file(file), file) != file,
+    }
+    for kind, is_unwanted in unwanted.items():
+        left_out = dict.fromkeys(filter(is_unwanted, files))
+        files = [file for file in files if file not in left_out]
+        if left_out:
+            line = f"> --input {name}: left out {len(left_out)} ({kind}), such as {min(left_out)}"
+            print(line, file=sys.stderr)
+    return files
+
+
+def _is_hidden(file: str, folder: str) -> bool:
+    """Below a folder; a pattern matches what is hidden only where it says so."""
+    below = Path(file).relative_to(folder).parts if Path(folder).is_dir() else ()
+    return any(part.startswith(".") for part in below)
+
+
+def _is_output(path: Path) -> bool:
+    if path.name.endswith(("_skipped.jsonl", "_blend.txt")):
+        return any(path.parent.glob("*.idx"))
+    beside = [path.with_suffix(ending) for ending in (".bin", ".idx")]
+    is_sidecar = path.suffix == ".json" and all(file.exists() for file in beside)
+    return is_sidecar or any(p.suffix == ".partial" and (p / "lock").exists() for p in path.parents)
 
 
 class InputFile:
@@ -106,11 +166,14 @@ class InputFile:
             first, read = read + known + 1, read + records
             if first > read:
                 continue
-            if self.kind == "rows":
+            kind: Kind = self.kind
+            if isinstance(content, str):
+                kind, content = "damage", np.frombuffer(content.encode(), np.uint8)
+            elif kind == "rows":
                 content = content.slice(known)
             else:
                 content = np.frombuffer(content.split(b"\n", known)[-1], np.uint8)
-            yield Block(self.path, self.kind, first, content, Position(self.index, read))
+            yield Block(self.path, kind, first, content, Position(self.index, read))
 
     def _contents(self) -> Iterator[tuple[Any, int]]:
         """What the blocks of the whole file hold, and of how many records each is."""
@@ -122,9 +185,7 @@ class InputFile:
             if text := b"".join(self._bytes()):
                 yield text, 1
         else:
-            table = _parquet(self.path, self.columns)
-            for rows in table.iter_batches(_BLOCK_ROWS, columns=list(self.columns)):
-                yield rows, rows.num_rows
+            yield from _rows(_parquet(self.path, self.columns), list(self.columns))
             deque(self._raw(), maxlen=0)  # a table is not read in the order of its bytes
 
     def _bytes(self) -> Iterator[bytes]:
@@ -180,6 +241,25 @@ def _parquet(path: str, columns: Sequence[str]) -> Any:
                 "check --json-keys"
             )
     return file
+
+
+def _rows(table: Any, columns: list[str]) -> Iterator[tuple[Any, int]]:
+    """Rows and their number; of a row group that is damaged what is wrong with it."""
+    for group in range(table.num_row_groups):
+        left = table.metadata.row_group(group).num_rows
+        try:
+            for rows in table.iter_batches(_BLOCK_ROWS, [group], columns):
+                step = max(rows.num_rows * _BATCH_BYTES // max(rows.nbytes, 1), 1)
+                for start in range(0, rows.num_rows, step):
+                    part = rows.slice(start, step)
+                    yield part, part.num_rows
+                    left -= part.num_rows
+        except (OSError, ValueError, NotImplementedError) as error:
+            if getattr(error, "errno", None):  # the disk's fault, not the file's
+                raise
+            why = " ".join(str(error).split())
+            place = f"number {group + 1} of {table.num_row_groups}"
+            yield f"in a damaged row group: {place}, its last {left} rows: {why}", left
 
 
 def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -75,9 +75,11 @@ class Stream:
             }
             total = self._state.counts.get(name, dict.fromkeys(counts, 0))
             self._state.counts[name] = {key: total[key] + counts[key] for key in counts}
+            if len(part.ids) and encoded.end.file not in self._state.with_text[-1:]:
+                self._state.with_text.append(encoded.end.file)
         for skipped in encoded.skipped:
             kind = skipped.reason.partition(":")[0]
-            self._state.skipped[kind] = self._state.skipped.get(kind, 0) + 1
+            self._state.skipped[kind] = self._state.skipped.get(kind, 0) + skipped.records
             self._skipped.write(json.dumps(asdict(skipped)).encode() + b"\n")
         self._state.position = encoded.end
 

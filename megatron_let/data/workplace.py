@@ -35,6 +35,8 @@ class State:
     skipped_bytes: int = 0
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """Path, size and SHA-256 of every file that was read to its end."""
+    with_text: list[int] = field(default_factory=list)
+    """Places among the inputs of those that gave a token."""
     moves: dict[str, str] = field(default_factory=dict)
     """Once complete: what lies here under a name, and where it goes, in this order."""
 

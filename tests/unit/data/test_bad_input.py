@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +70,36 @@ def table(folder: Path, config: Config) -> Config:
     return {"input": (str(folder / "in.parquet"),)}
 
 
+def not_utf8(folder: Path, config: Config) -> Config:
+    texts = pyarrow.array([b"good", b"\xff", b"good"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "in.parquet")
+    return {"input": (str(folder / "in.parquet"),)}
+
+
+def damaged_rows(folder: Path, config: Config) -> Config:
+    """The first of three row groups."""
+    path, dice = folder / "in.parquet", random.Random(0)
+    texts = [dice.randbytes(30).hex() for _ in range(300)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+    start = parquet.ParquetFile(path).metadata.row_group(0).column(0).dictionary_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + 1000 : start + 1200] = b"\xff" * 200
+    path.write_bytes(content)
+    return {"input": (str(path),)}
+
+
+def packed_too(folder: Path, config: Config) -> Config:
+    (folder / "both").mkdir()
+    for name in ("x.jsonl", "x.jsonl.gz"):
+        (folder / "both" / name).write_bytes(b"")
+    return {"input": (str(folder / "both"),)}
+
+
+def other_name(folder: Path, config: Config) -> Config:
+    os.link(folder / "in.jsonl", folder / "link.jsonl")
+    return {"input": (*config["input"], str(folder / "link.jsonl"))}
+
+
 def subset_names(folder: Path, config: Config) -> Config:
     values = ["a b", "a-b"]
     lines = [json.dumps({"text": "x", "meta": {"set": value}}) for value in values]
@@ -121,13 +153,18 @@ BAD: dict[str, Callable[[Path, Config], Config]] = {
     "a folder without inputs": lambda folder, config: {"input": (str(folder / "out"),)},
     "a file of another kind": file("in.csv", b"text"),
     "a file named twice": lambda folder, config: {"input": config["input"] * 2},
+    "a file under two names": other_name,
+    "a file and itself packed": packed_too,
     "a truncated .zst": file("in.jsonl.zst", lambda good: cut(zstd(good))),
     "a damaged .zst": file("in.jsonl.zst", lambda good: zstd(good) + b"garbage"),
     "a truncated .gz": file("in.jsonl.gz", lambda good: cut(gzip.compress(good))),
     "a damaged .gz": file("in.jsonl.gz", lambda good: gzip.compress(good) + b"garbage"),
     "a damaged .parquet": file("in.parquet", b"PAR1 garbage PAR1"),
     "a table without the column": table,
+    "a cell that is not UTF-8": not_utf8,
+    "a damaged row group": damaged_rows,
     "a text that is not UTF-8": file("in.txt", b"\xff"),
+    "a text too long": change(max_document_mb=0.001),
     "no text at all": file("in.jsonl", b""),
     "no input": change(input=()),
     "a key named twice": change(json_keys=("text", "text")),
@@ -141,6 +178,7 @@ BAD: dict[str, Callable[[Path, Config], Config]] = {
     "an unknown engine": change(engine="fast"),
     "a fraction outside 0 to 1": change(verify_fraction=2.0),
     "no worker": change(workers=0),
+    "no length": change(max_document_mb=0),
 }
 
 
@@ -177,3 +215,22 @@ def test_a_bad_record_can_be_left_out(tmp_path: Path, config: Config, kind: str)
     (listed,) = Path(f"{config['output_prefix']}_skipped.jsonl").read_text().splitlines()
     skipped = json.loads(listed)
     assert skipped["record"] == 201 and skipped["path"] == config["input"][0]
+
+
+@pytest.mark.parametrize(
+    ("make", "kept", "reason", "record"),
+    [
+        (not_utf8, 2, {"the value of 'text' is not UTF-8": 1}, 2),
+        (damaged_rows, 200, {"in a damaged row group": 100}, 1),
+        (BAD["a text too long"], 199, {"longer than --max-document-mb 0.001": 1}, 5),
+    ],
+)
+def test_what_cannot_be_read_is_left_out_and_counted(
+    tmp_path: Path, config: Config, make: Any, kept: int, reason: dict[str, int], record: int
+) -> None:
+    values = config | make(tmp_path, config) | {"on_error": "skip"}
+    (prefix,) = preprocess(PreprocessConfig(**values))
+    about = json.loads(Path(f"{prefix}.json").read_text())
+    assert (about["documents"], about["skipped"]) == (kept, reason)
+    (listed,) = Path(f"{config['output_prefix']}_skipped.jsonl").read_text().splitlines()
+    assert json.loads(listed)["record"] == record

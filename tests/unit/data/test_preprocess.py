@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +234,56 @@ def test_a_text_file_is_one_document(tmp_path: Path, config: dict[str, object]) 
     assert dataset_bytes(prefix) == expected  # an empty file holds no document
 
 
+def test_a_binary_column_is_text(tmp_path: Path, config: dict[str, object]) -> None:
+    table = pyarrow.table({"text": [b"one", "Gr\u00fc\u00dfe".encode()]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    (prefix,) = preprocess(PreprocessConfig(**config | {"input": (str(tmp_path / "in.parquet"),)}))
+    texts = ["one", "Gr\u00fc\u00dfe"]
+    assert dataset_bytes(prefix) == megatron_bytes(
+        tmp_path, str(config["tokenizer_model"]), texts, False
+    )
+
+
+def test_a_folder_gives_each_text_once(
+    tmp_path: Path, config: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not hidden files, what this tool wrote there, or other names of a file."""
+    folder = tmp_path / "in"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "later.partial").mkdir()
+    source = write_jsonl(folder / "a.jsonl", make_records(30))
+    config |= {"input": (source,), "output_prefix": str(folder / "own")}
+    preprocess(PreprocessConfig(**config))
+    hidden = (".a.jsonl", "._b.jsonl", ".ipynb_checkpoints/a.jsonl")
+    own = ("own_skipped.jsonl", "own_text_blend.txt", "later.partial/x.json", "later.partial/lock")
+    for name in (*hidden, *own):
+        shutil.copy(source, folder / name)
+    os.symlink(source, folder / "z.jsonl")
+    os.link(source, folder / "y.jsonl")
+    capsys.readouterr()
+    assert sources.expand([str(folder)]) == [source]
+    said = capsys.readouterr().err.splitlines()
+    assert [re.sub(r".*: left out (.*), such.*", r"\1", line) for line in said] == [
+        "3 (hidden)",
+        "4 (written by this tool)",
+        "2 (another name of a file)",
+    ]
+    assert sources.expand([str(folder / "*.json*")]) == [source]
+
+
+def test_the_last_line_says_what_was_left_out(
+    tmp_path: Path, config: dict[str, object], tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"body": "x"}\n' * 500)
+    flags = f"--output-prefix {tmp_path}/cli --tokenizer-model {config['tokenizer_model']}".split()
+    tool.main(["--input", *config["input"], str(other), "--on-error", "skip", *flags])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "But: left out 500 records (500: no key 'text'; check --json-keys), "
+        f"1 of 2 files gave no text ({other})"
+    )
+
+
 def test_numbers_that_json_does_not_know_are_read(
     tmp_path: Path, config: dict[str, object]
 ) -> None:
@@ -349,6 +401,7 @@ def test_sidecar_says_what_made_the_pair(tmp_path: Path, config: dict[str, objec
         "tool_version": megatron_let.__version__,
         "engine": "gigatoken",
         "skipped": {},
+        "without_text": [],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.get_vocab()),
         "vocab_size": len(tokenizer),
         "eod_id": tokenizer.eos_token_id,
