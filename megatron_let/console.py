@@ -5,6 +5,7 @@ run's folder; without one it is lost, and `--verbose-console` shows everything i
 """
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -67,9 +68,10 @@ def show(line: str, terminal: TextIO) -> None:
     """Print a line. A terminal that is gone is no reason not to train either."""
     try:
         print(line, file=terminal, flush=True)
-    except OSError:  # what is left in its buffer would fail once more, at the process's end
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), terminal.fileno())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # which may pass; what is left in the buffer fails again
+            with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):
+                os.dup2(nowhere.fileno(), terminal.fileno())
 
 
 def say(line: str) -> None:

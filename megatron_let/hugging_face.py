@@ -170,15 +170,19 @@ def first_line(error: BaseException) -> str:
 
 def unreadable(failure: str, error: BaseException, *files: str) -> UsageError:
     """Return what is said of something that cannot be loaded; a hub that is away may come back."""
+    from huggingface_hub.errors import OfflineModeIsEnabled  # a ConnectionError
+
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     answers = (getattr(cause, "response", None) for cause in causes)
     status = next((answer.status_code for answer in answers if answer is not None), None)
     reason = ": ".join([*files, first_line(error).rstrip(".:")])
-    if status in (401, 403) or "auth login" in str(error):
+    if status in (401, 403):
         reason += f"; the hub answers {status}: ask for access on its page, and run hf auth login"
-    if any(isinstance(cause, AWAY) for cause in causes) if status is None else status in BUSY:
+    is_offline = any(isinstance(cause, OfflineModeIsEnabled) for cause in causes)
+    is_away = any(isinstance(cause, AWAY) for cause in causes) and not is_offline
+    if is_away if status is None else status in BUSY:
         return MachineError(f"{failure} ({reason}; the hub is away: {first_line(causes[-1])})")
     return UsageError(f"{failure} ({reason})")
 

@@ -29,7 +29,8 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     # Of its own name, so that two exports to one place do not write into each other.
-    with TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as parent:
+    name, place = f"{output.name}.partial-", output.parent
+    with TemporaryDirectory(prefix=name, dir=place, ignore_cleanup_errors=True) as parent:
         partial = Path(parent, output.name)
         partial.mkdir()
         yield partial

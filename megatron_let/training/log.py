@@ -92,9 +92,9 @@ class RunLog(Listener):
             say(self._summary(facts["teacher"], student))
             if args.iteration and self._data not in (None, data):
                 say(
-                    "> the samples from here on, or their order, are not those that the "
-                    "checkpoint's run would have seen: data, --split, --seed, --seq-length or the "
-                    "run's length have changed"
+                    "> the samples from here on may be others than the checkpoint's run would "
+                    "have seen, or in another order: the data or its folder, --split, --seed, "
+                    "--seq-length or the run's length have changed"
                 )
         self._data = data
 

@@ -65,7 +65,7 @@ class Run:
             self._dataset_config(),
         ).build()
         # Of none wanted Megatron makes a blend without samples, which its loader does not take.
-        return [None if n == 0 else data for data, n in zip(built, num_samples, strict=True)]
+        return [None if data is not None and len(data) == 0 else data for data in built]
 
     def datasets(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """Build the three, and tell method and hooks (`train_valid_test_datasets_provider`)."""

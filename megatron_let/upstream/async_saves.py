@@ -72,9 +72,10 @@ def prepare_saves(args: Namespace) -> None:
 def write_loop(*args: Any) -> None:
     """Write what the run asks for, to its end and no longer; a writer's main function.
 
-    A scheduler's SIGTERM to all processes comes before the run asks for its last save.
+    A scheduler's signal to all processes comes before the run asks for its last save.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(end, signal.SIG_IGN)
     torch.set_num_threads(1)  # a fork has none of its parent's
     _end_with_parent()
     _write(*args)

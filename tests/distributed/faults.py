@@ -4,6 +4,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import mpu
@@ -193,7 +194,11 @@ def _gate_left_out(method: Any, chunks: list[Any]) -> None:
 def _gate_of_the_next_token(method: Any, chunks: list[Any]) -> None:
     """A token is distilled where the teacher is better on another one."""
     right = distilled_cross_entropy._is_better
-    distilled_cross_entropy._is_better = lambda *both: right(*both).roll(1)
+    wrong = mock.patch.object(
+        distilled_cross_entropy, "_is_better", lambda *both: right(*both).roll(1)
+    )
+    for chunk in filter(lambda chunk: chunk.post_process, unwrap_model(chunks)):
+        chunk.compute_language_model_loss = wrong(chunk.compute_language_model_loss)
 
 
 DISTILLATION_FAULTS: dict[str, Fault] = {

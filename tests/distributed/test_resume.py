@@ -391,7 +391,7 @@ def test_another_order_of_the_samples_is_said(corpus, tmp_path):
     for seed, stop in (("1", "1"), ("1", "2"), ("2", "3")):
         done = run_program(PROGRAM, *flags, "--seed", seed, "--exit-interval", stop)
         assert done.returncode == 0, done.stderr[-2000:]
-        is_said = "are not those that the checkpoint's run would have seen" in done.stdout
+        is_said = "may be others than the checkpoint's run would have seen" in done.stdout
         assert is_said == (seed == "2")
 
 

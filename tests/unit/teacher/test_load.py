@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -70,6 +71,12 @@ def test_a_hub_that_is_away_may_come_back(answer, kind, words):
     with pytest.raises(UsageError, match=words) as error, told("org/model"):
         raise OSError("no such file.\nMore of it") from cause
     assert type(error.value) is kind
+
+
+def test_an_offline_hub_does_not_come_back():
+    with pytest.raises(UsageError, match="no such file") as error, told("org/model"):
+        raise OSError("no such file") from OfflineModeIsEnabled("offline")
+    assert type(error.value) is UsageError
 
 
 # --- configuration ------------------------------------------------------------------------------
