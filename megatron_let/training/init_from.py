@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.training import get_tokenizer
 
 from megatron_let.checkpoint.door import Door
+from megatron_let.checkpoint.finite import gathered
 from megatron_let.conversion import checks, configs
 from megatron_let.conversion.from_hf import Source
 from megatron_let.conversion.grow import grown_model, open_small
@@ -45,6 +46,17 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
                 "which did not begin so. Leave it out, or --load."
             )
         return chunks
+    error = None
+    try:
+        _grow(args, chunks)
+    except UsageError as found:  # a tensor that one stage alone reads may be damaged
+        error = str(found)
+    if (first := next(filter(None, gathered(error)), None)) is not None:
+        raise UsageError(first)
+    return chunks
+
+
+def _grow(args: Namespace, chunks: list[Any]) -> None:
     small, flags = open_small("--init-from", args.init_from), InitFlags.of(args)
     growth = Growth(width=flags.init_width, depth=flags.init_depth, symmetry=flags.init_symmetry)
     shape = configs.model_shape(args, small.config.vocab_size)
@@ -73,7 +85,6 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
         for tensor in weights:
             layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
             _fill(tensor, read(tensor.key, layer))
-    return chunks
 
 
 def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_let.conversion.from_hf import import_model
 from megatron_let.conversion.grow import grow_model
@@ -155,3 +157,14 @@ def test_what_cannot_be(corpus, small, tmp_path, flags, words):
     given = flags.format(small=small, wide=wide, other=other).split()
     error = run(1, *corpus.flags, *STILL, *given)
     assert error is not None and words in error
+
+
+def test_a_damaged_tensor_that_one_stage_reads_ends_all(corpus, tmp_path):
+    model = Path(save_tiny_teacher(tmp_path / "model", vocab_size=VOCAB, width=16))
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(math.nan)
+    save_file(tensors, file, {"format": "pt"})
+    flags = [*STUDENT, *STILL, "--init-from", str(model), "--pipeline-model-parallel-size", "2"]
+    error = run(2, *corpus.flags, *flags, "--save", str(tmp_path / "run"))
+    assert "model.layers.0.mlp.up_proj.weight" in error
