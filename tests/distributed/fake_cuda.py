@@ -33,6 +33,8 @@ from megatron_let.upstream.watch import ITEM, SHAPED_BY_CONTENTS, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
+NO_FAKE_CUDA = 3
+"""Exit status where the trick does not hold."""
 SLOTS = 400  # more than the table has; the copy may go on behind its end
 _kept: list[Any] = []
 
@@ -168,10 +170,22 @@ STEP = [
 ]
 
 
-allow_backward()
+def holds() -> bool:
+    """Whether a fork can run backward on fake CUDA tensors."""
+    if (child := os.fork()) == 0:
+        allow_backward()
+        with FakeTensorMode():
+            torch.ones(2, device="cuda", requires_grad=True).sum().backward()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
 FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment,method-assign]
 apply(GPU)
 dry.before_megatron()
+if not holds():
+    sys.exit(NO_FAKE_CUDA)
+allow_backward()
 
 from megatron_let import pretrain
 from megatron_let.dry_run.flags import RESULT

@@ -60,8 +60,9 @@ def run_cases(corpus, tmp_path_factory):
         done = subprocess.run(
             [*script, str(folder)], env=own, capture_output=True, text=True, check=False
         )
-        if done.returncode:
+        if done.returncode == 3:  # NO_FAKE_CUDA, whose module is for another process
             pytest.skip(f"no fake CUDA with this torch: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr[-3000:]
         return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.found")}
 
     return run
