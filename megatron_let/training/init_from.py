@@ -46,13 +46,13 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
                 "which did not begin so. Leave it out, or --load."
             )
         return chunks
-    error = None
+    error: UsageError | None = None
     try:
         _grow(args, chunks)
     except UsageError as found:  # a tensor that one stage alone reads may be damaged
-        error = str(found)
+        error = found
     if (first := next(filter(None, gathered(error)), None)) is not None:
-        raise UsageError(first)
+        raise first  # as it is: a hub that is away has a status of its own
     return chunks
 
 

@@ -23,6 +23,7 @@ from megatron_let.upstream.table import Redirect, applied, around, returns
 _TRAINING, _NO_HOOK = "megatron.training.training", "the loop has no hook there"
 _SAVING = "megatron.training.checkpointing"
 _FILES = "megatron.core.dist_checkpointing.serialization"
+_signature = functools.cache(inspect.signature)  # asked at every step
 
 LISTENERS: list[Callable[[Namespace], "Listener"]] = []
 """Makers of further listeners, given the run's arguments; a --method-module may append one."""
@@ -145,7 +146,7 @@ class LoopHooks:
             getattr(listener, event)(*values)
 
     def _log(self, training_log: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(training_log).bind(*args, **kwargs).arguments
+        given = _signature(training_log).bind(*args, **kwargs).arguments
         step = Step(
             number=given["iteration"],
             losses=given["loss_dict"],
