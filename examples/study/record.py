@@ -87,7 +87,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _circumstances(save: Path) -> dict[str, Any]:
-    """The commit and versions of the run's last start, and the machine."""
+    """The commit and versions of the run's last start."""
     start = json.loads(max((save / "starts").iterdir()).read_text())
     git = start["git"] or {"commit": None, "changed": []}
     changed = any(not line.startswith("??") for line in git["changed"])
@@ -95,19 +95,19 @@ def _circumstances(save: Path) -> dict[str, Any]:
         "commit": git["commit"],
         "changed": changed,
         "versions": start["versions"],
-        "machine": machine(),
     }
 
 
-def machine() -> dict[str, Any]:
+def machine(with_gpu: bool) -> dict[str, Any]:
     """Which computer this is: seconds compare within one only."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     model = (models or [platform.processor() or platform.machine()])[0]
-    identity = f"{platform.node()} {model} {os.cpu_count()}"
+    gpu = torch.cuda.get_device_name() if with_gpu else None
+    identity = f"{platform.node()} {model} {os.cpu_count()}" + f" {gpu}" * with_gpu
     short = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return {"id": short, "cpu": model, "cores": os.cpu_count()}
+    return {"id": short, "cpu": model, "cores": os.cpu_count(), "gpu": gpu}
 
 
 # --- scores -------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ def main() -> None:
     torch.set_num_threads(1)  # of scoring and conversion; the runs' own is set for each
     if options.fast:
         folder = options.output / "fast"
-        study = Study(FAST, folder, options.record or folder / "record")
+        study = Study(FAST, folder, options.record or folder / "record", options.gpu)
     else:
-        study = Study(STUDY, options.output / "full", options.record or RECORD)
+        study = Study(STUDY, options.output / "full", options.record or RECORD, options.gpu)
     if options.list:
         print(study.overview())
         return
@@ -49,6 +49,7 @@ def _parse() -> argparse.Namespace:
         "--until", type=float, metavar="MINUTES", help="stop by then; runs save and go on later"
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--gpu", action="store_true", help="all on the first GPU, not on the CPU")
     parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--record", type=Path, help="default: docs/study")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from examples.study.record import Summary, read_summary, score_model, write_summary
+from examples.study.record import Summary, machine, read_summary, score_model, write_summary
 from examples.study.table import PLAIN, Planned, Regime, Setting, Table
 from megatron_let.commands import convert_checkpoint
 from megatron_let.quickstart.corpus import (
@@ -39,14 +39,17 @@ class Study:
         table: what is declared.
         folder: data and checkpoints.
         record: the committed results: `runs/NAME.jsonl`, `teachers/REGIME/`.
+        on_gpu: runs take the first GPU, not the CPU.
     """
 
-    def __init__(self, table: Table, folder: Path, record: Path) -> None:
+    def __init__(self, table: Table, folder: Path, record: Path, on_gpu: bool = False) -> None:
         self.table = table
         self.folder = folder
         self.record = record
         self.teachers = {f"teacher-{size}": m for size, m in table.recipe.teachers.items()}
-        self.quickstart = Quickstart(table.recipe, folder, next(iter(table.recipe.teachers)), 1)
+        regime = next(iter(table.recipe.teachers))
+        self.quickstart = Quickstart(table.recipe, folder, regime, 1, on_gpu)
+        self._machine = machine(on_gpu)  # now: a conversion below takes the CPU for the GPU
         self._one_at_a_time = threading.Lock()
         """Held while something is built that two runs may share."""
 
@@ -169,6 +172,7 @@ class Study:
         # The log's own hash holds the path of the data.
         recipe = self.table.recipe
         facts["data"] = f"{recipe.train_bytes} bytes in rows of {recipe.seq_length}"
+        facts["machine"] = self._machine
         write_summary(self._record_of(name), self._save(name), facts, scores)
 
     def _resolve(self, run: Planned) -> tuple[Model, str, dict[str, Any]]:

@@ -114,15 +114,18 @@ FAST = Recipe(
 class Quickstart:
     """The stages over one output folder, behind the teacher of a regime.
 
-    `processes`: the data-parallel ones of a training run.
+    `processes`: the data-parallel ones of a training run; `on_gpu`: they take GPUs, not the CPU.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, regime: str, processes: int) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, regime: str, processes: int, on_gpu: bool = False
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.results = folder / regime
         self.teacher_model = recipe.teachers[regime]
         self.processes = processes
+        self.on_gpu = on_gpu
 
     def data(self) -> None:
         """Build corpus, tokenizer and datasets."""
@@ -197,8 +200,9 @@ class Quickstart:
             f"--valid-data-path {folder}/valid_text_document "
             "--tokenizer-type HuggingFaceTokenizer "
             f"--tokenizer-model {folder}/tokenizer --data-cache-path {folder}/cache "
-            "--num-workers 0 --no-create-attention-mask-in-dataloader --cpu "
-            f"--full-validation --multiple-validation-sets --eval-iters 1 "
+            "--num-workers 0 --no-create-attention-mask-in-dataloader "
+            f"{'' if self.on_gpu else '--cpu '}"
+            "--full-validation --multiple-validation-sets --eval-iters 1 "
             f"--eval-interval {max(1, model.steps // evaluations)} --log-interval 10 "
             f"--save {save} --load {save} --save-interval {max(1, model.steps // recipe.saves)}"
         ).split()
