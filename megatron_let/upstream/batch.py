@@ -35,6 +35,7 @@ def drawn_batch(
     `reads_all` reads every key, not just what its stage's place asks for. `further` are rows of
     token ids or indices beside Megatron's, with their length.
     """
+    rows = args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
     batch: Batch = {}
     drawn = next(data_iterator) if holds_data else {}
     if holds_data:
@@ -52,14 +53,14 @@ def drawn_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=0 if holds_data else mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=rows,
         seq_length=args.seq_length,
         mtp_on_this_rank=reads_all,  # upstream's word for "all the keys"
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    batch |= _on_this_tp_rank(drawn, further, args.micro_batch_size)
+    batch |= _on_this_tp_rank(drawn, further, rows)
     if args.context_parallel_size > 1:
         group = mpu.get_context_parallel_group()
         whole = {key: value for key, value in batch.items() if key != TEACHER_TOKENS}
