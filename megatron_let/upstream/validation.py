@@ -32,25 +32,25 @@ class WholeSet:
         return iter(self._batches)
 
 
-def fit_batches(args: Namespace, flags: Namespace) -> None:
-    """Give `args` the batches of a whole set; `flags` are what the command line said.
+def whole_set_batches(args: Namespace) -> dict[str, int]:
+    """Return what Megatron's `--eval-*-batch-size` must be, of a parsed command line.
 
-    Ranks that pass tensors on expect one shape, so that there rows come one by one.
+    Ranks that pass tensors on expect one shape, so that there rows come one by one. Raises
+    UsageError if the command line wants something else.
     """
     size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    for name in ("eval_micro_batch_size", "eval_global_batch_size"):
-        given = getattr(flags, name)
-        if given is not None and (size > 1 or "global" in name):
-            why = (
-                "with tensor or pipeline parallelism rows come one by one"
-                if size > 1
-                else ("each data-parallel rank takes --eval-micro-batch-size rows at a time")
-            )
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {given} has no effect on --full-validation: {why}.")
-    args.eval_micro_batch_size = 1 if size > 1 else args.eval_micro_batch_size
+    for name, why in (
+        ("micro", size > 1 and "with tensor or pipeline parallelism rows come one by one"),
+        ("global", "each data-parallel rank takes --eval-micro-batch-size rows at a time"),
+    ):
+        given = getattr(args, f"eval_{name}_batch_size")
+        if given is not None and why:
+            flag = f"--eval-{name}-batch-size {given}"
+            raise UsageError(f"{flag} has no effect on --full-validation: {why}. Leave it out.")
+    rows = 1 if size > 1 else args.eval_micro_batch_size or args.micro_batch_size
+    ranks = max(1, args.world_size // (size * args.context_parallel_size))
     # One micro-batch a step: of several Megatron reads the set as often.
-    args.eval_global_batch_size = args.eval_micro_batch_size * args.data_parallel_size
+    return {"eval_micro_batch_size": rows, "eval_global_batch_size": rows * ranks}
 
 
 _SAMPLERS = "megatron.training.datasets.data_samplers"

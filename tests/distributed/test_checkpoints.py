@@ -167,3 +167,33 @@ def test_each_validation_set_has_a_record_and_their_mean_counts(corpus, tmp_path
     mean = sum(line["lm loss"] for line in sets) / 2
     assert records(tmp_path, "valid")[3]["lm loss"] == pytest.approx(mean)
     assert [line["kind"] for line in lines if line["iteration"] == 3].count("valid") == 1
+
+
+SETS = "--full-validation --multiple-validation-sets".split()
+
+
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [(2, ()), (4, (*TP2_PP2, "--sequence-parallel")), (1, ("--eval-micro-batch-size", "7"))],
+    ids=["dp2", "tp2_pp2", "seven rows"],
+)
+def test_a_whole_set_counts_every_row_once_in_every_layout(
+    initial, corpus, tmp_path, ranks, layout
+):
+    """The loss of one row at a time to 1e-6; one counted twice changes it by some 1e-4."""
+    still = ("--load", str(initial("baseline")), *INITIAL[:-2], "--exit-interval", "3")
+    flags = [*corpus.flags, *SETS, *still, "--save"]
+    assert not run(1, *flags, str(tmp_path / "one"), "--eval-micro-batch-size", "1")
+    assert not run(ranks, *flags, str(tmp_path / "layout"), *layout)
+    one, other = (records(tmp_path / name, "valid")[3]["lm loss"] for name in ("one", "layout"))
+    assert other == pytest.approx(one, rel=1e-6)
+
+
+def test_batches_of_a_whole_set_that_cannot_be_had_are_refused(corpus):
+    for flags, why in (
+        (("--eval-micro-batch-size", "2", *TP2_PP2), "rows come one by one"),
+        (("--eval-global-batch-size", "8"), "takes --eval-micro-batch-size rows at a time"),
+    ):
+        error = run(4, *corpus.flags, *SETS, *flags)
+        assert error and f"{flags[0]} {flags[1]} has no effect on --full-validation" in error
+        assert why in error

@@ -7,12 +7,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import Teacher, near_random
 from megatron_let.teacher.work import window_ends
+from megatron_let.upstream.watch import ITEM
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 from tests.support.zoo import tiny_model
 
@@ -45,6 +47,16 @@ def reference(folder):
         return model, model(TOKENS_BS, labels=TOKENS_BS, output_hidden_states=True)
 
 
+class Reads(TorchDispatchMode):
+    """Counts values that the host asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is ITEM
+        return func(*args, **(kwargs or {}))
+
+
 def load(folder, context=CONTEXT, layer=None):
     config = read_teacher_config(str(folder))
     return Teacher(load_causal_lm(config, torch.float32, torch.device("cpu")), context, layer)
@@ -53,6 +65,19 @@ def load(folder, context=CONTEXT, layer=None):
 @pytest.fixture
 def teacher(folder):
     return load(folder)
+
+
+def test_a_pass_reads_nothing_on_the_host(folder):
+    """Some architectures look for padding in what they get, which waits for a GPU."""
+    model = load_causal_lm(read_teacher_config(str(folder)), torch.float32, torch.device("cpu"))
+    teacher = Teacher(model, CONTEXT)
+    with Reads() as found:
+        teacher.states_BSD(ROWS)
+    assert not found.count
+    model.config.pad_token_id = 0  # as the folder has it
+    with Reads() as found:
+        teacher.states_BSD(ROWS)
+    assert found.count == folder.name.startswith("gpt2")
 
 
 def test_states_are_the_last_hidden_ones_after_the_final_norm(teacher, reference):
