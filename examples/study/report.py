@@ -1,4 +1,4 @@
-"""Make docs/study.md's tables and pictures from the record of the runs.
+"""Make docs/study.md's tables and pictures, and README's first, from the record of the runs.
 
     .venv/bin/python examples/study/report.py [--check]
 
@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT))
 from examples.study.results import Result, Results  # noqa: E402
 from examples.study.run import RECORD  # noqa: E402
 from examples.study.study import Study  # noqa: E402
-from examples.study.table import MEET, STUDY, Arm  # noqa: E402
+from examples.study.table import MEET, PLAIN, STUDY, Arm  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
-from megatron_let.report.table import NEVER, markdown_table, spread  # noqa: E402
+from megatron_let.report.table import markdown_table, spread  # noqa: E402
 
-PAGE = ROOT / "docs" / "study.md"
+PAGE, README = ROOT / "docs" / "study.md", ROOT / "README.md"
 BLOCK = re.compile(r"(?<=<!-- table )(\S+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 RESULTS = "## Results"
 DECIMAL = re.compile(r"\d+\.\d+")
@@ -97,7 +97,7 @@ def tuning(results: Results) -> list[str]:
 
 
 def regimes(results: Results) -> list[str]:
-    """The teacher of each regime."""
+    """The teacher of each regime, and when the plain runs pass it."""
     header = ("regime", "teacher", "step", "tokens per parameter", "loss", "passed after")
     rows: Rows = []
     recipe = results.table.recipe
@@ -105,7 +105,7 @@ def regimes(results: Results) -> list[str]:
         if chosen := results.chosen(regime):
             size = chosen["teacher"].removeprefix("teacher-")
             parameters = recipe.teachers[size].parameters(recipe.vocab_size)
-            passed = NEVER if chosen["passed"] is None else f"{chosen['passed']:.2f}"
+            passed = spread(results.passed(chosen["loss"]), 2)
             numbers = (f"{chosen['tokens'] / parameters:.0f}", f"{chosen['loss']:.3f}", passed)
             rows.append((regime, size, str(chosen["iteration"]), *numbers))
     return markdown_table(header, rows)
@@ -142,6 +142,31 @@ def costs(results: Results) -> list[str]:
     return markdown_table(header, rows)
 
 
+def again(results: Results) -> list[str]:
+    """The runs that had been made before on a CPU, from other weights but for the grown ones."""
+    rows: Rows = []
+    for name, summary in results.earlier.items():
+        facts, now = summary.facts, results.done[name].summary
+        numbers = (f"{facts['rate']:.2g}", f"{now.facts['rate']:.2g}")
+        losses = (f"{summary.loss:.3f}", f"{now.loss:.3f}")
+        rows.append((facts["label"], facts["setting"], *numbers, *losses))
+    header = ("arm", "setting", "rate, CPU", "rate, GPU", "final loss, CPU", "final loss, GPU")
+    return markdown_table(header, rows)
+
+
+def headline(results: Results) -> list[str]:
+    """The first table of the README."""
+    header = ("arm", "seeds", "final loss", "steps", "FLOPs", "with the teacher's own training")
+    rows: Rows = []
+    for arm in results.arms:
+        if found := results.seeds(arm):
+            loss = spread([result.summary.loss for result in found], 3)
+            costs = zip(*((r.steps, r.flops, r.flops_with_teacher) for r in found), strict=True)
+            shown = ("1.00",) * 3 if arm.name == PLAIN.name else [spread(c, 2) for c in costs]
+            rows.append((arm.label, str(len(found)), loss, *shown))
+    return markdown_table(header, rows)
+
+
 def progress(results: Results) -> list[str]:
     """How many of the declared runs are done."""
     rows = [(group, str(done), str(all_)) for group, (done, all_) in results.counts().items()]
@@ -149,7 +174,8 @@ def progress(results: Results) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
-    table.__name__: table for table in (models, meet, tuning, regimes, elsewhere, costs, progress)
+    table.__name__: table
+    for table in (headline, models, meet, tuning, regimes, elsewhere, again, costs, progress)
 }
 
 
@@ -195,16 +221,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     check = parser.parse_args().check
     results = Results(Study(STUDY, ROOT / "runs" / "study" / "full", RECORD))
-    page = PAGE.read_text()
-    filled = fill(page, results)
-    if check and filled != page:
-        sys.exit(f"{PAGE} is not what the record says: run examples/study/report.py")
-    if wrong := unfounded(filled):
+    filled = {page: fill(page.read_text(), results) for page in (PAGE, README)}
+    for page, text in filled.items():
+        if check and text != page.read_text():
+            sys.exit(f"{page} is not what the record says: run examples/study/report.py")
+    if wrong := unfounded(filled[PAGE]):
         sys.exit(f"{PAGE} has numbers that stand in none of its tables: {', '.join(wrong)}")
     if not check:
-        PAGE.write_text(filled)
+        for page, text in filled.items():
+            page.write_text(text)
         draw(results, PAGE.parent)
-        print(f"Wrote {PAGE}")
+        print(f"Wrote {PAGE} and the first table of {README}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from examples.study.record import Summary
 from examples.study.study import Study
 from examples.study.table import PLAIN, Arm, Planned
-from megatron_let.report.targets import Comparison, compare
+from megatron_let.report.targets import Comparison, compare, cost_to_target
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,19 @@ class Results:
         """The checkpoint that is a regime's teacher."""
         path = self._study.record / "teachers" / regime / "chosen.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+    def passed(self, loss: float) -> list[float | None]:
+        """After which part of its run each plain run is better than a loss for good."""
+        runs = [result.summary.run for result in self.seeds(self.arms[0])]
+        costs = [cost_to_target(run, loss) for run in runs]
+        return [c and c.steps / run.train_iters for c, run in zip(costs, runs, strict=True)]
+
+    @cached_property
+    def earlier(self) -> dict[str, Summary]:
+        """Runs of this table that were made before, and then again."""
+        before = Study(self.table, self._study.folder, self._study.record / "cpu")
+        found = {name: before.summary(name) for name in self.done}
+        return {name: summary for name, summary in found.items() if summary is not None}
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Finished and declared runs by group."""
