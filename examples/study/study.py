@@ -253,9 +253,10 @@ class Study:
         All are chosen when the first is asked for, as long as the checkpoints are at hand. Raises
         ValueError if no checkpoint makes this regime.
         """
+        trained = all(is_finished(self._save(name)) for name in self.teachers)
         for name in self.table.regimes:
             try:
-                if not self._is_chosen(name):
+                if not self._is_chosen(name) and (trained or name == regime):
                     self._choose_teacher(name)
             except ValueError as error:
                 if name == regime:
@@ -265,6 +266,8 @@ class Study:
 
     def _choose_teacher(self, regime: str) -> None:
         runs = [read_run(self._save(name)) for name in self.teachers]
+        if growing := [run.name for run in runs if not run.finished]:
+            raise ValueError(f"{growing[0]} is still in training: its last checkpoint is not known")
         plain = self.best(self._plain_tuning).run
         chosen = choose_checkpoint(runs, plain, self.table.regimes[regime])
         folder = self.record / "teachers" / regime

@@ -86,6 +86,19 @@ def test_the_first_teacher_that_fits_makes_the_regime(curves):
         choose_checkpoint([small], plain, Regime(None, (1.0, float("inf"))))
 
 
+def test_no_checkpoint_of_a_teacher_in_training_is_taken_for_its_last(study, curves, tmp_path):
+    tune(study, PLAIN, [3.0, 2.9, 3.1, 2.95, 2.96])
+    record = (study.record / "runs" / "plain-rate-0.002.jsonl").read_text()
+    for save in map(study._save, study.teachers):
+        save.mkdir(parents=True)
+        (save / "metrics.jsonl").write_text("".join(record.splitlines(keepends=True)[:-2]))
+    with pytest.raises(ValueError, match="is still in training"):
+        study.teacher_folder("ahead")
+    choose_teacher(study, "meet", 2.9, 50.0)
+    assert study.teacher_folder("meet").name == "meet"
+    assert not (study.record / "teachers" / "ahead").exists()
+
+
 class Recorded(Study):
     """Runs that leave a record at once; one of them fails."""
 
