@@ -142,6 +142,22 @@ def costs(results: Results) -> list[str]:
     return markdown_table(header, rows)
 
 
+def auto(results: Results) -> list[str]:
+    """Guidance that sets itself, beside the tuned arm of the same method, regime and seed."""
+    header = ("regime", "arm", "seed", "final loss", "tuned by hand", "plain", "gain kept")
+    rows: Rows = []
+    for result in results.group("auto"):
+        planned, tuned = result.planned, results.tuned_beside(result.planned)
+        if tuned is not None:
+            plain, hand = tuned.comparison.plain.final.loss, tuned.summary.loss
+            kept = (plain - result.summary.loss) / (plain - hand)
+            losses = (f"{loss:.3f}" for loss in (result.summary.loss, hand, plain))
+            rows.append(
+                (planned.regime, planned.arm.label, str(planned.seed), *losses, f"{kept:.2f}")
+            )
+    return markdown_table(header, rows)
+
+
 def again(results: Results) -> list[str]:
     """The runs that had been made before on a CPU, from other weights but for the grown ones."""
     rows: Rows = []
@@ -175,7 +191,7 @@ def progress(results: Results) -> list[str]:
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table
-    for table in (headline, models, meet, tuning, regimes, elsewhere, again, costs, progress)
+    for table in (headline, models, meet, tuning, regimes, elsewhere, auto, again, costs, progress)
 }
 
 

@@ -53,8 +53,8 @@ class Results:
 
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
-        """All arms, in the order of their first runs."""
-        return tuple(dict.fromkeys(run.arm for run in self.table.runs))
+        """All that were tuned, in the order of their first runs."""
+        return tuple(dict.fromkeys(run.arm for run in self.table.runs if run.group != "auto"))
 
     @cached_property
     def done(self) -> dict[str, Result]:
@@ -92,6 +92,14 @@ class Results:
     def group(self, group: str) -> list[Result]:
         """The finished runs of a group, in their order."""
         return [result for result in self.done.values() if result.planned.group == group]
+
+    def tuned_beside(self, planned: Planned) -> Result | None:
+        """The finished run, tuned by hand, of an arm that sets itself: same seed, same regime."""
+        arm = next(arm for arm in self.arms if f"auto-{arm.name}" == planned.arm.name)
+        found = [*self.seeds(arm), *self.group("regimes")]
+        where = planned.regime, planned.seed, arm
+        same = (r for r in found if (r.planned.regime, r.planned.seed, r.planned.arm) == where)
+        return next(same, None)
 
     def at_plain_rate(self, arm: Arm) -> Result | None:
         """The arm's run of seed 1 with its first setting whose rate is nearest to plain's best."""

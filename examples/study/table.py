@@ -14,6 +14,9 @@ which has no setting, takes two rates beside the best). The lowest last validati
 decides: that run is the arm's row for seed 1; seeds 2 and 3 repeat it. LET at the paper's weight is
 not tuned: it runs at plain training's best rate. So do the other regimes and the controls, with
 their arm's setting of `meet`.
+
+Declared when these had run: `--guidance auto`, whose constants rest on them. What judges it is
+another size, regime and text.
 """
 
 import math
@@ -163,6 +166,13 @@ GROWTH_LET = Arm(
     depth_like=GROWTH,
 )
 TUNED = (PLAIN, GUIDED, SALT, GROWTH, GROWTH_LET)
+AUTO = tuple(
+    Arm(
+        f"auto-{tuned.name}", f"{tuned.label}, auto", (Setting("auto", f"{flags} --guidance auto"),)
+    )
+    for tuned, flags in ((GUIDED, "--method let --let-layer 1"), (SALT, "--method salt"))
+)
+"""Nothing tuned but the rate, which is that of the arm of the same method."""
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -193,6 +203,13 @@ def paper(plain: Arm, seed: int) -> Planned:
     return Planned(name, "seeds", PAPER, seed, plain.tuning_runs, PAPER.settings[0])
 
 
+def automatic(tuned: Arm, auto: Arm, seed: int, regime: str, plain: Arm) -> Planned:
+    """Guidance that sets itself, with the rate of what it is held against."""
+    name = f"{auto.name}-seed-{seed}" if regime == MEET else f"{regime}-{auto.name}"
+    rate = tuned.tuning_runs if regime == MEET else plain.tuning_runs
+    return Planned(name, "auto", auto, seed, rate, auto.settings[0], regime)
+
+
 def elsewhere(plain: Arm, arm: Arm, regime: str, control: str | None = None) -> Planned:
     """An arm's setting of `meet` at plain training's rate: in another regime, or as a control."""
     group, before = ("controls", control) if control else ("regimes", regime)
@@ -213,6 +230,9 @@ def declare(tuned: tuple[Arm, ...], seeds: tuple[int, ...]) -> tuple[Planned, ..
         runs += [first, paper(plain, seed), *others_of_seed]
     runs += [elsewhere(plain, arm, regime) for regime in others for arm in guides]
     runs += [elsewhere(plain, known[a.name], MEET, c) for c, a in controls if a.name in known]
+    pairs = [(known.get(auto.name.removeprefix("auto-")), auto) for auto in AUTO]
+    cells = [(seed, MEET) for seed in (1, *seeds)] + [(1, "overtaken")]
+    runs += [automatic(t, auto, *cell, plain) for t, auto in pairs if t for cell in cells]
     return tuple(runs)
 
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.console import say
 from megatron_let.errors import UsageError
+from megatron_let.methods.auto import choices
 from megatron_let.methods.base import Method
 from megatron_let.methods.ending import (
     MARGIN,
@@ -53,6 +54,10 @@ class TeacherFlags(Flags):
     teacher_control: Literal["none", "random", "shuffled", "zero"] = "none"
     """An experiment's control. random: an untrained teacher of the same shape; shuffled: its states
     of other positions; zero: it works, and nothing of it reaches the student."""
+
+    guidance: Literal["flags", "auto"] = "flags"
+    """auto: weight, course and end set themselves, as the first lines of the run say; flags beside
+    it count."""
 
     guidance_stop: Literal["step", "loss", "cosine"] = "step"
     """step: the guidance ends at its stop step, the latest for the others. loss (distillation):
@@ -325,7 +330,8 @@ class TeacherMethod(Method):
 
     def summary(self) -> list[str]:
         """The signals and the teacher."""
-        return [*(signal.summary() for signal in self.signals), *self.host.summary()]
+        lines = [*(signal.summary() for signal in self.signals), *self.host.summary()]
+        return [f"--guidance auto: {choices(self.args)}"] * (self.args.guidance == "auto") + lines
 
 
 def _read_config(args: Namespace) -> TeacherConfig:

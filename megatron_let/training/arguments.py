@@ -15,6 +15,7 @@ from typing import Any, Literal
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_let.errors import UsageError
+from megatron_let.methods.auto import choose
 from megatron_let.methods.table import BASELINE, METHODS, Flags, every_part, import_file, method_row
 from megatron_let.upstream import accelerators
 
@@ -180,6 +181,8 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
                 f"{word} has no effect with --method {args.method}. "
                 f"Remove it, or add --method {' or '.join(able)}{guided}."
             )
+    if method_row(args.method).has_teacher and args.guidance == "auto":
+        choose(args, argv)
     for part in method_row(args.method).parts():
         part.check_flags(args)
 

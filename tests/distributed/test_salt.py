@@ -121,3 +121,19 @@ def test_controls_guide_otherwise(corpus, tmp_path, control):
         records(tmp_path / n, "start")[0]["teacher"]["fingerprint"] for n in ("real", "control")
     ]
     assert (same[0] == same[1]) == (control == "shuffled")
+
+
+def test_guidance_auto_is_the_flags_that_it_says(corpus, tmp_path):
+    flags = [*corpus.flags, "--method", "let+salt", "--let-layer", "2"]
+    flags += ["--teacher-model", f"{corpus.folder}/teacher", "--save-interval", "5"]
+    written_out = (
+        "--let-weight-rule ratio --let-gradient-ratio 0.5 --let-stop-step 4 --kd-token-gate "
+        "--guidance-stop loss --kd-stop-step 4 --guidance-patience 4"
+    )
+    for name, how in (("auto", "--guidance auto"), ("flags", written_out)):
+        assert not run(1, *flags, *how.split(), "--save", str(tmp_path / name))
+    assert hashes(tmp_path / "auto") == hashes(tmp_path / "flags")
+    # A longer run chooses a later stop: then the checkpoint's guidance would change.
+    resumed = ["--load", str(tmp_path / "auto"), "--save", str(tmp_path / "auto")]
+    error = run(1, *flags, "--guidance", "auto", *resumed, "--train-iters", "20")
+    assert error and "Resume with the checkpoint's" in error

@@ -38,6 +38,7 @@ def results(tmp_path):
     write_run(study, "let-seed-2", 2.5, 4e-3, "weight 10")
     write_run(study, "growth-rate-0.001", 2.0, 1e-3, "stack")
     write_run(study, "ahead-let", 2.0, 4e-3, "weight 10")
+    write_run(study, "auto-let-seed-2", 2.8, 4e-3, "auto")
     for regime in study.table.regimes:
         choose_teacher(study, regime, 3.3, 5000.0)
     return Results(study)
@@ -58,6 +59,9 @@ def test_numbers_of_the_main_table(results):
     assert cells[7:9] == ["0.83 (0.83-0.83)"] * 2
     assert cells[9] == "1.33 (1.33-1.33)"  # 5,000 FLOPs of the teacher's own on top of 10,000
     assert cells[10] == "2.400"
+    [auto] = TABLES["auto"](results)[2:]
+    cells = [cell.strip() for cell in auto.strip("|").split("|")]
+    assert cells == ["meet", "LET, auto", "2", "2.800", "2.500", "3.100", "0.50"]
     assert "1.00" in plain and "3.050 (3.000-3.100)" in plain
 
 

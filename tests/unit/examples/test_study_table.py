@@ -23,8 +23,9 @@ def test_every_arm_gets_as_many_tuning_runs():
 
 def test_the_order_is_tuning_seeds_regimes_controls():
     groups = [run.group for run in STUDY.runs if run.name != "paper-seed-1"]
-    assert list(dict.fromkeys(groups)) == ["tuning", "seeds", "regimes", "controls"]
-    assert sorted(groups, key=["tuning", "seeds", "regimes", "controls"].index) == groups
+    order = ["tuning", "seeds", "regimes", "controls", "auto"]
+    assert list(dict.fromkeys(groups)) == order
+    assert sorted(groups, key=order.index) == groups
     seeds = {(run.arm.name, run.seed) for run in STUDY.runs if run.group == "seeds"}
     assert seeds >= {(arm.name, seed) for arm in TUNED for seed in (2, 3)}
     elsewhere = {(run.regime, run.arm.name) for run in STUDY.runs if run.group == "regimes"}

@@ -1,0 +1,63 @@
+"""`--guidance auto` fills in what is not given, and refuses where it can choose nothing."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_let.errors import UsageError
+from megatron_let.methods.auto import choices, choose
+
+FLAGS = Namespace(
+    method="let+salt",
+    train_iters=1000,
+    train_samples=None,
+    global_batch_size=8,
+    step_batch_size_schedule=None,
+    let_decay="linear",
+    let_weight_rule="fixed",
+    let_gradient_ratio=1.0,
+    let_stop_step=None,
+    kd_temperature=1.0,
+    kd_token_gate=False,
+    kd_stop_step=None,
+    guidance_stop="step",
+)
+
+
+def chosen(given=(), **changes):
+    args = Namespace(**vars(FLAGS) | changes)
+    choose(args, ["--guidance", "auto", *given])
+    return args
+
+
+def test_weight_course_and_end_are_chosen_and_said():
+    assert choices(chosen()) == (
+        "--let-weight-rule ratio --let-gradient-ratio 0.5 --let-stop-step 500 "
+        "--kd-token-gate --guidance-stop loss --kd-stop-step 500 "
+        "--guidance-patience 20"
+    )
+    let, salt = (chosen(method=name) for name in ("let", "salt"))
+    assert (let.guidance_stop, let.kd_token_gate, let.let_stop_step) == ("step", False, 500)
+    assert (salt.guidance_stop, salt.kd_stop_step, salt.let_stop_step) == ("loss", 500, None)
+    assert chosen(train_iters=None, train_samples=80).let_stop_step == 5
+
+
+def test_what_is_given_counts():
+    given = "--let-weight-rule fixed --let-stop-step=7 --no-kd-token-gate".split()
+    args = chosen(given, let_stop_step=7)
+    assert (args.let_weight_rule, args.let_stop_step, args.kd_token_gate) == ("fixed", 7, False)
+    assert (args.let_gradient_ratio, args.kd_stop_step) == (0.5, 500)
+    assert chosen(let_decay="constant").let_stop_step is None
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"method": "reverse-kd"}, "--method reverse-kd distils during the whole run: use"),
+        ({"kd_temperature": 2.0}, "at a temperature of 1, not --kd-temperature 2.0"),
+        ({"train_iters": None}, "needs the run's length in steps: give --train-iters"),
+    ],
+)
+def test_where_nothing_can_be_chosen_it_is_refused(changes, why):
+    with pytest.raises(UsageError, match=why):
+        chosen(**changes)
