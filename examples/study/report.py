@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from examples.study.results import Result, Results  # noqa: E402
 from examples.study.run import RECORD  # noqa: E402
 from examples.study.study import Study  # noqa: E402
-from examples.study.table import MEET, PLAIN, STUDY, Arm  # noqa: E402
+from examples.study.table import LARGER, MEET, PLAIN, STUDY, Arm  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.table import markdown_table, spread  # noqa: E402
 
@@ -158,6 +158,16 @@ def auto(results: Results) -> list[str]:
     return markdown_table(header, rows)
 
 
+def larger(results: Results) -> list[str]:
+    """The size that judges what the small one chose."""
+    return meet(results.beside(LARGER, "larger"))
+
+
+def auto_larger(results: Results) -> list[str]:
+    """Guidance that sets itself, at that size."""
+    return auto(results.beside(LARGER, "larger"))
+
+
 def again(results: Results) -> list[str]:
     """The runs that had been made before on a CPU, from other weights but for the grown ones."""
     rows: Rows = []
@@ -192,7 +202,7 @@ def progress(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table
     for table in (headline, models, meet, tuning, regimes, elsewhere, auto, again, costs, progress)
-}
+} | {"larger": larger, "auto-larger": auto_larger}
 
 
 # --- the page -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.study.record import Summary
 from examples.study.study import Study
-from examples.study.table import PLAIN, Arm, Planned
+from examples.study.table import PLAIN, Arm, Planned, Table
 from megatron_let.report.targets import Comparison, compare, cost_to_target
 
 
@@ -124,9 +124,13 @@ class Results:
     @cached_property
     def earlier(self) -> dict[str, Summary]:
         """Runs of this table that were made before, and then again."""
-        before = Study(self.table, self._study.folder, self._study.record / "cpu")
+        before = self.beside(self.table, "cpu")._study
         found = {name: before.summary(name) for name in self.done}
         return {name: summary for name, summary in found.items() if summary is not None}
+
+    def beside(self, table: Table, name: str) -> "Results":
+        """Another record, in a folder of this one."""
+        return Results(Study(table, self._study.folder, self._study.record / name))
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Finished and declared runs by group."""

@@ -17,21 +17,21 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from examples.study.study import Study  # noqa: E402
-from examples.study.table import FAST, STUDY  # noqa: E402
+from examples.study.table import FAST, LARGER, STUDY  # noqa: E402
 from examples.study.workers import Workers  # noqa: E402
 
 RECORD = ROOT / "docs" / "study"
+SIZES = {"full": (STUDY, RECORD), "larger": (LARGER, RECORD / "larger"), "fast": (FAST, None)}
 
 
 def main() -> None:
     """Make the open runs, or list all."""
     options = _parse()
     torch.set_num_threads(1)  # of scoring and conversion; the runs' own is set for each
-    if options.fast:
-        folder = options.output / "fast"
-        study = Study(FAST, folder, options.record or folder / "record", options.gpu)
-    else:
-        study = Study(STUDY, options.output / "full", options.record or RECORD, options.gpu)
+    size = "fast" if options.fast else "larger" if options.larger else "full"
+    table, record = SIZES[size]
+    folder = options.output / size
+    study = Study(table, folder, options.record or record or folder / "record", options.gpu)
     if options.list:
         print(study.overview())
         return
@@ -51,6 +51,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--gpu", action="store_true", help="all on the first GPU, not on the CPU")
     parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
+    parser.add_argument("--larger", action="store_true", help="a model 3.4 times as large: a GPU's")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--record", type=Path, help="default: docs/study")
     return parser.parse_args()

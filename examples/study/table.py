@@ -20,6 +20,7 @@ another size, regime and text.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megatron_let.quickstart.run import Model, Recipe
@@ -217,11 +218,13 @@ def elsewhere(plain: Arm, arm: Arm, regime: str, control: str | None = None) -> 
     return Planned(f"{before}-{arm.name}", group, arm, 1, rate, setting, regime, control)
 
 
-def declare(tuned: tuple[Arm, ...], seeds: tuple[int, ...]) -> tuple[Planned, ...]:
+def declare(
+    tuned: tuple[Arm, ...], seeds: tuple[int, ...], regimes: Collection[str] = REGIMES
+) -> tuple[Planned, ...]:
     """All runs: tuning, further seeds, the other regimes, controls. The first arm is plain."""
     plain, *guides = tuned
     known = {arm.name: arm for arm in tuned}
-    others = [regime for regime in REGIMES if regime != MEET]
+    others = [regime for regime in regimes if regime != MEET]
     controls = ("shuffled", GUIDED), ("random", GUIDED), ("random", SALT), ("random", GROWTH)
     runs = [*tuning(plain), paper(plain, 1)]
     runs += [run for arm in guides for run in tuning(arm)]
@@ -231,7 +234,7 @@ def declare(tuned: tuple[Arm, ...], seeds: tuple[int, ...]) -> tuple[Planned, ..
     runs += [elsewhere(plain, arm, regime) for regime in others for arm in guides]
     runs += [elsewhere(plain, known[a.name], MEET, c) for c, a in controls if a.name in known]
     pairs = [(known.get(auto.name.removeprefix("auto-")), auto) for auto in AUTO]
-    cells = [(seed, MEET) for seed in (1, *seeds)] + [(1, "overtaken")]
+    cells = [(seed, MEET) for seed in (1, *seeds)] + [(1, name) for name in others[:1]]
     runs += [automatic(t, auto, *cell, plain) for t, auto in pairs if t for cell in cells]
     return tuple(runs)
 
@@ -264,6 +267,32 @@ STUDY = Table(
         ),
     },
     regimes=REGIMES,
+)
+
+
+def _with(arm: Arm, setting: str) -> Arm:
+    """An arm that tunes its rate alone."""
+    return replace(arm, settings=tuple(s for s in arm.settings if s.name == setting))
+
+
+# What judges the constants of --guidance auto: 3.4 times as large, 21 tokens a parameter, teachers
+# of a ratio of 2.4 and 1.8; the settings are what the smaller size chose, the rates are tuned anew.
+LARGER = Table(
+    recipe=replace(
+        STUDY.recipe,
+        student=Model(layers=6, hidden=128, heads=8, ffn=344, steps=3_400, lr=4e-3),
+        teachers={
+            "small": Model(layers=4, hidden=96, heads=6, ffn=256, steps=16_500, lr=4e-3),
+            "large": Model(layers=4, hidden=112, heads=7, ffn=304, steps=16_500, lr=4e-3),
+        },
+    ),
+    runs=declare(
+        (_with(PLAIN, "plain"), _with(GUIDED, "weight 3"), _with(SALT, "stop 0.35")),
+        seeds=(2, 3),
+        regimes=(MEET,),
+    ),
+    hashes=STUDY.hashes,
+    regimes={MEET: REGIMES[MEET]},
 )
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from examples.study.table import FAST, REGIMES, STUDY, TUNED
+from examples.study.table import FAST, LARGER, REGIMES, STUDY, TUNED
 
 
-@pytest.mark.parametrize("table", [STUDY, FAST])
+@pytest.mark.parametrize("table", [STUDY, LARGER, FAST])
 def test_names_are_unique_and_what_decides_comes_before(table):
     names = [run.name for run in table.runs]
     assert len(set(names)) == len(names)
