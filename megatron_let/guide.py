@@ -58,8 +58,8 @@ class Guidance:
                 )
         if args.guidance_stop != "step" or args.let_weight_rule != "fixed":
             raise UsageError(
-                "--guidance-stop and --let-weight-rule remember what they have seen, which a "
-                "script's own checkpoints do not carry: use pretrain_let.py."
+                "--guidance auto, --guidance-stop and --let-weight-rule remember what they have "
+                "seen, which a script's own checkpoints do not carry: use pretrain_let.py."
             )
         self.args = args
         self.method = build_method(args)

@@ -15,8 +15,8 @@ from megatron_let.methods.table import method_row
 
 STOP_SHARE = 0.5
 """Of the run, after which no teacher guides."""
-ALIGNED = {"let_weight_rule": "ratio", "let_gradient_ratio": 0.5}
-DISTILLED = {"kd_token_gate": True, "guidance_stop": "loss"}
+RATIO = 0.5
+"""Of the alignment's gradient to the language model's, at the first step."""
 
 
 def choose(args: Namespace, given: Collection[str]) -> None:
@@ -24,36 +24,54 @@ def choose(args: Namespace, given: Collection[str]) -> None:
 
     What is given stays. Raises UsageError where there is nothing to choose, or no end to know.
     """
-    row, chosen = method_row(args.method), dict[str, Any]()
+    row = method_row(args.method)
     if row.distils_to_the_end:
         raise UsageError(
             f"--guidance auto ends the guidance, and --method {args.method} distils during the "
             "whole run: use --method salt, or leave --guidance out."
         )
+    if not (row.aligns or row.distils):
+        raise UsageError(f"--guidance auto knows nothing to choose for --method {args.method}.")
     if row.distils and args.kd_temperature != 1:
         raise UsageError(
             f"--guidance auto compares losses at a temperature of 1, not --kd-temperature "
             f"{args.kd_temperature}. Remove one of the two."
         )
     if (steps := run_length(args)) is None:
+        if args.train_samples and args.global_batch_size is None:
+            return  # until Megatron has filled it in
         raise UsageError("--guidance auto needs the run's length in steps: give --train-iters.")
-    stop = max(1, round(STOP_SHARE * steps))
-    if row.aligns:
-        chosen |= ALIGNED | ({} if args.let_decay == "constant" else {"let_stop_step": stop})
-    if row.distils:
-        chosen |= DISTILLED | {"kd_stop_step": stop, "guidance_patience": min(PATIENCE, stop)}
-    if not chosen:
-        raise UsageError(f"--guidance auto knows nothing to choose for --method {args.method}.")
     words = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in given}
-    for name, value in chosen.items():
+
+    def fill(name: str, value: Any) -> None:
         if name.replace("_", "-") not in words:
             setattr(args, name, value)
 
+    stop = max(1, round(STOP_SHARE * steps))
+    if row.aligns:
+        fill("let_weight_rule", "ratio")
+        if args.let_weight_rule == "ratio":
+            fill("let_gradient_ratio", RATIO)
+        if args.let_decay != "constant":
+            fill("let_stop_step", stop)
+    if row.distils:
+        fill("kd_token_gate", True)
+        fill("kd_stop_step", stop)
+        fill("guidance_stop", "loss")
+        if args.guidance_stop != "step":
+            fill("guidance_patience", min(PATIENCE, stop))
+
 
 def choices(args: Namespace) -> str:
-    """Return what it chose or found given, as flags."""
+    """Return what counts in the end, as flags."""
     row = method_row(args.method)
-    names = [*ALIGNED, "let_stop_step"] * row.aligns
-    names += [*DISTILLED, "kd_stop_step", "guidance_patience"] * row.distils
-    found = {name.replace("_", "-"): getattr(args, name) for name in names}
-    return " ".join(f"--{k}" + f" {v}" * (v is not True) for k, v in found.items())
+    names = ["let_weight_rule", "let_stop_step"] * row.aligns
+    names += ["let_gradient_ratio"] * (row.aligns and args.let_weight_rule == "ratio")
+    names += ["kd_token_gate", "kd_stop_step", "guidance_stop"] * row.distils
+    names += ["guidance_patience"] * (row.distils and args.guidance_stop != "step")
+    found = ((name, getattr(args, name)) for name in names)
+    return " ".join(
+        f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+        for name, value in found
+        if value not in (None, False)
+    )

@@ -9,9 +9,9 @@ rank applies its own rows of the teacher's head; no logits are gathered.
 
 import functools
 import math
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,9 @@ class DistillFlags(Flags):
     kd_decay: Literal["step", "linear"] = "step"
     """SALT's course of the weight until there: full weight, or linear to zero."""
 
-    kd_token_gate: bool = False
+    kd_token_gate: bool = field(
+        default=False, metadata={"argparse_meta": {"action": BooleanOptionalAction}}
+    )
     """Distil only the tokens whose label the teacher predicts better than the student does."""
 
     kd_selection: str | None = None

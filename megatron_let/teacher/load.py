@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_let import hugging_face
@@ -99,8 +99,6 @@ def load_causal_lm(
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = (_untrained if untrained else _trained)(config, dtype)
-    for part in filter(lambda module: isinstance(module, PreTrainedModel), model.modules()):
-        part.config.pad_token_id = None  # else some look for padding in every batch, and wait
     return model.to(device).eval().requires_grad_(False)
 
 

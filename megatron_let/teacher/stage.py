@@ -11,7 +11,7 @@ from megatron_let.errors import UsageError
 from megatron_let.teacher.load import CHOOSE
 from megatron_let.teacher.recorded import Recorded
 from megatron_let.teacher.work import window_ends
-from megatron_let.upstream.table import Redirect, applied, instead
+from megatron_let.upstream.table import Redirect, applied, instead, returns
 
 LOUD = 1e3
 """Logits behind which a cap shows; those of a small or young model may lie far below any."""
@@ -27,6 +27,12 @@ UNASKED = (
         instead(lambda position_ids: None),
         "takes positions that begin anew for documents to keep apart, which the student does where "
         "it has a mask alone; and reads them from the device, which the host waits for",
+    ),
+    Redirect(
+        "transformers.PreTrainedModel",
+        "warn_if_padding_and_no_attention_mask",
+        returns(None),
+        "looks for padding in what it reads, which the host waits for",
     ),
 )
 """Of transformers, during a pass."""

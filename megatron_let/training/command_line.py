@@ -30,7 +30,7 @@ from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupport
 from megatron_let.training.resume import schedule_samples
 from megatron_let.training.tracking import tracker_defaults
 from megatron_let.upstream.mended import gpt_config, known_token_ids, token_ids
-from megatron_let.upstream.validation import whole_set_batches
+from megatron_let.upstream.validation import check_whole_sets, whole_set_batches
 
 DATA_FLAGS = (
     "data_args_path per_split_data_args_path data_path train_data_path valid_data_path "
@@ -107,6 +107,8 @@ def parse_arguments() -> Namespace:
         defaults |= whole_set_batches(flags)
     with _refusals():
         args = parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
+    if args.full_validation:
+        check_whole_sets(args)
     _check_warmup(args)
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
     _check_data_tokenizer(args)

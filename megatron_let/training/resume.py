@@ -113,7 +113,9 @@ def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
             )
     given = {word.partition("=")[0] for word in sys.argv}
     # Older code did what is the default now: it need not be that of this command line.
-    same = [name for name in method.same_on_resume if name in saved or flag(name) in given]
+    chosen = vars(args).get("guidance") == "auto"
+    compared = method.same_on_resume
+    same = [name for name in compared if chosen or name in saved or flag(name) in given]
     _compare(args, saved, same, FROM_THE_WEIGHTS, ours)
 
 

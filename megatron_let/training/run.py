@@ -64,6 +64,8 @@ class Run:
             lambda: self._holds_data() and self._reads(vp_stage),
             self._dataset_config(),
         ).build()
+        if self.args.full_validation:
+            built[2] = None  # its loop over whole sets cannot take a test set
         # Of none wanted Megatron makes a blend without samples, which its loader does not take.
         return [None if data is not None and len(data) == 0 else data for data in built]
 

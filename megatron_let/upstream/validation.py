@@ -2,58 +2,82 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 from megatron.training import get_args
 
 from megatron_let.errors import UsageError
-from megatron_let.upstream.table import Redirect, instead
+from megatron_let.upstream.table import Redirect, around, instead
 
 
 class WholeSet:
     """Megatron's sampler of this purpose, which gives one row at a time whatever the flags say.
 
-    Every rank gives as many batches, of up to `--eval-micro-batch-size` rows: one that came to its
-    end before the others would count its first rows twice.
+    Every rank gives as many batches of `--eval-micro-batch-size` rows, since ranks may pass tensors
+    of one shape on, and one that came to its end before the others would begin anew. What is
+    missing is None: a row of the data set without a token that counts.
     """
 
     def __init__(
         self, total_samples: int, data_parallel_rank: int, data_parallel_size: int
     ) -> None:
-        own = np.arange(data_parallel_rank, total_samples, data_parallel_size)
-        most = -(-total_samples // data_parallel_size)
-        batches = np.array_split(own, -(-most // get_args().eval_micro_batch_size))
-        self._batches = [batch.tolist() for batch in batches if len(batch)]
+        rows = get_args().eval_micro_batch_size
+        own = list(range(data_parallel_rank, total_samples, data_parallel_size))
+        batches = -(-total_samples // (rows * data_parallel_size))
+        self._rows = [*own, *[None] * (batches * rows - len(own))]
+        self._starts = range(0, batches * rows, rows)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._starts)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+    def __iter__(self) -> Iterator[list[int | None]]:
+        size = self._starts.step
+        return (self._rows[start : start + size] for start in self._starts)
 
 
 def whole_set_batches(args: Namespace) -> dict[str, int]:
-    """Return what Megatron's `--eval-*-batch-size` must be, of a parsed command line.
+    """Return what Megatron's `--eval-global-batch-size` must be, of a parsed command line.
 
-    Ranks that pass tensors on expect one shape, so that there rows come one by one. Raises
-    UsageError if the command line wants something else.
+    Raises UsageError if that says another.
     """
-    size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    for name, why in (
-        ("micro", size > 1 and "with tensor or pipeline parallelism rows come one by one"),
-        ("global", "each data-parallel rank takes --eval-micro-batch-size rows at a time"),
-    ):
-        given = getattr(args, f"eval_{name}_batch_size")
-        if given is not None and why:
-            flag = f"--eval-{name}-batch-size {given}"
-            raise UsageError(f"{flag} has no effect on --full-validation: {why}. Leave it out.")
-    rows = 1 if size > 1 else args.eval_micro_batch_size or args.micro_batch_size
-    ranks = max(1, args.world_size // (size * args.context_parallel_size))
-    # One micro-batch a step: of several Megatron reads the set as often.
-    return {"eval_micro_batch_size": rows, "eval_global_batch_size": rows * ranks}
+    if args.eval_global_batch_size is not None:
+        raise UsageError(
+            f"--eval-global-batch-size {args.eval_global_batch_size} has no effect on "
+            "--full-validation: each data-parallel rank takes --eval-micro-batch-size rows at a "
+            "time. Leave it out."
+        )
+    rows = args.eval_micro_batch_size or args.micro_batch_size
+    if rows is None:
+        return {}  # which Megatron refuses
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    ranks = args.world_size // (model * args.context_parallel_size)
+    return {"eval_global_batch_size": rows * max(1, ranks)}
 
 
-_SAMPLERS = "megatron.training.datasets.data_samplers"
+def check_whole_sets(args: Namespace) -> None:
+    """Have one micro-batch a step, since of several Megatron reads a set as often.
+
+    `args` are Megatron's, of which a checkpoint may have changed the ranks. Raises UsageError for
+    virtual stages, where Megatron takes the chunks for sets.
+    """
+    args.eval_global_batch_size = args.eval_micro_batch_size * args.data_parallel_size
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UsageError(
+            "--full-validation does not go with virtual pipeline stages: give --eval-iters "
+            "instead of it, or leave the virtual stages out."
+        )
+
+
+@around
+def _knowing_no_length(evaluate_and_print: Any, *args: Any, **kwargs: Any) -> None:
+    """A stage between the first and the last one has no set, and sends its length for None."""
+    if get_args().full_validation:
+        get_args().eval_iters = [length or 0 for length in get_args().eval_iters]
+    evaluate_and_print(*args, **kwargs)
+
+
+_SAMPLERS, _LOOP = "megatron.training.datasets.data_samplers", "megatron.training.training"
 REDIRECTS = [
-    Redirect(_SAMPLERS, "MegatronFullValidationSampler", instead(WholeSet), "a row at a time")
+    Redirect(_SAMPLERS, "MegatronFullValidationSampler", instead(WholeSet), "a row at a time"),
+    Redirect(_LOOP, "evaluate_and_print_results", _knowing_no_length, "None for a length"),
 ]

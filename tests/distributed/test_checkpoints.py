@@ -172,15 +172,17 @@ def test_each_validation_set_has_a_record_and_their_mean_counts(corpus, tmp_path
 SETS = "--full-validation --multiple-validation-sets".split()
 
 
-@pytest.mark.parametrize(
-    "ranks, layout",
-    [(2, ()), (4, (*TP2_PP2, "--sequence-parallel")), (1, ("--eval-micro-batch-size", "7"))],
-    ids=["dp2", "tp2_pp2", "seven rows"],
-)
-def test_a_whole_set_counts_every_row_once_in_every_layout(
-    initial, corpus, tmp_path, ranks, layout
-):
+VALIDATION = {
+    "dp4": (4, ()),  # 78 rows: two ranks have one less
+    "tp2_dp2": (4, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "pp4": (4, ("--pipeline-model-parallel-size", "4", "--eval-micro-batch-size", "5")),
+}
+
+
+@pytest.mark.parametrize("name", VALIDATION)
+def test_a_whole_set_counts_every_row_once_in_every_layout(initial, corpus, tmp_path, name):
     """The loss of one row at a time to 1e-6; one counted twice changes it by some 1e-4."""
+    ranks, layout = VALIDATION[name]
     still = ("--load", str(initial("baseline")), *INITIAL[:-2], "--exit-interval", "3")
     flags = [*corpus.flags, *SETS, *still, "--save"]
     assert not run(1, *flags, str(tmp_path / "one"), "--eval-micro-batch-size", "1")
@@ -189,11 +191,16 @@ def test_a_whole_set_counts_every_row_once_in_every_layout(
     assert other == pytest.approx(one, rel=1e-6)
 
 
-def test_batches_of_a_whole_set_that_cannot_be_had_are_refused(corpus):
-    for flags, why in (
-        (("--eval-micro-batch-size", "2", *TP2_PP2), "rows come one by one"),
-        (("--eval-global-batch-size", "8"), "takes --eval-micro-batch-size rows at a time"),
+def test_a_part_for_a_test_ends_no_run_with_whole_sets(corpus):
+    """Megatron's loop over sets takes its iterator for a list."""
+    assert not run(1, *corpus.flags, *SETS, "--split", "70,20,10", "--train-iters", "2")
+
+
+def test_whole_sets_that_cannot_be_had_are_refused(corpus):
+    virtual = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage")
+    for ranks, flags, why in (
+        (1, ("--eval-global-batch-size", "8"), "takes --eval-micro-batch-size rows at a time"),
+        (2, (*virtual, "1"), "--full-validation does not go with virtual pipeline stages"),
     ):
-        error = run(4, *corpus.flags, *SETS, *flags)
-        assert error and f"{flags[0]} {flags[1]} has no effect on --full-validation" in error
-        assert why in error
+        error = run(ranks, *corpus.flags, *SETS, *flags)
+        assert error and why in error

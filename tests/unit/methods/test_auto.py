@@ -21,6 +21,7 @@ FLAGS = Namespace(
     kd_token_gate=False,
     kd_stop_step=None,
     guidance_stop="step",
+    guidance_patience=20,
 )
 
 
@@ -32,9 +33,8 @@ def chosen(given=(), **changes):
 
 def test_weight_course_and_end_are_chosen_and_said():
     assert choices(chosen()) == (
-        "--let-weight-rule ratio --let-gradient-ratio 0.5 --let-stop-step 500 "
-        "--kd-token-gate --guidance-stop loss --kd-stop-step 500 "
-        "--guidance-patience 20"
+        "--let-weight-rule ratio --let-stop-step 500 --let-gradient-ratio 0.5 "
+        "--kd-token-gate --kd-stop-step 500 --guidance-stop loss --guidance-patience 20"
     )
     let, salt = (chosen(method=name) for name in ("let", "salt"))
     assert (let.guidance_stop, let.kd_token_gate, let.let_stop_step) == ("step", False, 500)
@@ -43,11 +43,20 @@ def test_weight_course_and_end_are_chosen_and_said():
 
 
 def test_what_is_given_counts():
-    given = "--let-weight-rule fixed --let-stop-step=7 --no-kd-token-gate".split()
-    args = chosen(given, let_stop_step=7)
-    assert (args.let_weight_rule, args.let_stop_step, args.kd_token_gate) == ("fixed", 7, False)
-    assert (args.let_gradient_ratio, args.kd_stop_step) == (0.5, 500)
-    assert chosen(let_decay="constant").let_stop_step is None
+    given = "--let-weight-rule fixed --let-stop-step=7 --no-kd-token-gate --guidance-stop step"
+    args = chosen(given.split(), let_stop_step=7)
+    assert choices(args) == (
+        "--let-weight-rule fixed --let-stop-step 7 --kd-stop-step 500 --guidance-stop step"
+    )
+    assert (args.let_gradient_ratio, args.guidance_patience) == (1.0, 20)  # else without effect
+    assert choices(chosen(method="let", let_decay="constant")) == (
+        "--let-weight-rule ratio --let-gradient-ratio 0.5"
+    )
+
+
+def test_a_length_that_megatron_fills_in_is_waited_for():
+    args = chosen(train_iters=None, train_samples=800, global_batch_size=None)
+    assert args.let_stop_step is None
 
 
 @pytest.mark.parametrize(
