@@ -82,6 +82,26 @@ def _with_depth(facts: dict[str, str]) -> str:
     return f"{facts['depth']}, {facts['setting']}"
 
 
+def by_seed(results: Results) -> list[str]:
+    """Each seed's own steps: how hard its target is differs."""
+    rows_of = [found for arm in results.arms[1:] if (found := results.seeds(arm))]
+    plain = results.seeds(results.arms[0])
+    passed = results.passed((results.chosen(MEET) or {"loss": 0.0})["loss"])
+    header = (
+        "seed",
+        "plain's end",
+        "passes the teacher",
+        *(f[0].planned.arm.label for f in rows_of),
+    )
+    rows: Rows = []
+    for result, when in zip(plain, passed, strict=True):
+        seed = result.planned.seed
+        same = [[r.steps for r in found if r.planned.seed == seed] for found in rows_of]
+        ends = (str(seed), f"{result.summary.loss:.3f}", spread([when], 2))
+        rows.append((*ends, *(spread(steps, 2) if steps else NONE for steps in same)))
+    return markdown_table(header, rows)
+
+
 def tuning(results: Results) -> list[str]:
     """Every tuning run; the best of each arm is marked."""
     best = {found[0].planned.name for arm in results.arms if (found := results.seeds(arm))}
@@ -113,14 +133,17 @@ def regimes(results: Results) -> list[str]:
 
 def elsewhere(results: Results) -> list[str]:
     """The other regimes and the controls: seed 1, at plain training's rate."""
-    header = ("regime or control", "arm", "setting", "final loss", "other domain", "steps", "FLOPs")
+    run = ("regime or control", "arm", "setting", "final loss", "other domain")
+    header = (*run, "steps", "FLOPs", "with the teacher's own")
     rows: Rows = []
     for result in (*results.group("regimes"), *results.group("controls")):
         planned, facts = result.planned, result.summary.facts
         documentation = result.summary.scores["documentation"].bits_per_byte
-        numbers = (f"{result.summary.loss:.3f}", f"{documentation:.3f}", spread([result.steps], 2))
+        costs = (result.steps, result.flops, result.flops_with_teacher)
+        shown = (spread([cost], 2) for cost in costs)
+        losses = (f"{result.summary.loss:.3f}", f"{documentation:.3f}")
         where = planned.regime if planned.control is None else f"control: {planned.control}"
-        rows.append((where, facts["label"], facts["setting"], *numbers, spread([result.flops], 2)))
+        rows.append((where, facts["label"], facts["setting"], *losses, *shown))
     return markdown_table(header, rows)
 
 
@@ -202,7 +225,7 @@ def progress(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table
     for table in (headline, models, meet, tuning, regimes, elsewhere, auto, again, costs, progress)
-} | {"larger": larger, "auto-larger": auto_larger}
+} | {"by-seed": by_seed, "larger": larger, "auto-larger": auto_larger}
 
 
 # --- the page -----------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Results:
         return self._study.summary(f"{plain.name}-seed-{seed}")
 
     def _own(self, planned: Planned) -> float:
-        if planned.arm.name == PLAIN.name:
+        if planned.arm.name == PLAIN.name or planned.control == "random":
             return 0.0
         return float((self.chosen(planned.regime) or {"flops": 0.0})["flops"])
 
