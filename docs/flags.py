@@ -37,7 +37,7 @@ def rows(parser: ArgumentParser) -> Iterator[str]:
         yield f"## {(group.title or '').removeprefix('megatron_let: ')}\n"
         yield "| flag | default | meaning |\n|---|---|---|"
         for action in group._group_actions:
-            flag = action.option_strings[0]
+            flag = ", ".join(action.option_strings)
             choices = "{" + ",".join(action.choices) + "}" if action.choices else ""
             is_set = action.default is not None and action.default is not False
             default = str(action.default) if is_set else ""

@@ -42,7 +42,7 @@ LAYOUT_FLAGS = named(
 RENAMED = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
 UNPLANNED = named(
     "train-samples num-layers-per-virtual-pipeline-stage num-experts mtp-num-layers "
-    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format"
+    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format guidance"
 )
 """Flags of a run that change its size or cost, and not as this tool knows."""
 BESIDE_A_DRY_RUN = named("gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher")

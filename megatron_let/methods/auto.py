@@ -32,32 +32,30 @@ def choose(args: Namespace, given: Collection[str]) -> None:
         )
     if not (row.aligns or row.distils):
         raise UsageError(f"--guidance auto knows nothing to choose for --method {args.method}.")
-    if row.distils and args.kd_temperature != 1:
-        raise UsageError(
-            f"--guidance auto compares losses at a temperature of 1, not --kd-temperature "
-            f"{args.kd_temperature}. Remove one of the two."
-        )
-    if (steps := run_length(args)) is None:
-        if args.train_samples and args.global_batch_size is None:
-            return  # until Megatron has filled it in
-        raise UsageError("--guidance auto needs the run's length in steps: give --train-iters.")
     words = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in given}
 
     def fill(name: str, value: Any) -> None:
         if name.replace("_", "-") not in words:
             setattr(args, name, value)
 
-    stop = max(1, round(STOP_SHARE * steps))
     if row.aligns:
         fill("let_weight_rule", "ratio")
         if args.let_weight_rule == "ratio":
             fill("let_gradient_ratio", RATIO)
-        if args.let_decay != "constant":
-            fill("let_stop_step", stop)
     if row.distils:
         fill("kd_token_gate", True)
-        fill("kd_stop_step", stop)
         fill("guidance_stop", "loss")
+    stops = ["let_stop_step"] * (row.aligns and args.let_decay != "constant")
+    stops += ["kd_stop_step"] * row.distils
+    steps = run_length(args)
+    if steps is None and not (args.train_samples and args.global_batch_size is None):
+        if missing := [name for name in stops if getattr(args, name) is None]:
+            flag = missing[0].replace("_", "-")
+            raise UsageError(f"--guidance auto needs the run's length: --train-iters, or --{flag}.")
+    if steps is not None:  # else Megatron fills in the batch, and comes back
+        stop = max(1, round(STOP_SHARE * steps))
+        for name in stops:
+            fill(name, stop)
         if args.guidance_stop != "step":
             fill("guidance_patience", min(PATIENCE, stop))
 
@@ -67,8 +65,8 @@ def choices(args: Namespace) -> str:
     row = method_row(args.method)
     names = ["let_weight_rule", "let_stop_step"] * row.aligns
     names += ["let_gradient_ratio"] * (row.aligns and args.let_weight_rule == "ratio")
-    names += ["kd_token_gate", "kd_stop_step", "guidance_stop"] * row.distils
-    names += ["guidance_patience"] * (row.distils and args.guidance_stop != "step")
+    names += ["kd_token_gate", "kd_stop_step"] * row.distils
+    names += ["guidance_stop", "guidance_patience"] * (args.guidance_stop != "step")
     found = ((name, getattr(args, name)) for name in names)
     return " ".join(
         f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)

@@ -43,7 +43,8 @@ BOUNDS = {
         FINITE,
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "seq_length max_position_embeddings make_vocab_size_divisible_by vocab_size "
-        "micro_batch_size global_batch_size tensor_model_parallel_size context_parallel_size "
+        "micro_batch_size global_batch_size eval_micro_batch_size "
+        "tensor_model_parallel_size context_parallel_size "
         "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
         "seed lr_decay_iters lr_decay_samples save_retain_interval distributed_timeout_minutes",
     ),

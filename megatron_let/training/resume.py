@@ -113,10 +113,12 @@ def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
             )
     given = {word.partition("=")[0] for word in sys.argv}
     # Older code did what is the default now: it need not be that of this command line.
-    chosen = vars(args).get("guidance") == "auto"
+    chosen, way_out = vars(args).get("guidance") == "auto", FROM_THE_WEIGHTS
+    if chosen:
+        way_out += " (--guidance auto chooses by the run's length: what is given beside it counts.)"
     compared = method.same_on_resume
     same = [name for name in compared if chosen or name in saved or flag(name) in given]
-    _compare(args, saved, same, FROM_THE_WEIGHTS, ours)
+    _compare(args, saved, same, way_out, ours)
 
 
 def check_flags(args: Namespace, saved: Namespace) -> None:

@@ -74,10 +74,12 @@ class Run:
         train, valid, test = self.build_datasets(num_samples, vp_stage)
         if self._is_alone:  # else a rank without data waits for Megatron's first rank to say so
             self.args.do_train = not self.args.skip_train
-        if num_samples[1] and train is not None and valid is None:
+        whole = self.args.full_validation
+        if (num_samples[1] or whole) and train is not None and valid is None:
+            none = "leave --full-validation out" if whole else "add --eval-iters 0"
             raise UsageError(
                 f"There is nothing to evaluate on: --split {self.args.split} gives the validation "
-                "no document. Add --eval-iters 0, or give it a part, or --valid-data-path."
+                f"no document. Give it a part, or --valid-data-path, or {none}."
             )
         data = None if train is None else train.unique_description_hash
         if train is not None:

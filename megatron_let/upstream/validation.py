@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.training import get_args
 
 from megatron_let.errors import UsageError
@@ -46,12 +47,15 @@ def whole_set_batches(args: Namespace) -> dict[str, int]:
             "--full-validation: each data-parallel rank takes --eval-micro-batch-size rows at a "
             "time. Leave it out."
         )
+    if args.eval_iters == 0 or args.test_data_path:
+        flag = "--test-data-path" if args.test_data_path else "--eval-iters 0"
+        raise UsageError(
+            f"{flag} has no effect with --full-validation, which evaluates the validation sets, "
+            "whole, and no other. Leave one of the two out."
+        )
     rows = args.eval_micro_batch_size or args.micro_batch_size
-    if rows is None:
-        return {}  # which Megatron refuses
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    ranks = args.world_size // (model * args.context_parallel_size)
-    return {"eval_global_batch_size": rows * max(1, ranks)}
+    # For now a multiple of what it will be; without rows Megatron says what is missing.
+    return {} if rows is None else {"eval_global_batch_size": rows * args.world_size}
 
 
 def check_whole_sets(args: Namespace) -> None:
@@ -76,8 +80,19 @@ def _knowing_no_length(evaluate_and_print: Any, *args: Any, **kwargs: Any) -> No
     evaluate_and_print(*args, **kwargs)
 
 
+@around
+def _with_missing_rows(get: Any, blend: Any, index: int | None) -> Any:
+    """A blend's row that does not count, as the data sets that it is made of have one."""
+    if index is not None:
+        return get(blend, index)
+    row = get(blend, 0)
+    return row | {"loss_mask": torch.zeros_like(row["loss_mask"])}
+
+
+_BLEND = "megatron.core.datasets.blended_dataset.BlendedDataset"
 _SAMPLERS, _LOOP = "megatron.training.datasets.data_samplers", "megatron.training.training"
 REDIRECTS = [
     Redirect(_SAMPLERS, "MegatronFullValidationSampler", instead(WholeSet), "a row at a time"),
+    Redirect(_BLEND, "__getitem__", _with_missing_rows, "knows no missing row"),
     Redirect(_LOOP, "evaluate_and_print_results", _knowing_no_length, "None for a length"),
 ]

@@ -191,6 +191,25 @@ def test_a_whole_set_counts_every_row_once_in_every_layout(initial, corpus, tmp_
     assert other == pytest.approx(one, rel=1e-6)
 
 
+def test_a_blend_is_evaluated_whole(corpus, tmp_path):
+    """Half of its 156 rows are of each path, so that its loss is that of one path."""
+    data = f"{corpus.folder}/text_text_document"
+    at = corpus.flags.index("--data-path")
+    rest = [
+        *corpus.flags[:at],
+        *corpus.flags[at + 2 :],
+        *SETS,
+        *INITIAL[:-2],
+        "--exit-interval",
+        "3",
+    ]
+    rest += ["--eval-micro-batch-size", "5"]  # the last batch lacks rows
+    for name, paths in (("one", [data]), ("blend", [data, data])):
+        assert not run(1, *rest, "--data-path", *paths, "--save", str(tmp_path / name))
+    one, blend = (records(tmp_path / name, "valid")[3]["lm loss"] for name in ("one", "blend"))
+    assert blend == pytest.approx(one, rel=1e-6)
+
+
 def test_a_part_for_a_test_ends_no_run_with_whole_sets(corpus):
     """Megatron's loop over sets takes its iterator for a list."""
     assert not run(1, *corpus.flags, *SETS, "--split", "70,20,10", "--train-iters", "2")
@@ -200,6 +219,8 @@ def test_whole_sets_that_cannot_be_had_are_refused(corpus):
     virtual = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage")
     for ranks, flags, why in (
         (1, ("--eval-global-batch-size", "8"), "takes --eval-micro-batch-size rows at a time"),
+        (1, ("--eval-iters", "0"), "--eval-iters 0 has no effect with --full-validation"),
+        (1, ("--split", "100,0,0"), "or leave --full-validation out"),
         (2, (*virtual, "1"), "--full-validation does not go with virtual pipeline stages"),
     ):
         error = run(ranks, *corpus.flags, *SETS, *flags)

@@ -17,7 +17,6 @@ FLAGS = Namespace(
     let_weight_rule="fixed",
     let_gradient_ratio=1.0,
     let_stop_step=None,
-    kd_temperature=1.0,
     kd_token_gate=False,
     kd_stop_step=None,
     guidance_stop="step",
@@ -45,9 +44,7 @@ def test_weight_course_and_end_are_chosen_and_said():
 def test_what_is_given_counts():
     given = "--let-weight-rule fixed --let-stop-step=7 --no-kd-token-gate --guidance-stop step"
     args = chosen(given.split(), let_stop_step=7)
-    assert choices(args) == (
-        "--let-weight-rule fixed --let-stop-step 7 --kd-stop-step 500 --guidance-stop step"
-    )
+    assert choices(args) == ("--let-weight-rule fixed --let-stop-step 7 --kd-stop-step 500")
     assert (args.let_gradient_ratio, args.guidance_patience) == (1.0, 20)  # else without effect
     assert choices(chosen(method="let", let_decay="constant")) == (
         "--let-weight-rule ratio --let-gradient-ratio 0.5"
@@ -56,15 +53,20 @@ def test_what_is_given_counts():
 
 def test_a_length_that_megatron_fills_in_is_waited_for():
     args = chosen(train_iters=None, train_samples=800, global_batch_size=None)
-    assert args.let_stop_step is None
+    assert (args.let_stop_step, args.let_weight_rule) == (None, "ratio")
+
+
+def test_a_run_without_a_length_in_steps_needs_its_ends_alone():
+    given = ["--let-stop-step", "7", "--kd-stop-step", "9"]
+    args = chosen(given, train_iters=None, let_stop_step=7, kd_stop_step=9)
+    assert (args.let_stop_step, args.kd_stop_step, args.kd_token_gate) == (7, 9, True)
 
 
 @pytest.mark.parametrize(
     "changes, why",
     [
         ({"method": "reverse-kd"}, "--method reverse-kd distils during the whole run: use"),
-        ({"kd_temperature": 2.0}, "at a temperature of 1, not --kd-temperature 2.0"),
-        ({"train_iters": None}, "needs the run's length in steps: give --train-iters"),
+        ({"train_iters": None}, "needs the run's length: --train-iters, or --let-stop-step"),
     ],
 )
 def test_where_nothing_can_be_chosen_it_is_refused(changes, why):
