@@ -77,7 +77,7 @@ REFUSED = {
     "no evaluation interval": ("--eval-interval 0", "--eval-interval 0 .*--eval-iters 0"),
     "no log interval": ("--log-interval 0", "--log-interval 0 must be at least 1"),
     "no save interval": ("--save-interval 0", "--save-interval 0 .*leave --save out"),
-    "no validation split": ("--split 100,0,0", "--split 100,0,0 .*Add --eval-iters 0"),
+    "no validation split": ("--split 100,0,0", "--split 100,0,0 .*or add --eval-iters 0"),
 }
 
 
