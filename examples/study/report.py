@@ -191,6 +191,11 @@ def auto_larger(results: Results) -> list[str]:
     return auto(results.beside(LARGER, "larger"))
 
 
+def auto_cpu(results: Results) -> list[str]:
+    """The same on a CPU."""
+    return auto(results.beside(STUDY, "cpu"))
+
+
 def again(results: Results) -> list[str]:
     """The runs that had been made before on a CPU, from other weights but for the grown ones."""
     rows: Rows = []
@@ -225,7 +230,7 @@ def progress(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table
     for table in (headline, models, meet, tuning, regimes, elsewhere, auto, again, costs, progress)
-} | {"by-seed": by_seed, "larger": larger, "auto-larger": auto_larger}
+} | {"by-seed": by_seed, "auto-cpu": auto_cpu, "larger": larger, "auto-larger": auto_larger}
 
 
 # --- the page -----------------------------------------------------------------------------------
