@@ -181,31 +181,21 @@ def auto(results: Results) -> list[str]:
     return markdown_table(header, rows)
 
 
-def larger(results: Results) -> list[str]:
-    """The size that judges what the small one chose."""
-    return meet(results.beside(LARGER, "larger"))
-
-
-def auto_larger(results: Results) -> list[str]:
-    """Guidance that sets itself, at that size."""
-    return auto(results.beside(LARGER, "larger"))
-
-
-def auto_cpu(results: Results) -> list[str]:
-    """The same on a CPU."""
-    return auto(results.beside(STUDY, "cpu"))
-
-
 def again(results: Results) -> list[str]:
     """The runs that had been made before on a CPU, from other weights but for the grown ones."""
     rows: Rows = []
-    for name, summary in results.earlier.items():
-        facts, now = summary.facts, results.done[name].summary
-        numbers = (f"{facts['rate']:.2g}", f"{now.facts['rate']:.2g}")
-        losses = (f"{summary.loss:.3f}", f"{now.loss:.3f}")
-        rows.append((facts["label"], facts["setting"], *numbers, *losses))
-    header = ("arm", "setting", "rate, CPU", "rate, GPU", "final loss, CPU", "final loss, GPU")
-    return markdown_table(header, rows)
+    for name, before in results.beside(results.table, "cpu").done.items():
+        if (now := results.done.get(name)) is not None:
+            pair = (before, now)
+            rates = (f"{result.summary.facts['rate']:.2g}" for result in pair)
+            losses = (f"{result.summary.loss:.3f}" for result in pair)
+            steps = (spread([result.steps], 2) for result in pair)
+            facts = now.summary.facts
+            rows.append((facts["label"], facts["setting"], *rates, *losses, *steps))
+    names = (
+        f"{what}, {where}" for what in ("rate", "final loss", "steps") for where in ("CPU", "GPU")
+    )
+    return markdown_table(("arm", "setting", *names), rows)
 
 
 def headline(results: Results) -> list[str]:
@@ -230,7 +220,12 @@ def progress(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table
     for table in (headline, models, meet, tuning, regimes, elsewhere, auto, again, costs, progress)
-} | {"by-seed": by_seed, "auto-cpu": auto_cpu, "larger": larger, "auto-larger": auto_larger}
+} | {
+    "by-seed": by_seed,
+    "auto-cpu": lambda results: auto(results.beside(STUDY, "cpu")),
+    "larger": lambda results: meet(results.beside(LARGER, "larger")),
+    "auto-larger": lambda results: auto(results.beside(LARGER, "larger")),
+}
 
 
 # --- the page -----------------------------------------------------------------------------------

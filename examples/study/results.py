@@ -121,13 +121,6 @@ class Results:
         costs = [cost_to_target(run, loss) for run in runs]
         return [c and c.steps / run.train_iters for c, run in zip(costs, runs, strict=True)]
 
-    @cached_property
-    def earlier(self) -> dict[str, Summary]:
-        """Runs of this table that were made before, and then again."""
-        before = self.beside(self.table, "cpu")._study
-        found = {name: before.summary(name) for name in self.done}
-        return {name: summary for name, summary in found.items() if summary is not None}
-
     def beside(self, table: Table, name: str) -> "Results":
         """Another record, in a folder of this one."""
         return Results(Study(table, self._study.folder, self._study.record / name))

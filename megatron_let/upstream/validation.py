@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import batched
 from typing import Any
 
 import torch
@@ -25,15 +26,14 @@ class WholeSet:
         rows = get_args().eval_micro_batch_size
         own = list(range(data_parallel_rank, total_samples, data_parallel_size))
         batches = -(-total_samples // (rows * data_parallel_size))
-        self._rows = [*own, *[None] * (batches * rows - len(own))]
-        self._starts = range(0, batches * rows, rows)
+        missing = batches * rows - len(own)
+        self._batches = list(batched([*own, *[None] * missing], rows))
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._batches)
 
-    def __iter__(self) -> Iterator[list[int | None]]:
-        size = self._starts.step
-        return (self._rows[start : start + size] for start in self._starts)
+    def __iter__(self) -> Iterator[tuple[int | None, ...]]:
+        return iter(self._batches)
 
 
 def whole_set_batches(args: Namespace) -> dict[str, int]:
