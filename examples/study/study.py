@@ -99,11 +99,19 @@ class Study:
         return next(run for run in self.table.runs if run.name == name)
 
     def is_done(self, name: str) -> bool:
-        """Whether nothing is left to do; the teacher's checkpoints must also be at hand."""
+        """Whether nothing is left to do; a teacher that an open regime takes must be at hand."""
         done = self._record_of(name).exists()
-        if name in self.teachers and not all(map(self._is_chosen, self.table.regimes)):
-            return done and is_finished(self._save(name))
+        if done and name in self.teachers and not is_finished(self._save(name)):
+            return not self._is_wanted(name)
         return done
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether an open regime takes a checkpoint of this teacher, as far as is known."""
+        open_ones = (regime for regime in self.table.regimes if not self._is_chosen(regime))
+        try:
+            return name in [self._choice(regime)["teacher"] for regime in open_ones]
+        except ValueError:  # not all teachers are trained, or none fits
+            return False
 
     def is_ready(self, name: str) -> bool:
         """Whether all that decides about a run is known."""
@@ -265,16 +273,24 @@ class Study:
         return self.record / "teachers" / regime
 
     def _choose_teacher(self, regime: str) -> None:
-        runs = [read_run(self._save(name)) for name in self.teachers]
-        if growing := [run.name for run in runs if not run.finished]:
-            raise ValueError(f"{growing[0]} is still in training: its last checkpoint is not known")
-        plain = self.best(self._plain_tuning).run
-        chosen = choose_checkpoint(runs, plain, self.table.regimes[regime])
+        chosen = self._choice(regime)
         folder = self.record / "teachers" / regime
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed call
         load = f"to-hf --load {self._save(chosen['teacher'])} --ckpt-step {chosen['iteration']}"
         convert_checkpoint.main(f"{load} --output {folder} --dtype bf16".split())
         (folder / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
+
+    def _choice(self, regime: str) -> dict[str, Any]:
+        runs = [self._teacher_run(name) for name in self.teachers]
+        plain = self.best(self._plain_tuning).run
+        return choose_checkpoint(runs, plain, self.table.regimes[regime])
+
+    def _teacher_run(self, name: str) -> Run:
+        """A teacher's training, on this machine or on the one that the record is of."""
+        save, record = self._save(name), self._record_of(name)
+        if not is_finished(save) and not record.exists():
+            raise ValueError(f"{name} is still in training: its last checkpoint is not known")
+        return read_run(save if is_finished(save) else record)
 
 
 def choose_checkpoint(teachers: Sequence[Run], plain: Run, regime: Regime) -> dict[str, Any]:

@@ -5,7 +5,13 @@ import pytest
 from examples.study.study import Study, choose_checkpoint
 from examples.study.table import GROWTH_LET, PLAIN, STUDY, Regime
 from examples.study.workers import Workers
-from tests.unit.examples.study_record import choose_teacher, new_study, write_run
+from tests.unit.examples.study_record import (
+    choose_teacher,
+    curve,
+    new_study,
+    write_lines,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -97,6 +103,20 @@ def test_no_checkpoint_of_a_teacher_in_training_is_taken_for_its_last(study, cur
     choose_teacher(study, "meet", 2.9, 50.0)
     assert study.teacher_folder("meet").name == "meet"
     assert not (study.record / "teachers" / "ahead").exists()
+
+
+def test_another_machine_trains_no_teacher_that_no_open_regime_takes(study):
+    tune(study, PLAIN, [3.0, 2.9, 3.1, 2.95, 2.8])
+    choose_teacher(study, "meet", 2.9, 50.0)
+    choose_teacher(study, "overtaken", 3.8, 50.0)
+    start = study.summary("plain-rate-0.002").facts
+    small, large, deep = study.teachers
+    for name, final in ((small, 3.8), (large, 2.9)):
+        write_lines(study, name, [start | {"name": name}, *curve(final, 1000)])
+    assert [study.is_done(name) for name in study.teachers] == [True, True, False]
+    write_lines(study, deep, [start | {"name": deep}, *curve(2.0, 1000)])
+    assert [study.is_done(name) for name in study.teachers] == [True, True, False]
+    assert not study.is_ready("ahead-let")  # its checkpoints are elsewhere
 
 
 class Recorded(Study):
