@@ -326,4 +326,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    os._exit(0)  # an interpreter that is torn down frees the table, and torch 2.15 asks it once more
+    os._exit(0)  # a torn-down interpreter frees the table, which torch 2.15 asks once more
