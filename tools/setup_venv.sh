@@ -165,7 +165,13 @@ fi
 if [ ! -e "$venv" ]; then
     create
 elif [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$root" ]; then
-    say "$name was made in $(head -n 1 "$stamp") and cannot be moved"
+    was_made_in=$(head -n 1 "$stamp")
+    case $(readlink -f "$venv") in
+        "$(readlink -f "$root")"/*) ;; # a copy, or the checkout has moved
+        *) die "$name is the environment of $was_made_in, which would be lost. Remove the link or" \
+            "leave VENV unset for one of this checkout's own, or name another place with VENV." ;;
+    esac
+    say "$name was made in $was_made_in and cannot be moved"
     create
 elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     say "$name is broken or unfinished"

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 REPOSITORY = Path(__file__).parents[2]
-TOOLS = ["cat", "cksum", "cp", "dirname", "fold", "head", "mkdir", "rm", "sh"]
+TOOLS = ["cat", "cksum", "cp", "dirname", "fold", "head", "mkdir", "readlink", "rm", "sh"]
 
 # Answers the script's probe, makes a .venv with itself in it, and notes what pip is asked for.
 FAKE_PYTHON = """#!/bin/sh
@@ -179,6 +179,18 @@ def test_moved_checkout_is_built_anew(machine: Machine) -> None:
     machine.root = machine.root.rename(machine.root.parent / "elsewhere")
     assert "cannot be moved" in machine.run().stdout
     assert machine.installations() == 2
+
+
+def test_the_environment_of_another_checkout_is_not_cleared(machine: Machine) -> None:
+    machine.add_python(machine.path / "python3.12", "3.12.1")
+    machine.run()
+    first, second = machine.root, machine.root.with_name("another")
+    shutil.copytree(first, second, ignore=shutil.ignore_patterns(".venv"))
+    machine.root = second
+    (second / ".venv").symlink_to(first / ".venv")
+    assert f".venv is the environment of {first}" in machine.refusal()
+    assert f"is the environment of {first}" in machine.refusal(VENV=f"{first}/.venv")
+    assert (first / ".venv/.setup-stamp").exists()
 
 
 def test_another_place_with_a_tested_set_of_versions(machine: Machine) -> None:
