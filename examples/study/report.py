@@ -181,6 +181,17 @@ def auto(results: Results) -> list[str]:
     return markdown_table(header, rows)
 
 
+def widths(results: Results) -> list[str]:
+    """How the teacher's width is met, beside interpolation of the same seed."""
+    first = (r for r in results.group("auto") if r.planned.name == "auto-let-seed-1")
+    rows: Rows = []
+    for result in (*first, *results.group("widths")):
+        documentation = result.summary.scores["documentation"].bits_per_byte
+        losses = (f"{result.summary.loss:.3f}", f"{documentation:.3f}")
+        rows.append((result.planned.arm.label, *losses, spread([result.steps], 2)))
+    return markdown_table(("arm", "final loss", "other domain", "steps"), rows)
+
+
 def again(results: Results) -> list[str]:
     """The runs that had been made before on a CPU, from other weights but for the grown ones."""
     rows: Rows = []
@@ -223,6 +234,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
 } | {
     "by-seed": by_seed,
     "auto-cpu": lambda results: auto(results.beside(STUDY, "cpu")),
+    "widths-cpu": lambda results: widths(results.beside(STUDY, "cpu")),
     "larger": lambda results: meet(results.beside(LARGER, "larger")),
     "auto-larger": lambda results: auto(results.beside(LARGER, "larger")),
 }

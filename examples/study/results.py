@@ -54,7 +54,8 @@ class Results:
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
         """All that were tuned, in the order of their first runs."""
-        return tuple(dict.fromkeys(run.arm for run in self.table.runs if run.group != "auto"))
+        untuned = ("auto", "widths")
+        return tuple(dict.fromkeys(r.arm for r in self.table.runs if r.group not in untuned))
 
     @cached_property
     def done(self) -> dict[str, Result]:

@@ -16,12 +16,13 @@ not tuned: it runs at plain training's best rate. So do the other regimes and th
 their arm's setting of `meet`.
 
 Declared when these had run: `--guidance auto`, whose constants rest on them. What judges it is
-another size, regime and text.
+another size, regime and text. Then, with it, ways to meet the teacher's width.
 """
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_let.quickstart.run import Model, Recipe
 
@@ -89,7 +90,7 @@ class Planned:
 
     name: str
     group: str
-    """`tuning`, `seeds`, `regimes` or `controls`."""
+    """`tuning`, `seeds`, `regimes`, `controls`, `auto` or `widths`."""
     arm: Arm
     seed: int = 1
     rate: float | tuple[str, ...] = ()
@@ -174,6 +175,16 @@ AUTO = tuple(
     for tuned, flags in ((GUIDED, "--method let --let-layer 1"), (SALT, "--method salt"))
 )
 """Nothing tuned but the rate, which is that of the arm of the same method."""
+WIDTHLESS = Path(__file__).with_name("widthless.py")
+WIDTHS = tuple(
+    Arm(f"{name}-let", label, (Setting("auto", f"{AUTO[0].settings[0].flags} {flags}"),))
+    for name, label, flags in (
+        ("linear", "LET, a learned map", "--let-resize linear"),
+        ("cka", "LET, CKA", f"--method-module {WIDTHLESS} --let-loss cka"),
+        ("cca", "LET, CCA", f"--method-module {WIDTHLESS} --let-loss cca"),
+    )
+)
+"""Instead of interpolating the teacher's features, likewise with nothing tuned."""
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -255,7 +266,13 @@ STUDY = Table(
         saves=10,
         from_wheels=True,
     ),
-    runs=declare(TUNED, seeds=(2, 3)),
+    runs=(
+        *declare(TUNED, seeds=(2, 3)),
+        *(
+            Planned(arm.name, "widths", arm, 1, GUIDED.tuning_runs, arm.settings[0])
+            for arm in WIDTHS
+        ),
+    ),
     hashes={
         "corpus/train.jsonl": "06bdd03793ffea91b7cecbbd823796926b2849eb9e72e37941712476af9a1bb1",
         "corpus/valid.jsonl": "a4059448db80bffced9fdcf7621adb9e83cc03bb49500f340a5fdea64831442d",

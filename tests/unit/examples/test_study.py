@@ -1,6 +1,7 @@
 """What comes next, what earlier runs decide, which teacher makes a regime; the threads."""
 
 import pytest
+import torch
 
 from examples.study.study import Study, choose_checkpoint
 from examples.study.table import GROWTH_LET, PLAIN, STUDY, Regime
@@ -117,6 +118,20 @@ def test_another_machine_trains_no_teacher_that_no_open_regime_takes(study):
     write_lines(study, deep, [start | {"name": deep}, *curve(2.0, 1000)])
     assert [study.is_done(name) for name in study.teachers] == [True, True, False]
     assert not study.is_ready("ahead-let")  # its checkpoints are elsewhere
+
+
+def test_losses_without_a_width_do_not_see_a_rotation(monkeypatch):
+    monkeypatch.setattr("megatron_let.losses.table.LOSSES", {})  # it adds two
+    from examples.study.widthless import cca, cka
+
+    generator = torch.Generator().manual_seed(0)
+    student, other = torch.randn(2, 50, 2, 8, generator=generator)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    for loss in (cka, cca):
+        assert loss(student, student @ turn).max() < 5e-3  # of the ridge
+        found = loss(student, other)
+        assert found.shape == (50, 2) and 0.5 < found.min() == found.max() < 1
+        torch.testing.assert_close(found, loss(student, other @ turn), atol=1e-5, rtol=0)
 
 
 class Recorded(Study):
