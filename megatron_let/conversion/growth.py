@@ -49,6 +49,15 @@ class Growth:
         return same_depth and self.symmetry != "next-layer"
 
 
+Index = slice | torch.Tensor
+
+
+def _neighbours(index: torch.Tensor) -> Index:
+    """Indices that follow each other as a slice, which is copied at once, or not at all."""
+    first, end = int(index[0]), int(index[0]) + len(index)
+    return slice(first, end) if torch.equal(index, torch.arange(first, end)) else index
+
+
 class Axis(NamedTuple):
     """One axis of the large model's tensors."""
 
@@ -67,6 +76,11 @@ class Axis(NamedTuple):
         """Where an index has occurred before."""
         position = torch.arange(len(self.source))
         return (position >= len(self.source) // self.copies) & ~self.is_new
+
+    def placed(self) -> tuple[Index, Index]:
+        """Where there is something, and the small model's index of it."""
+        place = (~self.is_new).nonzero()[:, 0]
+        return _neighbours(place), _neighbours(self.source[place])
 
 
 # --- where everything goes ---------------------------------------------------------------------
@@ -205,14 +219,13 @@ class Grown:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         rows, columns = (self._axes[axis] for axis in MATRICES[kind])
         grown = self._fill(kind, torch.Size((len(rows.source), len(columns.source))), generator)
-        used, read = ((~axis.is_new).nonzero()[:, 0] for axis in (rows, columns))
-        block = _at(small, rows.source[used], columns.source[read])
+        (used, row), (read, column) = rows.placed(), columns.placed()
+        block = small[row][:, column]
         if following is not small:
-            later = _at(following, rows.source[used], columns.source[read])
             neurons = rows.is_later_copy[used, None], columns.is_later_copy[read]
-            block = torch.where(neurons[kind in WRITERS], later, block)
-        block *= self._turned(kind) / columns.copies
-        grown.index_copy_(0, used, grown[used].index_copy_(1, read, block))
+            block = torch.where(neurons[kind in WRITERS], following[row][:, column], block)
+        # Heads are placed in the rows or in the columns: the other index is a slice.
+        grown[used, read] = block * (self._turned(kind) / columns.copies)
         if self._growth.symmetry == "noise" and columns.copies > 1:
             _add_noise(grown, columns.copies, generator)
         return grown
@@ -220,16 +233,12 @@ class Grown:
     def _fill(self, kind: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         if kind in (*WRITERS, "embed_tokens"):
             return torch.zeros(shape)
-        fill = torch.randn(shape, generator=generator) * INIT_STD
+        fill = torch.randn(shape, generator=generator).mul_(INIT_STD)
         if kind == "k_proj":  # in a used head, new pairs must not meet the queries' random rows
             keys = self._axes["key"].source.view(self._new.num_query_groups, -1)
             is_used = (keys >= 0).any(dim=1, keepdim=True)
             fill[((keys < 0) & is_used).flatten()] = 0.0
         return fill
-
-
-def _at(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return matrix.index_select(0, rows).index_select(1, columns)
 
 
 def _add_noise(grown: torch.Tensor, copies: int, generator: torch.Generator) -> None:
