@@ -49,6 +49,18 @@ def check_shapes(
             )
 
 
+def check_finite(what: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is; a UsageError if a value is NaN or infinite."""
+    low, high = tensor.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        raise UsageError(
+            f"{what} has values from {low} to {high}: it is damaged, of a run that diverged, or "
+            f"too large for {tensor.dtype}. Download the model again, or choose an earlier "
+            "checkpoint, or another --dtype."
+        )
+    return tensor
+
+
 def check_names(
     expected: Iterable[str], found: Iterable[str], what: str, ignored: dict[str, str]
 ) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from megatron_let.conversion.checks import check_finite
 from megatron_let.conversion.output import PiecewiseFile
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import check_folder, open_safetensors, weight_map
@@ -61,14 +62,7 @@ class SafetensorsReader:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor; a UsageError if a value is NaN or infinite."""
-        tensor = self._get(name, "get_tensor")
-        low, high = tensor.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise UsageError(
-                f"{name} in {self.folder} has values from {low} to {high}: it is damaged, or of a "
-                "run that diverged. Download the model again, or choose an earlier checkpoint."
-            )
-        return tensor
+        return check_finite(f"{name} in {self.folder}", self._get(name, "get_tensor"))
 
     def _get(self, name: str, method: str) -> Any:
         saved = self._names[name]
@@ -137,8 +131,8 @@ def write_folder(
             file, start = place.pop(name)
             assert tensor.shape == tensors[name].shape, name
             file.seek(start)
-            data = tensor.to(tensors[name].dtype).contiguous().view(-1).view(torch.uint8)
-            file.write(data.numpy().data)
+            data = check_finite(name, tensor.to(tensors[name].dtype)).contiguous().view(-1)
+            file.write(data.view(torch.uint8).numpy().data)
         assert not place, sorted(place)
         for file in files:
             os.fsync(file.fileno())

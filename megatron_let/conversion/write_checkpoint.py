@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorPropertie
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from tqdm import tqdm
 
+from megatron_let.conversion.checks import check_finite
 from megatron_let.conversion.output import PiecewiseFile
 
 METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
@@ -55,6 +56,7 @@ def write_checkpoint(
             bar.update()
             tensor, stacked = tensors[name]
             piece = read(name, index.index if stacked else None).to(tensor.dtype)
+            check_finite(name, piece)  # a cast may be too much for it
             return (piece.unsqueeze(0) if stacked else piece).contiguous()
 
     with bar, warnings.catch_warnings():

@@ -194,6 +194,10 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
         save_file(tensors, original / "model.safetensors")
         with pytest.raises(UsageError, match=f"{name} in .*/hf has values from {value}"):
             import_model(str(original), tmp_path / "megatron")
+    tensors[name][3, 3] = 1e5
+    save_file(tensors, original / "model.safetensors")
+    with pytest.raises(UsageError, match="q.*has values from .* to inf.*too large for torch.float"):
+        import_model(str(original), tmp_path / "megatron", dtype="fp16")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 

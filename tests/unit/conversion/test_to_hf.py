@@ -75,6 +75,17 @@ def test_dtype_and_shards(made: MadeCheckpoint, tmp_path: Path) -> None:
         assert torch.equal(weight, expected[name].bfloat16()), name
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, None), (1e5, "fp16")])
+def test_what_is_not_finite_is_named(
+    made: MadeCheckpoint, tmp_path: Path, value: float, dtype: str | None
+) -> None:
+    made.state["output_layer.weight"][3, 3] = value
+    made.write()
+    with pytest.raises(UsageError, match="lm_head.weight has values from .*diverged"):
+        export(made.save, tmp_path / "hf", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["save"]
+
+
 def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) -> None:
     source = write_tokenizer(tmp_path / "tokenizer")
     made.args.tokenizer_type = "HuggingFaceTokenizer"
