@@ -23,7 +23,7 @@ from megatron_let.conversion.safetensors_files import (
     check_shard_size,
     write_folder,
 )
-from megatron_let.conversion.verify import TEXT
+from megatron_let.conversion.verify import TEXT, compare
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import from_hf_config
 from megatron_let.teacher.load import DTYPES
@@ -120,16 +120,14 @@ def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact
     length = min(64, config.max_position_embeddings)
     ids_BS = torch.randint(config.vocab_size, (2, length), generator=generator)
     ours_BSV = streamed_logits(config, read, ids_BS)
-    theirs_BSV = streamed_logits(small.config, small.reader.read, ids_BS)
-    largest = ((ours_BSV - theirs_BSV).abs().max() / theirs_BSV.abs().max()).item()
-    verdict = f"logits on {ids_BS.numel()} tokens: largest difference {largest:.1e} of the largest"
-    if exact and not largest <= TOLERANCE:  # a NaN is refused, too
+    verdict = compare(ours_BSV, streamed_logits(small.config, small.reader.read, ids_BS))
+    if exact and not verdict.relative <= TOLERANCE:  # a NaN is refused, too
         raise UsageError(
             f"{small.folder}, grown, computes something else: {verdict}, not "
             f"{TOLERANCE:.0e}. Please report the command."
         )
     if text is None and (exact or not hugging_face.has_tokenizer(small.folder)):
-        return verdict
+        return str(verdict)
     words = text.read_text(errors="replace") if text else TEXT
     ids = tokenizer_files.load_tokenizer(small.folder)(words)
     ids_BS = torch.tensor([ids["input_ids"][: min(MAX_TOKENS, config.max_position_embeddings)]])

@@ -51,6 +51,15 @@ class Difference:
         )
 
 
+def compare(ours_BSV: torch.Tensor, theirs_BSV: torch.Tensor) -> Difference:
+    """Measure two models' logits on the same tokens; of zeros alone nothing can be said."""
+    largest = (ours_BSV - theirs_BSV).abs().max().item()
+    if (logit := theirs_BSV.abs().max().item()) == 0:
+        raise UsageError("Not verified: all logits are zero, as of a model that was not trained.")
+    same = (ours_BSV.argmax(-1) == theirs_BSV.argmax(-1)).float().mean().item()
+    return Difference(largest, logit, largest / logit, ours_BSV.shape[:2].numel(), same)
+
+
 @torch.no_grad()
 def verify(checkpoint: Path, folder: Path) -> Difference:
     """Compare what Megatron and transformers compute, in float32 on CPU.
@@ -72,10 +81,7 @@ def verify(checkpoint: Path, folder: Path) -> Difference:
     del model
     # Rows that only pad the vocabulary have no counterpart.
     theirs_BSV = _megatron_logits(checkpoint, ids_BS, own)[..., : ours_BSV.shape[-1]]
-    largest = (ours_BSV - theirs_BSV).abs().max().item()
-    logit = theirs_BSV.abs().max().item()
-    same = (ours_BSV.argmax(-1) == theirs_BSV.argmax(-1)).float().mean().item()
-    difference = Difference(largest, logit, largest / logit, ids_BS.numel(), same)
+    difference = compare(ours_BSV, theirs_BSV)
     if not difference.relative <= TOLERANCE:  # a NaN is refused, too
         raise UsageError(
             f"{folder} and {checkpoint} do not compute the same: {difference}. Tolerance: "

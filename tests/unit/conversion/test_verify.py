@@ -12,7 +12,7 @@ from megatron_let.commands.convert_checkpoint import main
 from megatron_let.conversion import verify as verify_module
 from megatron_let.conversion.from_hf import import_model
 from megatron_let.conversion.to_hf import export
-from megatron_let.conversion.verify import TOLERANCE, verify
+from megatron_let.conversion.verify import TOLERANCE, compare, verify
 from megatron_let.errors import UsageError
 from tests.support.testing import run_program
 from tests.unit.conversion.hf_models import MODELS, VOCAB, save_model
@@ -65,6 +65,11 @@ def test_the_stored_types_decide_what_is_rounded(
         with pytest.raises(UsageError, match="do not compute the same"):
             verify(load, original)
     assert asked == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_zeros_prove_nothing() -> None:
+    with pytest.raises(UsageError, match="all logits are zero"):
+        compare(torch.zeros(1, 2, VOCAB), torch.zeros(1, 2, VOCAB))
 
 
 @pytest.mark.parametrize("name", ["qwen3", *SLOW])
