@@ -56,8 +56,9 @@ def import_model(
     rules = {rule.megatron: rule for rule in source.rules}
     stand_ins = {}
     for name, rule in rules.items():
-        piece = rule.join(reader.empty, 0, shape)
-        tensor = piece.expand(shape.num_layers, *piece.shape) if rule.stacked else piece
+        layers = range(shape.num_layers) if rule.stacked else (None,)
+        pieces = [rule.join(reader.empty, layer, shape) for layer in layers]
+        tensor = torch.stack(pieces) if rule.stacked else pieces[0]  # in the widest type of them
         stand_ins[name] = tensor.to(DTYPES[dtype] if dtype else tensor.dtype), rule.stacked
 
     def read(name: str, layer: int | None) -> torch.Tensor:
