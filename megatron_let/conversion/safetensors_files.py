@@ -75,13 +75,13 @@ class SafetensorsReader:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Return each tensor's file."""
-    if (folder / INDEX).is_file():
-        return weight_map(folder / INDEX)
+    """Return each tensor's file; of a single one and an index transformers reads the first."""
     single = folder / "model.safetensors"
     if single.is_file():
         with open_safetensors(single) as file:
             return dict.fromkeys(file.keys(), single.name)
+    if (folder / INDEX).is_file():
+        return weight_map(folder / INDEX)
     raise UsageError(
         f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "
         "are not read: load the model with transformers and save it with save_pretrained."

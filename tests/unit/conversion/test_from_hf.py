@@ -71,15 +71,24 @@ def test_bf16_and_a_cast(tmp_path: Path) -> None:
     assert Checkpoint(find_checkpoint(wide)).read("output_layer.weight").dtype == torch.float32
     again = export(wide, tmp_path / "again", dtype="bf16")
     assert_same_bits(again, tmp_path / "hf")
+    # A layer that was kept in more bits than the first one loses none.
+    tensors = load_bytes((again / "model.safetensors").read_bytes())  # not mapped
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors[name] = tensors[name].float() + 1e-4
+    save_file(tensors, again / "model.safetensors")
+    mixed = import_model(str(again), tmp_path / "mixed")
+    assert torch.equal(weights(export(mixed, tmp_path / "kept"))[name], tensors[name])
 
 
 def test_names_of_older_folders(tmp_path: Path) -> None:
-    """GPT-2's own folder has no prefix, and buffers that are no weights."""
+    """GPT-2's own has no prefix, and buffers that are no weights; an index may be older still."""
     original = save_model("gpt2", tmp_path / "hf")
     tensors = load_bytes((original / "model.safetensors").read_bytes())  # not mapped
     older = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     older["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
     save_file(older, original / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(older, "shard.safetensors")}
+    (original / "model.safetensors.index.json").write_text(json.dumps(index))
     load = import_model(str(original), tmp_path / "megatron")
     ours = weights(export(load, tmp_path / "back"))
     assert all(torch.equal(ours[name], tensors[name]) for name in tensors)
