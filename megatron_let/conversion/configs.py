@@ -86,11 +86,11 @@ def hugging_face_config(
             f"--kv-channels {shape.head_dim} cannot be exported to Hugging Face's {family.name}: "
             f"{shape.num_heads} heads of {head_dim} make {head_dim * shape.num_heads}."
         )
-    # The families' own ids are the defaults; without a tokenizer none is right.
-    tokens = {
-        name: None if tokenizer is None else getattr(tokenizer, name)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
+    # The families' own ids are the defaults; without a tokenizer, or a row for it, none is right.
+    tokens = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        index = getattr(tokenizer, name, None)
+        tokens[name] = index if index in range(shape.vocab_size) else None
     config = AutoConfig.for_model(
         family.model_type,
         vocab_size=shape.vocab_size,
