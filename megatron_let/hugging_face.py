@@ -16,7 +16,7 @@ from megatron_let.errors import MachineError, UsageError
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt vocab.txt tokenizer.model chat_template.jinja"
+    "merges.txt vocab.txt tokenizer.model spiece.model tekken.json chat_template.jinja"
 ).split()
 OWN_FOLDER = "tokenizer"
 """Where a tokenizer's files lie if the model's folder would make another tokenizer of them."""

@@ -2,6 +2,7 @@
 
 import shutil
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,37 +38,41 @@ def write_tokenizer(source: str | Path, tokenizer: Any, folder: Path) -> None:
     transformers 5 takes a tokenizer of the model's architecture where the files tell of none in
     particular, as with Qwen2: then they go to a folder of their own beside the model.
     """
+    origin = own_folder(Path(source))
     for place in (folder, folder / OWN_FOLDER):
         place.mkdir(exist_ok=True)
-        copies = _copy_files(own_folder(Path(source)), tokenizer, place)
-        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        if _identity(loaded) == _identity(tokenizer):
-            return
-        for path in copies:
-            path.unlink()
+        for write in (partial(_copy_files, origin), tokenizer.save_pretrained):
+            before = set(place.iterdir())
+            write(place)
+            if _is_same(tokenizer, place):
+                return
+            for path in set(place.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     raise UsageError(
-        f"The tokenizer {source} has files beside {', '.join(TOKENIZER_FILES)} and cannot be "
-        "copied. Save it with transformers' save_pretrained and give that folder."
+        f"The tokenizer {source} becomes another one when it is written and loaded again. Save it "
+        "with transformers' save_pretrained and give that folder."
     )
 
 
-def _copy_files(origin: Path, tokenizer: Any, folder: Path) -> set[Path]:
-    """Copy the tokenizer's files, or save it if it came from the hub; returns the copies."""
-    before = set(folder.iterdir())
-    if origin.is_dir():
-        for name in TOKENIZER_FILES:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
-    else:
-        tokenizer.save_pretrained(folder)
-    return set(folder.iterdir()) - before
+def _copy_files(origin: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+
+
+def _is_same(tokenizer: Any, folder: Path) -> bool:
+    """Whether a folder's tokenizer loads, as that one."""
+    try:
+        return _identity(load_tokenizer(folder)) == _identity(tokenizer)
+    except UsageError:  # files that a model's configuration explains
+        return False
 
 
 def _identity(tokenizer: Any) -> tuple[Any, ...]:
-    """All that decides how a text is encoded."""
+    """All that decides how a text is encoded, or a chat written."""
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return tokenizer.get_vocab(), rules, ids
+    return tokenizer.get_vocab(), rules, ids, tokenizer.chat_template
 
 
 def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.checkpoint.folder import find_checkpoint
@@ -136,6 +137,19 @@ def test_a_tokenizer_that_the_architecture_would_change(tmp_path: Path) -> None:
     assert load_tokenizer(again).get_vocab() == expected.get_vocab()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_a_tokenizer_that_only_the_configuration_explains(name: str, tmp_path: Path) -> None:
+    """Old folders hold GPT-2's two files and no word on whose they are."""
+    original = save_model(name, tmp_path / "hf", tokenizer=False)
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    (original / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (original / "merges.txt").write_text("#version: 0.2\n")
+    load = import_model(str(original), tmp_path / "megatron")
+    expected = AutoTokenizer.from_pretrained(original)
+    for folder in (load, export(load, tmp_path / "back")):
+        assert load_tokenizer(folder)("a b")["input_ids"] == expected("a b")["input_ids"]
+
+
 def test_more_rows_than_tokens_are_kept(tmp_path: Path) -> None:
     original = save_model("llama", tmp_path / "hf", tokenizer=False)
     write_tokenizer(original, VOCAB - 7)
@@ -147,12 +161,14 @@ def test_fewer_rows_than_tokens_are_told_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = save_model("llama", tmp_path / "hf", tokenizer=False)
-    write_tokenizer(original, VOCAB + 5)
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(original, VOCAB + 5))
+    tokenizer.pad_token = f"w{VOCAB}"  # a common habit: it is learnt by no model
+    tokenizer.save_pretrained(original)
     load = import_model(str(original), tmp_path / "megatron")
     assert "ids up to 304 and the model 300 rows, 0 to 299" in capsys.readouterr().err
     folder = export(load, tmp_path / "back")
     assert_same_bits(folder, original)
-    assert len(load_tokenizer(folder)) == VOCAB + 5
+    assert load_tokenizer(folder).pad_token_id == VOCAB < len(load_tokenizer(folder))
 
 
 @pytest.mark.parametrize(
