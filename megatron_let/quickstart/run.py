@@ -202,7 +202,7 @@ class Quickstart:
             f"--tokenizer-model {folder}/tokenizer --data-cache-path {folder}/cache "
             "--num-workers 0 --no-create-attention-mask-in-dataloader "
             f"{'' if self.on_gpu else '--cpu '}"
-            "--full-validation --multiple-validation-sets --eval-iters 1 "
+            "--full-validation --multiple-validation-sets "
             f"--eval-interval {max(1, model.steps // evaluations)} --log-interval 10 "
             f"--save {save} --load {save} --save-interval {max(1, model.steps // recipe.saves)}"
         ).split()

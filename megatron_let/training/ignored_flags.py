@@ -35,6 +35,7 @@ UNSUPPORTED = (
     "dataloader-inter-document-masking yaml-cfg enable-msc"
 )
 """Batches of another form, the file that replaces the command line, files that lie in no folder."""
+OF_PARTIAL_SETS = "eval-iters eval-global-batch-size test-data-path"
 NEEDS_TRANSFORMER_ENGINE = "fp8- fp4- save-dgrads-interval save-activations-interval"
 NEEDS_GPU = (
     "record-memory-history memory-snapshot-path log-memory-to-tensorboard log-device-memory-used "
@@ -62,6 +63,13 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
         way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
         _refuse(argv, "async-save", f"has no effect alone. {way_out}")
+    if args.full_validation:
+        what = "evaluates the validation sets, whole, by --eval-micro-batch-size rows a rank"
+        _refuse(
+            argv,
+            OF_PARTIAL_SETS,
+            f"has no effect with --full-validation, which {what}, and no other. Leave it out.",
+        )
     if args.transformer_impl != "transformer_engine":
         where = "without Transformer Engine. Install it (docs/install.md), or leave the flag out."
         _refuse(argv, NEEDS_TRANSFORMER_ENGINE, f"has no effect {where}")

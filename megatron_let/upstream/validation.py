@@ -17,7 +17,8 @@ class WholeSet:
 
     Every rank gives as many batches of `--eval-micro-batch-size` rows, since ranks may pass tensors
     of one shape on, and one that came to its end before the others would begin anew. What is
-    missing is None: a row of the data set without a token that counts.
+    missing is None: a row of the data set without a token that counts. (An expert's capacity, where
+    it has one, is shared by a batch: the loss then depends on the rows of each, missing ones too.)
     """
 
     def __init__(
@@ -37,22 +38,7 @@ class WholeSet:
 
 
 def whole_set_batches(args: Namespace) -> dict[str, int]:
-    """Return what Megatron's `--eval-global-batch-size` must be, of a parsed command line.
-
-    Raises UsageError if that says another.
-    """
-    if args.eval_global_batch_size is not None:
-        raise UsageError(
-            f"--eval-global-batch-size {args.eval_global_batch_size} has no effect on "
-            "--full-validation: each data-parallel rank takes --eval-micro-batch-size rows at a "
-            "time. Leave it out."
-        )
-    if args.eval_iters == 0 or args.test_data_path:
-        flag = "--test-data-path" if args.test_data_path else "--eval-iters 0"
-        raise UsageError(
-            f"{flag} has no effect with --full-validation, which evaluates the validation sets, "
-            "whole, and no other. Leave one of the two out."
-        )
+    """Return what Megatron's `--eval-global-batch-size` must be, of a parsed command line."""
     rows = args.eval_micro_batch_size or args.micro_batch_size
     # For now a multiple of what it will be; without rows Megatron says what is missing.
     return {} if rows is None else {"eval_global_batch_size": rows * args.world_size}

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.training.ignored_flags import IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
+from megatron_let.training.ignored_flags import (
+    IGNORED,
+    NEEDS_GPU,
+    NEEDS_TRANSFORMER_ENGINE,
+    OF_PARTIAL_SETS,
+)
 from tests.support.testing import run_distributed, run_program
 from tests.support.tiny_run import FLAGS
 
@@ -35,6 +40,7 @@ REFUSED = {
     "--log-memory-to-tensorboard": "without a GPU. Leave it out",
     "--gpu-sniff-test-interval 2": "without a GPU. Leave it out",
     "--enable-cuda-graph": "without a GPU. Leave it out",
+    "--eval-iters 3 --full-validation": "with --full-validation, which evaluates the validation",
 }
 
 
@@ -62,5 +68,5 @@ def test_a_package_that_is_missing_is_named(corpus):
 def test_every_name_is_one_of_megatrons():
     [facts] = run_distributed("tests.unit.command_line:parser_facts", 1)
     options = {word.removeprefix("--").removeprefix("no-") for word in facts["options"]}
-    for name in " ".join([*IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE]).split():
+    for name in " ".join([*IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE, OF_PARTIAL_SETS]).split():
         assert any(o.startswith(name) if name.endswith("-") else o == name for o in options), name

@@ -218,8 +218,6 @@ def test_a_part_for_a_test_ends_no_run_with_whole_sets(corpus):
 def test_whole_sets_that_cannot_be_had_are_refused(corpus):
     virtual = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage")
     for ranks, flags, why in (
-        (1, ("--eval-global-batch-size", "8"), "takes --eval-micro-batch-size rows at a time"),
-        (1, ("--eval-iters", "0"), "--eval-iters 0 has no effect with --full-validation"),
         (1, ("--split", "100,0,0"), "or leave --full-validation out"),
         (2, (*virtual, "1"), "--full-validation does not go with virtual pipeline stages"),
     ):
