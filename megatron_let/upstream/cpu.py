@@ -78,6 +78,16 @@ def _says_process(say: Callable[..., None], text: str, *others: Any, **named: An
     say(text.replace("TFLOP/s/GPU", "TFLOP/s/process"), *others, **named)
 
 
+def _note_progress(save: str | None, text: str, barrier: bool = True) -> None:
+    """`append_to_progress_log`, in those words; Megatron reads a line's fields by their places."""
+    if save is None or os.environ["RANK"] != "0":
+        return
+    when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
+    fields = when, f"Job ID: {job}", f"# processes: {os.environ['WORLD_SIZE']}", text
+    with open(f"{save}/progress.txt", "a") as file:
+        file.write("\t".join(fields).replace("TFLOP/s/GPU", "TFLOP/s/process") + "\n")
+
+
 @around
 def _type_as_cuda(tensor_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = tensor_type(*args, **kwargs)
@@ -170,6 +180,7 @@ _MEMORY = "memory_allocated max_memory_allocated memory_reserved max_memory_rese
 _MOVED, _CUDA, _DATA = "torch.Tensor torch.nn.Module", "torch.cuda", "torch.utils.data.DataLoader"
 _C10D = "torch.distributed.distributed_c10d"
 _RANDOM, _TRAINING = "megatron.core.tensor_parallel.random", "megatron.training.training"
+_NOTING = f"{_TRAINING} megatron.training.checkpointing"
 
 TORCH_REDIRECTS: list[Redirect] = [
     *alike("torch", _FACTORIES, _factory_on_cpu, "called with device='cuda'"),
@@ -208,6 +219,7 @@ MEGATRON_REDIRECTS: list[Redirect] = [
     Redirect(_RANDOM, "_set_cuda_rng_state", _set_rng_state, "its states fork the CPU generator's"),
     Redirect(_TRAINING, "initialize_megatron", _without_cuda, "asserts that CUDA is there"),
     Redirect(_TRAINING, "print_rank_last", _says_process, "TFLOP/s of GPUs"),
+    *alike(_NOTING, "append_to_progress_log", instead(_note_progress), "counts GPUs"),
 ]
 
 

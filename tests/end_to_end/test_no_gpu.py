@@ -66,12 +66,11 @@ def test_help_is_given_on_any_machine():
 
 
 @pytest.mark.skipif(promise({}) is not None, reason="there are GPUs that torch cannot use here")
-def test_a_run_on_a_machine_without_gpus_says_so_and_speaks_of_none():
+def test_a_run_on_a_machine_without_gpus_says_so_and_speaks_of_none(tmp_path):
     flags = [word for word in FLAGS if word != "--cpu"]
     data = "--mock-data --tokenizer-type NullTokenizer --vocab-size 255".split()
-    result = call(
-        PRETRAIN, *flags, *data, "--log-throughput", "--train-iters", "2", "--verbose-console"
-    )
+    flags += ["--log-throughput", "--train-iters", "2", "--verbose-console"]
+    result = call(PRETRAIN, *flags, *data, "--save", tmp_path, "--log-progress")
     assert result.returncode == 0, result.stderr
     first, *lines = result.stdout.splitlines()
     assert first == "no GPU: training on CPU"
@@ -79,3 +78,5 @@ def test_a_run_on_a_machine_without_gpus_says_so_and_speaks_of_none():
     assert len(rates) == 2 and not any("GPU" in line for line in rates)
     assert sum("throughput per process (TFLOP/s/process)" in line for line in rates) == 2
     assert "without Transformer Engine" not in result.stdout
+    started, saved = (tmp_path / "progress.txt").read_text().splitlines()
+    assert "# processes: 1\tStarting job" in started and "GPU" not in saved
