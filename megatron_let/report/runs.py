@@ -16,6 +16,8 @@ from megatron_let.training.metrics import read_records
 
 GROWTH = "growth"
 """What plain training is called that starts from a small model."""
+THEN = ", then "
+"""Between the methods of a run that went on with another one, as where the teacher is gone."""
 LOGGED = ("name", "seed", "train_iters", "tokens_per_step", "student_parameters")
 """What a `start` line says as a `Run` does."""
 
@@ -87,8 +89,8 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
         raise ValueError(f"{file} does not exist: give the folder of a run that has started")
     if not file.read_bytes().strip():
         raise ValueError(f"{file} is empty: the run has logged nothing yet, wait for its start")
-    start, records = _kept(file)
     try:
+        start, records = _kept(file)
         method, small = start["method"], start.get("init_from")
         if small:
             method = GROWTH if method == BASELINE else f"{GROWTH} + {method}"
@@ -119,6 +121,10 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             start = record | {
                 name: record.get(name) or before.get(name) for name in ("init_from", "teacher")
             }
+            methods = before.get("method", start["method"])
+            if methods.split(THEN)[-1] != start["method"]:
+                methods += THEN + start["method"]
+            start["method"] = methods
             latest = {key: value for key, value in latest.items() if key[1] <= iteration}
         else:
             latest[kind, iteration] = record

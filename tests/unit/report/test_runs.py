@@ -50,6 +50,14 @@ def test_resume_drops_what_the_earlier_attempt_did_after_the_checkpoint(write, l
     assert run.finished
 
 
+def test_a_run_that_went_on_with_another_method_is_no_run_of_that_one(write, lines):
+    start, valid, _ = lines
+    first = [start(method="let"), valid(10, 5.0)]
+    run = read_run(write(*first, start(20, method="baseline"), start(30, method="baseline")))
+    assert run.method == run.label == "let, then baseline"
+    assert read_run(write(*first, start(method="baseline"))).method == "baseline"  # begun anew
+
+
 def test_last_record_of_a_step_wins(write, lines):
     start, valid, train = lines
     records = [start(), valid(10, 5.0), train(10, lm_loss=6.0), valid(10, 4.0)]
