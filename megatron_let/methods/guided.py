@@ -202,9 +202,9 @@ class TeacherMethod(Method):
         before, now = self.args.teacher_fingerprint, self.host.facts["fingerprint"]
         if before not in (None, now):
             raise UsageError(
-                f"The teacher's weights (and tokenizer, where it is another than the student's) "
-                f"have the fingerprint {now}, but {before} guided the run "
-                f"that saved the checkpoint in {self.args.load}. Resume with that teacher, or "
+                f"The teacher's weights (in its --teacher-dtype, with its tokenizer where that is "
+                f"another than the student's) have the fingerprint {now}, but {before} guided the "
+                f"run that saved the checkpoint in {self.args.load}. Resume with that teacher, or "
                 "start a new run from the checkpoint's weights: --finetune, with another --save."
             )
         self.args.teacher_fingerprint = now
