@@ -13,6 +13,7 @@ import torch
 
 from megatron_let.errors import UsageError
 from megatron_let.methods.balance import averaged
+from megatron_let.methods.schedules import run_length, schedule_samples
 
 WORDS = {
     "loss": "the student's loss less the teacher's has come down to {:.4f}",
@@ -49,7 +50,7 @@ def check_ending(args: Namespace, measures: set[str]) -> None:
     if not math.isfinite(args.guidance_margin):
         raise UsageError(f"--guidance-margin {args.guidance_margin} is no number to come down to.")
     patience, ramp = args.guidance_patience, args.guidance_ramp
-    if min(patience, ramp) < 1 or patience > (args.train_iters or patience):
+    if min(patience, ramp) < 1 or patience > (run_length(args) or patience):
         raise UsageError(
             f"--guidance-patience {patience} and --guidance-ramp {ramp} must be at least 1, and "
             "the patience no longer than the run."
@@ -66,10 +67,8 @@ class Ending:
     def __init__(self, args: Namespace) -> None:
         self._args = args
         self._of = [args.method, args.guidance_stop]
-        share = args.lr_warmup_fraction
-        length = args.lr_decay_iters or args.train_iters or 0
-        self._warm_up = args.lr_warmup_iters if share is None else int(share * length)
-        """Steps of the learning rate's, in which nothing is judged: gradients mean little yet."""
+        *_, self._warm_up = schedule_samples(args)
+        """Samples of the learning rate's, in which nothing is judged: gradients mean little yet."""
         self._average: torch.Tensor | None = None
         self._is_low: torch.Tensor | None = None
         """Of the step before, on its way to the host."""
@@ -100,7 +99,8 @@ class Ending:
         old = torch.full_like(new, torch.nan) if self._average is None else self._average
         new = self._average = averaged(old.to(new.device), new, new.isfinite())
         is_low = new <= self._args.guidance_margin
-        self._copy(is_low if step > self._warm_up else torch.zeros_like(is_low))
+        is_warm = self._args.consumed_train_samples > self._warm_up
+        self._copy(is_low if is_warm else torch.zeros_like(is_low))
         if self._since is None and self._patience >= self._args.guidance_patience:
             self._since = step
             what = WORDS[self._args.guidance_stop].format(new.item())

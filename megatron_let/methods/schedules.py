@@ -1,8 +1,9 @@
-"""How much the teacher counts at a given step: step -> factor in [0, 1], and nothing else."""
+"""How much the teacher counts at a given step: step -> factor in [0, 1]; and how long a run is."""
 
 import math
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
@@ -23,6 +24,15 @@ def guidance_factor(done: int, stop: int | None, decay: str) -> float:
     if stop is None:
         return 1.0
     return DECAYS[decay](done / stop) if done < stop else 0.0
+
+
+def schedule_samples(args: Namespace) -> list[Any]:
+    """The samples of the whole run, of the decay and of the warm-up, as Megatron counts them."""
+    batch = args.global_batch_size or 1
+    total = args.train_samples or (args.train_iters or 0) * batch
+    decay = args.lr_decay_samples or (args.lr_decay_iters or 0) * batch or total
+    warmup = args.lr_warmup_samples or (args.lr_warmup_iters or 0) * batch
+    return [total, decay, args.lr_warmup_fraction and args.lr_warmup_fraction * decay or warmup]
 
 
 def run_length(args: Namespace) -> int | None:

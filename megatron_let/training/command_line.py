@@ -25,9 +25,9 @@ from megatron_let.data.inspect import first_tokens
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
+from megatron_let.methods.schedules import schedule_samples
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupported
-from megatron_let.training.resume import schedule_samples
 from megatron_let.training.tracking import tracker_defaults
 from megatron_let.upstream.mended import gpt_config, known_token_ids, token_ids
 from megatron_let.upstream.validation import check_whole_sets, whole_set_batches
@@ -110,7 +110,8 @@ def parse_arguments() -> Namespace:
         args = parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
     if args.full_validation:
         check_whole_sets(args)
-    _check_warmup(args)
+    if not args.skip_train:
+        _check_schedule(args)
     arguments.check_flags(args, sys.argv)  # fills in the defaults that depend on other flags
     _check_data_tokenizer(args)
     args.save_keep_every = args.save_retain_interval
@@ -154,13 +155,41 @@ def _check_numbers(args: Namespace) -> None:
         raise UsageError(f"{given} has no effect alone: {way_out}.")
 
 
-def _check_warmup(args: Namespace) -> None:
+def _check_schedule(args: Namespace) -> None:
     _, decay, warmup = schedule_samples(args)
-    if not args.skip_train and warmup >= decay:
-        raise UsageError(
+    unit, batch = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
+    fall = vars(args)[f"lr_wsd_decay_{unit}"]
+    for is_wrong, what in (
+        (
+            warmup >= decay,
             f"The learning rate would rise for {warmup:g} samples (--lr-warmup-*), but it has "
-            f"reached its end after {decay:g} (--train-*, --lr-decay-*): warm up for less."
-        )
+            f"reached its end after {decay:g} (--train-*, --lr-decay-*): warm up for less.",
+        ),
+        (
+            args.lr_warmup_init > args.lr,
+            f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: begin lower.",
+        ),
+        (
+            (args.lr_decay_style == "WSD") != (fall is not None),
+            f"--lr-decay-style WSD and --lr-wsd-decay-{unit}, its fall at the end, go together: "
+            "give both, or neither.",
+        ),
+        (
+            (fall or 0) * batch > decay,
+            f"--lr-wsd-decay-{unit} {fall} is longer than the run: choose less.",
+        ),
+        (
+            args.end_weight_decay < args.start_weight_decay,
+            "Megatron-LM's weight decay only grows: let --end-weight-decay be the larger one.",
+        ),
+        (
+            args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler,
+            "--override-opt-param-scheduler follows this command's schedule, "
+            "--use-checkpoint-opt-param-scheduler the checkpoint's: give one of them.",
+        ),
+    ):
+        if is_wrong:
+            raise UsageError(what)
 
 
 def _data_prefixes(args: Namespace) -> list[str]:
@@ -200,6 +229,12 @@ def _check_needed(args: Namespace) -> None:
         ):
             if value is None:
                 raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
+    if args.step_batch_size_schedule is not None and args.train_samples is None:
+        raise UsageError(
+            "--step-batch-size-schedule goes with --train-samples (and --lr-*-samples): of steps "
+            "Megatron-LM makes samples as if each batch were the smallest, so that the learning "
+            "rate would end early."
+        )
     if args.full_validation != args.multiple_validation_sets:
         raise UsageError(
             "--full-validation and --multiple-validation-sets go together: Megatron-LM evaluates "

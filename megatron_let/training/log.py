@@ -80,7 +80,7 @@ class RunLog(Listener):
             method=args.method,
             seed=args.seed,
             train_iters=args.train_iters,
-            tokens_per_step=args.global_batch_size * args.seq_length,
+            tokens_per_step=mean_batch(args) * args.seq_length,
             student_parameters=self._num_parameters,
             data=data,
             init_from=args.init_from,
@@ -290,6 +290,12 @@ def _peak_memory() -> float:
     peak = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     return peak.item()
+
+
+def mean_batch(args: Namespace) -> int:
+    """Samples of a step, where they grow the mean over the run."""
+    grows = args.step_batch_size_schedule is not None
+    return args.train_samples // args.train_iters if grows else args.global_batch_size
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:

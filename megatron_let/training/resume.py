@@ -11,10 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    update_num_microbatches,
+)
+
 from megatron_let.checkpoint.door import Door
+from megatron_let.checkpoint.folder import step_of
 from megatron_let.console import say
 from megatron_let.errors import UsageError
 from megatron_let.methods.base import Method
+from megatron_let.methods.schedules import schedule_samples
 from megatron_let.methods.table import BASELINE
 from megatron_let.training.arguments import InitFlags, flag, groups
 
@@ -81,11 +88,12 @@ def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any])
     Raises UsageError if there is nothing to go on from, or another run's.
     """
     door.settle(args)
-    saved = door.saved_args(args)
-    if saved is not None:
+    saved, chosen = door.saved_args(args), door.chosen
+    if saved is not None and chosen is not None:
         method.check_checkpoint(saved)
         if not args.finetune:  # that is a run of its own, which takes the weights only
             _check_ours(args, saved, method)
+            _check_steps(args, saved, step_of(chosen))
         check_flags(args, saved)
         if not args.finetune and os.environ.get("RANK", "0") == "0":
             _tell_changes(args, saved)
@@ -157,6 +165,23 @@ def check_flags(args: Namespace, saved: Namespace) -> None:
         )
 
 
+def _check_steps(args: Namespace, saved: Namespace, step: int) -> None:
+    """Megatron takes the run's steps from --train-samples as if all batches were this command's."""
+    steps, samples = 0, 0
+    while args.train_samples and samples < saved.consumed_train_samples:
+        update_num_microbatches(samples, consistency_check=False)
+        samples += get_current_running_global_batch_size()
+        steps += 1
+    if steps not in (0, step):
+        before = saved.step_batch_size_schedule or f"0:{saved.global_batch_size}"
+        raise UsageError(
+            f"The checkpoint in {args.load} has seen {samples} samples in {step} steps, which are "
+            f"{steps} by this command's batches, so that --train-samples would end elsewhere. "
+            "Resume with the checkpoint's batch size, or have another one from here on: "
+            f"--step-batch-size-schedule {before},{samples * args.seq_length}:SIZE"
+        )
+
+
 def _tell_changes(args: Namespace, saved: Namespace) -> None:
     def changed(names: list[str]) -> str:
         found = _differing(args, saved, names)
@@ -206,12 +231,3 @@ def _as_trained(args: Namespace) -> dict[str, Any]:
     if not own["group_query_attention"]:
         own = own | {"num_query_groups": own["num_attention_heads"]}
     return own
-
-
-def schedule_samples(args: Namespace) -> list[Any]:
-    """The samples of the whole run, of the decay and of the warm-up, as Megatron counts them."""
-    batch = args.global_batch_size or 1
-    total = args.train_samples or (args.train_iters or 0) * batch
-    decay = args.lr_decay_samples or (args.lr_decay_iters or 0) * batch or total
-    warmup = args.lr_warmup_samples or (args.lr_warmup_iters or 0) * batch
-    return [total, decay, args.lr_warmup_fraction and args.lr_warmup_fraction * decay or warmup]

@@ -8,9 +8,10 @@ import shutil
 from argparse import Namespace
 
 import pytest
+from megatron.core import num_microbatches_calculator as calculator
 
 from megatron_let.errors import UsageError
-from megatron_let.training.resume import _tell_changes, check_flags
+from megatron_let.training.resume import _check_steps, _tell_changes, check_flags
 from tests.distributed.training import run, series
 from tests.support.tiny_run import checkpoint
 
@@ -136,6 +137,30 @@ def test_what_may_be_changed_is_said(saved, tmp_path, capsys):
         kept,
         f"{changed}, --adam-beta2 0.9 (0.999)",
     ]
+
+
+@pytest.mark.parametrize(
+    "batch, schedule, steps",
+    [(8, None, None), (4, None, 8), (2, "0:8,512:16", None), (2, "0:4,256:16", 5)],
+)
+def test_a_run_given_in_samples_takes_its_steps_by_the_same_batches(batch, schedule, steps):
+    """Megatron would end it early or late: 32 of its samples were seen in 4 steps of 8."""
+    before = {
+        "consumed_train_samples": 32,
+        "global_batch_size": 8,
+        "step_batch_size_schedule": None,
+    }
+    now = Namespace(load="run", train_samples=64, seq_length=16)
+    calculator.init_num_microbatches_calculator(0, None, batch, 2, 1, False, schedule, 16)
+    try:
+        _check_steps(now, Namespace(**before), LAST)
+    except UsageError as error:
+        assert f"which are {steps} by this command's" in str(error)
+        assert str(error).endswith("--step-batch-size-schedule 0:8,512:SIZE")
+    else:
+        assert steps is None
+    finally:
+        calculator.destroy_num_microbatches_calculator()
 
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"

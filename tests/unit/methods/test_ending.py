@@ -19,7 +19,13 @@ FLAGS = Namespace(
     method="salt",
     lr_warmup_iters=0,
     lr_warmup_fraction=None,
+    lr_warmup_samples=0,
     lr_decay_iters=None,
+    lr_decay_samples=None,
+    train_samples=None,
+    global_batch_size=8,
+    step_batch_size_schedule=None,
+    consumed_train_samples=0,
 )
 
 
@@ -31,6 +37,7 @@ def ended(values, flags=FLAGS):
     """The step in which the weights begin to fall, what is said, and who says it."""
     ending = Ending(flags)
     for step, value in enumerate(values, 1):
+        flags.consumed_train_samples = 8 * step
         why = ending.learn(step, torch.tensor([value]))
         if why:
             return step, why, ending
@@ -62,7 +69,14 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "warm_up", [{"lr_warmup_iters": 5}, {"lr_warmup_fraction": 0.05}, {"lr_warmup_fraction": 0.0}]
+    "warm_up",
+    [
+        {"lr_warmup_iters": 5},
+        {"lr_warmup_fraction": 0.05},
+        {"lr_warmup_fraction": 0.0},
+        {"lr_warmup_samples": 40, "train_iters": None, "train_samples": 800},
+        {"lr_warmup_fraction": 0.05, "train_iters": None, "train_samples": 800},
+    ],
 )
 def test_nothing_is_judged_in_the_warm_up_of_the_learning_rate(warm_up):
     begun = 5 if warm_up != {"lr_warmup_fraction": 0.0} else 0
@@ -106,6 +120,11 @@ def test_what_another_method_or_rule_has_seen_means_nothing():
         ({"guidance_stop": "cosine"}, {"loss"}, "--guidance-stop cosine needs LET: --method let"),
         ({"guidance_patience": 0}, {"loss"}, "--guidance-patience 0 .* at least 1"),
         ({"guidance_patience": 101}, {"loss"}, "--guidance-patience 101 .*no longer than the run"),
+        (
+            {"guidance_patience": 101, "train_iters": None, "train_samples": 800},
+            {"loss"},
+            "--guidance-patience 101 .*no longer than the run",
+        ),
         ({"guidance_ramp": 0}, {"loss"}, "--guidance-ramp 0 must be at least 1"),
         ({"guidance_margin": float("nan")}, {"loss"}, "--guidance-margin nan is no number"),
         ({"kd_temperature": 2.0}, {"loss"}, "--kd-temperature 2.0 gives the teacher another"),

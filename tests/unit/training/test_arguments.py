@@ -264,6 +264,29 @@ MISTAKES = {
         f"{PLAIN} --lr-warmup-iters 100",
         "would rise for 200 samples .*after 20 .*warm up for less",
     ),
+    "a warm-up from above": (f"{PLAIN} --lr-warmup-init 1", "--lr-warmup-init 1.0 is above --lr 0"),
+    "a course without its fall": (f"{PLAIN} --lr-decay-style WSD", "and --lr-wsd-decay-iters, its"),
+    "a fall in samples of a run in steps": (
+        f"{PLAIN} --lr-decay-style WSD --lr-wsd-decay-samples 4",
+        "--lr-decay-style WSD and --lr-wsd-decay-iters, .*go together",
+    ),
+    "a fall without its course": (f"{PLAIN} --lr-wsd-decay-iters 2", "WSD and .*give both, or"),
+    "a fall longer than the run": (
+        f"{PLAIN} --lr-decay-style WSD --lr-wsd-decay-iters 11",
+        "--lr-wsd-decay-iters 11 is longer than the run",
+    ),
+    "a weight decay that falls": (
+        f"{PLAIN} --weight-decay-incr-style linear --start-weight-decay 1 --end-weight-decay 0",
+        "weight decay only grows: let --end-weight-decay be",
+    ),
+    "two schedules": (
+        f"{PLAIN} --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+        "follows this command's schedule, .*the checkpoint's: give one",
+    ),
+    "a batch that grows in a run given in steps": (
+        f"{PLAIN} --step-batch-size-schedule 0:2,64:4",
+        "--step-batch-size-schedule goes with --train-samples",
+    ),
     "a signal that is none": (
         f"{PLAIN} --exit-signal-handler --exit-signal SIGFOO",
         "refuses these flags: 'SIGFOO' is unknown",

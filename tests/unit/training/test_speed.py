@@ -1,3 +1,5 @@
+from argparse import Namespace
+
 import pytest
 
 from megatron_let.quickstart.run import PROGRESS
@@ -8,9 +10,17 @@ from megatron_let.training.log import (
     TOKENS,
     Interval,
     evaluation_line,
+    mean_batch,
     step_line,
 )
 from megatron_let.upstream import cpu
+
+
+def test_of_a_batch_that_grows_the_mean_is_told():
+    args = Namespace(train_samples=64, train_iters=10, global_batch_size=2)
+    for schedule, batch in ((None, 2), ("0:4,400:8", 6)):
+        args.step_batch_size_schedule = schedule
+        assert mean_batch(args) == batch
 
 
 def test_an_interval_counts_what_was_done_since_the_last_one():
