@@ -17,6 +17,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank
 
 from megatron_let.checkpoint.finite import ranks_with
+from megatron_let.checkpoint.folder import write_whole
 from megatron_let.console import keep, say
 from megatron_let.methods.base import Method
 from megatron_let.training.metrics import MetricsFile, Totals
@@ -67,6 +68,8 @@ class RunLog(Listener):
                 record_start(path.parent, args)
             except OSError as error:  # it is no reason not to train
                 say(f"> this start is not recorded: {error}")
+            if args.iteration:
+                take_over(Path(args.load) / path.name, path)
         self._iteration = args.iteration
         self.file = MetricsFile(path, args.iteration)
         self._interval = Interval(dict(self.file.totals))
@@ -290,6 +293,16 @@ def _peak_memory() -> float:
     peak = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     return peak.item()
+
+
+def take_over(earlier: Path, path: Path) -> None:
+    """Go on with the records of the checkpoint's run, where it was saved in another folder."""
+    if path.exists():
+        return
+    if earlier.is_file():
+        write_whole(path, earlier.read_text(errors="replace"))
+    else:
+        say(f"> no {earlier}: tokens, FLOPs and seconds are counted from this step on")
 
 
 def mean_batch(args: Namespace) -> int:

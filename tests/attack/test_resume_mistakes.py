@@ -11,6 +11,7 @@ import pytest
 from megatron.core import num_microbatches_calculator as calculator
 
 from megatron_let.errors import UsageError
+from megatron_let.training.log import take_over
 from megatron_let.training.resume import _check_steps, _tell_changes, check_flags
 from tests.distributed.training import run, series
 from tests.support.tiny_run import checkpoint
@@ -189,4 +190,11 @@ WORKS = {
 def test_a_change_works_as_it_is_meant(change, saved, tmp_path):
     flags, rate, *form = WORKS[change]
     assert not saved(tmp_path, f"{flags} --exit-interval {LAST + 1}", *form)
-    assert series(tmp_path, "learning-rate") == {LAST + 1: pytest.approx(rate, rel=1e-6)}
+    assert series(tmp_path, "learning-rate")[LAST + 1] == pytest.approx(rate, rel=1e-6)
+
+
+def test_a_run_in_another_folder_counts_from_its_first_step(saved, tmp_path, capfd):
+    assert not saved(tmp_path / "on", f"--exit-interval {LAST + 1}")
+    assert series(tmp_path / "on", "tokens") == {n: 128 * n for n in range(1, LAST + 2)}
+    take_over(tmp_path / "none.jsonl", tmp_path / "new.jsonl")
+    assert "none.jsonl: tokens, FLOPs and seconds are counted from" in capfd.readouterr().out

@@ -90,8 +90,7 @@ def test_resumed_run_ends_like_the_uninterrupted_one(corpus, whole, tmp_path, ki
     assert len(expected) >= 27  # 9 weights and two moments of each
     assert hashes(save) == expected
     for key in ("lm loss", "let loss", "let weight", "learning-rate"):
-        values = series(whole / kind, key)
-        assert series(save, key) == {i: value for i, value in values.items() if i > step}, key
+        assert series(save, key) == series(whole / kind, key), key  # what came before is taken over
     assert set(series(whole / kind, "let loss")) == {1, 2, 3, 4}
     before, after = checkpoint(whole / kind).args(), checkpoint(save).args()
     assert after.consumed_train_samples == before.consumed_train_samples == STEPS * 8
