@@ -182,7 +182,8 @@ class _Job:
         engine = make_engine(engine_name, self.tokenizer, _tell)
         self.workplace.state.engine = engine.name
         columns = [*config.json_keys, *([GROUP_PARENT] if config.split_by_meta else [])]
-        inputs = [InputFile(path, index, columns) for index, path in enumerate(self.paths)]
+        longest = config.max_document_mb
+        inputs = [InputFile(path, i, columns, longest) for i, path in enumerate(self.paths)]
         encoder = BlockEncoder(
             engine=engine,
             verify_fraction=config.verify_fraction,

@@ -1,17 +1,18 @@
 """The inputs of preprocessing as a stream of blocks: lines, table rows or whole texts.
 
-A block is what one worker parses and tokenizes. No file is ever held in memory as a whole, except
-a .txt file, which is one document.
+A block is what one worker parses and tokenizes. No file is ever held in memory as a whole, and of a
+line or a text that is too long no more than that.
 """
 
 import glob
 import hashlib
+import math
 import os
 import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,8 @@ _BLOCK_BYTES = 1024 * 1024
 _BLOCK_ROWS = 512
 _BATCH_BYTES = 4 * 1024**2
 """What they hold at most, but for one larger row."""
+_LINE_FOR_A_TEXT = 8
+"""Bytes of a line for one of a text: JSON may write six, and there are other values."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Block:
     content: Any
     """Bytes of whole lines or of a whole text, `[size]`; a `pyarrow.RecordBatch` of rows.
 
-    In the place of rows that cannot be read, what is wrong with them.
+    In the place of records that cannot be read, what is wrong with them.
     """
     end: Position
     """Where the next block begins."""
@@ -146,13 +149,16 @@ def _is_output(path: Path) -> bool:
 class InputFile:
     """One input, read from front to back.
 
-    `index` is its place among the inputs; of a table `columns` are read. `size` in bytes and
+    `index` is its place among the inputs; of a table `columns` are read. What cannot but hold more
+    than `max_mb` million bytes of text in one of them is not read to its end. `size` in bytes and
     `digest`, a SHA-256, describe the file as it lies on disk, and are final when `blocks` is
     exhausted.
     """
 
-    def __init__(self, path: str, index: int, columns: Sequence[str]) -> None:
-        self.path, self.index, self.columns = path, index, columns
+    def __init__(
+        self, path: str, index: int, columns: Sequence[str], max_mb: float = math.inf
+    ) -> None:
+        self.path, self.index, self.columns, self.max_mb = path, index, columns, max_mb
         unpacked = path.lower().removesuffix(".gz").removesuffix(".zst")
         self.kind = _KINDS[Path(unpacked).suffix]
         self.size = 0
@@ -177,16 +183,23 @@ class InputFile:
 
     def _contents(self) -> Iterator[tuple[Any, int]]:
         """What the blocks of the whole file hold, and of how many records each is."""
-        if self.kind == "lines":
-            for lines in _whole_lines(self._bytes()):
-                # A last line may lack its end.
-                yield lines, lines.count(b"\n") + (not lines.endswith(b"\n"))
-        elif self.kind == "text":
-            if text := b"".join(self._bytes()):
-                yield text, 1
-        else:
+        if self.kind == "rows":
             yield from _rows(_parquet(self.path, self.columns), list(self.columns))
             deque(self._raw(), maxlen=0)  # a table is not read in the order of its bytes
+            return
+        is_text = self.kind == "text"
+        longest = self.max_mb * (1 if is_text else _LINE_FOR_A_TEXT * len(self.columns))
+        for whole in (_whole_text if is_text else _whole_lines)(self._bytes(), longest * 1e6):
+            if whole is None:
+                yield self._too_long(longest), 1
+            else:  # a last line may lack its end
+                yield whole, 1 if is_text else whole.count(b"\n") + (not whole.endswith(b"\n"))
+
+    def _too_long(self, longest: float) -> str:
+        return (
+            f"longer than --max-document-mb {self.max_mb:g}: more than {longest:g} MB "
+            f"without an end, not read on; split it or raise the limit"
+        )
 
     def _bytes(self) -> Iterator[bytes]:
         """The decompressed bytes in pieces."""
@@ -262,21 +275,43 @@ def _rows(table: Any, columns: list[str]) -> Iterator[tuple[Any, int]]:
             yield f"in a damaged row group: {place}, its last {left} rows: {why}", left
 
 
-def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _whole_lines(pieces: Iterator[bytes], longest: float) -> Iterator[bytes | None]:
     """Blocks that end where a line does, of about `_BLOCK_BYTES` or one longer line.
 
-    The first ones are smaller, so that all workers soon have one.
+    The first ones are smaller, so that all workers soon have one. None stands for a line of more
+    than `longest` bytes and a block.
     """
     held: list[bytes] = []  # joined once: one line may be most of the file
     size, wanted = 0, min(_READ_BYTES, _BLOCK_BYTES)
     for piece in pieces:
         held.append(piece)
         size += len(piece)
-        end = piece.rfind(b"\n") + 1 if size >= wanted else 0
-        if end:
-            wanted = min(2 * wanted, _BLOCK_BYTES)
+        if size < wanted:
+            continue
+        if end := piece.rfind(b"\n") + 1:
             yield b"".join([*held[:-1], piece[:end]])
             held = [piece[end:]]
-            size = len(held[0])
+        elif size > longest + wanted:  # the lines before it are smaller than a block
+            before, newline, _ = b"".join(held).rpartition(b"\n")
+            if newline:
+                yield before + newline
+            yield None
+            held = [next((p.partition(b"\n")[2] for p in pieces if b"\n" in p), b"")]
+        else:
+            continue
+        size, wanted = len(held[0]), min(2 * wanted, _BLOCK_BYTES)
     if last := b"".join(held):
         yield last
+
+
+def _whole_text(pieces: Iterator[bytes], longest: float) -> Iterator[bytes | None]:
+    """All of them as one block, if any; None where that is more than `longest` bytes."""
+    text = bytearray()
+    for piece in pieces:
+        text += piece
+        if len(text) > longest:
+            yield None
+            text.clear()
+            deque(pieces, maxlen=0)
+    if text:
+        yield bytes(text)

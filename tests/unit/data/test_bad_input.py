@@ -88,6 +88,16 @@ def damaged_rows(folder: Path, config: Config) -> Config:
     return {"input": (str(path),)}
 
 
+def endless(name: str, start: str = "") -> Callable[[Path, Config], Config]:
+    """A record, behind `start`, that goes on and on, and a good one behind it."""
+
+    def make(folder: Path, config: Config) -> Config:
+        (folder / name).write_text(start + "x" * 200_000 + '\n{"text": "good"}\n')
+        return {"input": (str(folder / name),), "max_document_mb": 0.001}
+
+    return make
+
+
 def packed_too(folder: Path, config: Config) -> Config:
     (folder / "both").mkdir()
     for name in ("x.jsonl", "x.jsonl.gz"):
@@ -165,6 +175,8 @@ BAD: dict[str, Callable[[Path, Config], Config]] = {
     "a damaged row group": damaged_rows,
     "a text that is not UTF-8": file("in.txt", b"\xff"),
     "a text too long": change(max_document_mb=0.001),
+    "a line without end": endless("in.jsonl", '{"text": "'),
+    "a text without end": endless("in.txt"),
     "no text at all": file("in.jsonl", b""),
     "no input": change(input=()),
     "a key named twice": change(json_keys=("text", "text")),
@@ -223,6 +235,12 @@ def test_a_bad_record_can_be_left_out(tmp_path: Path, config: Config, kind: str)
         (not_utf8, 2, {"the value of 'text' is not UTF-8": 1}, 2),
         (damaged_rows, 200, {"in a damaged row group": 100}, 1),
         (BAD["a text too long"], 199, {"longer than --max-document-mb 0.001": 1}, 5),
+        (
+            endless("in.jsonl", '{"text": "good"}\n{"text": "'),
+            2,
+            {"longer than --max-document-mb 0.001": 1},
+            2,
+        ),
     ],
 )
 def test_what_cannot_be_read_is_left_out_and_counted(
