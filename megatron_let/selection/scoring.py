@@ -17,7 +17,7 @@ from megatron_let.data.indexed import whole_file
 from megatron_let.data.selection import Selection, difficulty_B, highest, number_wanted
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES, fingerprint, load_causal_lm, read_teacher_config
-from megatron_let.teacher.stage import Teacher
+from megatron_let.teacher.stage import Teacher, logits
 
 CHUNK = 256
 """Samples that one process scores at a stretch, and that an interrupted scoring loses at most."""
@@ -116,8 +116,8 @@ class Scorer:
             torch.stack([torch.as_tensor(s[key])[: self.context] for s in samples]).to(self._device)
             for key in ("tokens", "labels", "loss_mask")
         )
-        logits = self._model(input_ids=tokens, use_cache=False).logits.float()
-        scores = difficulty_B(logits, labels, mask, self.config.top_k)
+        found = logits(self._model, tokens).float()
+        scores = difficulty_B(found, labels, mask, self.config.top_k)
         return scores.double().cpu().numpy()
 
 

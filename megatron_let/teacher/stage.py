@@ -97,9 +97,9 @@ class Teacher:
         Rows longer than the context are scored as far as it reaches.
         """
         tokens = rows["tokens"][:, : self.context]
-        logits = self._causal_lm(input_ids=tokens, use_cache=False).logits
+        found = logits(self._causal_lm, tokens)
         labels = labels_BS[:, : self.context].flatten()
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
+        losses = F.cross_entropy(found.flatten(0, 1).float(), labels, reduction="none")
         mask = mask_BS[:, : self.context].flatten().float()
         return ((losses * mask).sum() / mask.sum().clamp(min=1)).item()
 
@@ -122,15 +122,15 @@ class Teacher:
 
     def _check_head_is_linear(self, head: Any) -> None:
         tokens = torch.arange(8, device=head.weight.device)[None]
-        states = self._base(input_ids=tokens, use_cache=False).last_hidden_state
+        states = forward(self._base, {"tokens": tokens})
         room = torch.finfo(states.dtype).max / 2 / states.abs().max()
         factor = (LOUD / head(states).abs().max()).clamp(max=room)
         louder = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * factor,))
-        logits = self._causal_lm(input_ids=tokens, use_cache=False).logits.float()
+        found = logits(self._causal_lm, tokens).float()
         expected = head(states).float()
         louder.remove()
         # Where they are not finite, neither is the loss, which is told of.
-        if (logits - expected).abs().max() > 1e-2 * expected.abs().max():
+        if (found - expected).abs().max() > 1e-2 * expected.abs().max():
             raise UsageError(
                 f"A {self._base.config.model_type} teacher scales or caps its logits behind the "
                 f"head, which distillation does not know of. {CHOOSE} Or --method let, which needs "
@@ -185,6 +185,12 @@ def forward(base_model: Any, rows: Rows, windowed: bool = True) -> torch.Tensor:
             [inputs["attention_mask"]] = inputs["attention_mask"].values()
     with applied(UNASKED):
         return base_model(**inputs).last_hidden_state
+
+
+def logits(causal_lm: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """The model's `[B, S, V]`."""
+    with applied(UNASKED):
+        return causal_lm(input_ids=tokens_BS, use_cache=False).logits
 
 
 def _masks_by_kind(config: Any, forbidden: torch.Tensor, windowed: bool) -> Rows:

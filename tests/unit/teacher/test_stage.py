@@ -73,6 +73,7 @@ def test_a_pass_reads_nothing_on_the_host(folder, monkeypatch):
     teacher = load(folder)
     with Reads() as found:
         teacher.states_BSD(ROWS)
+        stage.logits(teacher._causal_lm, TOKENS_BS)
     assert not found.count
     monkeypatch.setattr(stage, "UNASKED", UNASKED[:1])
     with Reads() as found:
