@@ -8,10 +8,11 @@ from pathlib import Path
 
 from megatron_let.commands import tool_parser
 from megatron_let.data.merge import merge
+from megatron_let.data.sources import file_identity
 
 
 def _find_pairs(folder: Path) -> list[str]:
-    """Prefixes of the pairs in `folder`, sorted."""
+    """Prefixes of the pairs in `folder`, sorted; a link may lead to one that lies elsewhere."""
     if not folder.is_dir():
         raise ValueError(f"--input {folder} is no folder")
     halves = {suffix: {p.stem for p in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
@@ -19,7 +20,14 @@ def _find_pairs(folder: Path) -> list[str]:
         raise ValueError(f"{folder / stem} has no {'.idx' if stem in halves['.bin'] else '.bin'}")
     if not halves[".bin"]:
         raise ValueError(f"--input {folder} holds no .bin/.idx pair")
-    return [str(folder / stem) for stem in sorted(halves[".bin"])]
+    seen: dict[tuple[int, int], str] = {}
+    for stem in sorted(halves[".bin"]):
+        if (other := seen.setdefault(file_identity(f"{folder / stem}.bin"), stem)) != stem:
+            raise ValueError(
+                f"{folder / stem} is {other} by another name, and its documents would be there "
+                "twice: take one of them away"
+            )
+    return [str(folder / stem) for stem in seen.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -75,7 +75,7 @@ def expand(inputs: Sequence[str]) -> list[str]:
     seen: dict[Any, str] = {}
     for path in paths:
         unpacked = re.sub(r"\.(gz|zst)$", "", os.path.abspath(path), flags=re.IGNORECASE)
-        if (file := _file(path)) in seen:
+        if (file := file_identity(path)) in seen:
             also = f" (also as {seen[file]})" * (seen[file] != path)
             raise UsageError(f"--input names {path} twice{also}; name it once")
         if unpacked in seen:
@@ -87,7 +87,7 @@ def expand(inputs: Sequence[str]) -> list[str]:
     return paths
 
 
-def _file(path: str) -> tuple[int, int]:
+def file_identity(path: str) -> tuple[int, int]:
     """What a file is, under any name."""
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
@@ -121,7 +121,7 @@ def _own_texts(name: str, files: list[str]) -> list[str]:
     unwanted: dict[str, Callable[[str], bool]] = {
         "hidden": lambda file: _is_hidden(file, name),
         "written by this tool": lambda file: _is_output(Path(file)),
-        "another name of a file": lambda file: first.setdefault(_file(file), file) != file,
+        "another name of a file": lambda file: first.setdefault(file_identity(file), file) != file,
     }
     for kind, is_unwanted in unwanted.items():
         left_out = dict.fromkeys(filter(is_unwanted, files))

@@ -168,15 +168,23 @@ def test_a_sidecar_may_say_little(tmp_path: Path, prefix: str) -> None:
     assert (sidecar["tokenizer_fingerprint"], sidecar["documents"]) == ("x", 40)
 
 
+def linked(folder: Path) -> None:
+    folder.mkdir()
+    for ending in (".bin", ".idx"):
+        (folder / f"x{ending}").touch()
+        (folder / f"y{ending}").symlink_to(folder / f"x{ending}")
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda folder: None, "is no folder"),
         (lambda folder: folder.mkdir(), "holds no .bin/.idx pair"),
         (lambda folder: (folder.mkdir(), (folder / "x.bin").touch()), "x has no .idx"),
+        (linked, "in/y is x by another name"),
     ],
 )
-def test_merge_names_what_is_missing(
+def test_merge_names_what_is_wrong_with_a_folder(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     make: Callable[[Path], object],
