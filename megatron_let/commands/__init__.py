@@ -4,7 +4,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 
-def tool_parser(doc: str | None, name: str | None = None, **options: Any) -> ArgumentParser:
-    """Return a parser whose `--help` begins with a module's docstring, line by line."""
+def tool_parser(doc: str | None, name: str, **options: Any) -> ArgumentParser:
+    """Return the parser of a command, whose `--help` begins with its docstring, line by line."""
     form = RawDescriptionHelpFormatter
-    return ArgumentParser(prog=name, description=doc, formatter_class=form, **options)
+    prog = f"megatron-let {name}"  # which a checkout has as well
+    return ArgumentParser(prog=prog, description=doc, formatter_class=form, **options)

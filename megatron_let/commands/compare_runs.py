@@ -1,6 +1,6 @@
 """Compare training runs by their metrics.jsonl: a table, and a picture.
 
-    python tools/compare_runs.py runs/plain runs/let "LET, weight 3=runs/let3" --teacher runs/small
+    megatron-let compare runs/plain runs/let "LET, weight 3=runs/let3" --teacher runs/small
 
 Every seed needs its plain run (--method baseline); the target is that run's final validation loss.
 """
@@ -18,7 +18,7 @@ from megatron_let.report.targets import compare_all, regime_sentence
 
 
 def _build_parser() -> ArgumentParser:
-    parser = tool_parser(__doc__, "compare_runs.py", allow_abbrev=False)
+    parser = tool_parser(__doc__, "compare", allow_abbrev=False)
     add = parser.add_argument
     save = "a run's --save; runs of one label differ in their seeds (default label: the method)"
     add("runs", nargs="+", metavar="[LABEL=]FOLDER", help=save)

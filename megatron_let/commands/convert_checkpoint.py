@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_let.commands import tool_parser
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import import_file
 from megatron_let.planning.shapes import SIZES
@@ -15,8 +16,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    name = "convert_checkpoint.py"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__, allow_abbrev=False)
+    parser = tool_parser(__doc__, "convert", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add_parser = partial(commands.add_parser, allow_abbrev=False)
     to_hf = add_parser("to-hf", help="Megatron's torch_dist to a Hugging Face folder")

@@ -1,7 +1,7 @@
 """Evaluate exported models side by side: the paper's nine tasks, or the loss on held-out text.
 
-    python tools/evaluate.py tasks plain=runs/plain-hf let=runs/let-hf --output runs/evaluation
-    python tools/evaluate.py text runs/plain-hf runs/let-hf --input pile/test.jsonl.zst
+    megatron-let evaluate tasks plain=runs/plain-hf let=runs/let-hf --output runs/evaluation
+    megatron-let evaluate text runs/plain-hf runs/let-hf --input pile/test.jsonl.zst
 
 What is done of an --output is not done again.
 """
@@ -34,7 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _build_parser() -> ArgumentParser:
-    parser = tool_parser(__doc__, "evaluate.py", allow_abbrev=False)
+    parser = tool_parser(__doc__, "evaluate", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add_parser = partial(commands.add_parser, allow_abbrev=False)
     tasks = add_parser("tasks", help="one-shot accuracy by lm-evaluation-harness")
@@ -45,7 +45,7 @@ def _build_parser() -> ArgumentParser:
     tasks.add_argument("--num-fewshot", type=int, default=1, help="default: %(default)s")
     tasks.add_argument("--limit", type=int, metavar="N", help="only so many questions a task")
     text = add_parser("text", help="perplexity and bits per byte on held-out text")
-    text.add_argument("--input", nargs="+", required=True, help="files as preprocess_data.py reads")
+    text.add_argument("--input", nargs="+", required=True, help="files as preprocess reads")
     text.add_argument("--json-key", default="text", help="default: %(default)s")
     rows = 'a row for each value of KEY in "meta", such as pile_set_name'
     text.add_argument("--by-meta", metavar="KEY", help=rows)

@@ -1,6 +1,6 @@
 """Check .bin/.idx pairs and show what is in them.
 
-python tools/inspect_data.py data/pile_text_document --tokenizer-model path/to/tokenizer
+megatron-let inspect data/pile_text_document --tokenizer-model path/to/tokenizer
 """
 
 from argparse import ArgumentParser, Namespace
@@ -14,7 +14,7 @@ from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, s
 
 
 def _build_parser() -> ArgumentParser:
-    parser = tool_parser(__doc__)
+    parser = tool_parser(__doc__, "inspect")
     add, types = parser.add_argument, tokenizer.TOKENIZER_TYPES
     add("prefix", nargs="+", help="dataset without .bin or .idx")
     add("--tokenizer-type", choices=types, default=types[0])

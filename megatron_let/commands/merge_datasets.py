@@ -1,6 +1,6 @@
 """Join all .bin/.idx pairs of a folder into one, in the order of their names.
 
-python tools/merge_datasets.py --input folder --output-prefix data/all_text_document
+megatron-let merge --input folder --output-prefix data/all_text_document
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def _find_pairs(folder: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = tool_parser(__doc__)
+    parser = tool_parser(__doc__, "merge")
     parser.add_argument("--input", type=Path, required=True, help="folder of the pairs")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
     options = parser.parse_args(arguments)

@@ -2,8 +2,8 @@
 
 Needs no GPU, no weights and no Megatron. For example:
 
-    python tools/plan.py --student 1.4b --teacher smollm-135m --gpus 32 --pp 4
-    python tools/plan.py --gpus 32 --search -- <the flags of pretrain_let.py>
+    megatron-let plan --student 1.4b --teacher smollm-135m --gpus 32 --pp 4
+    megatron-let plan --gpus 32 --search -- <the flags of the run>
 
 Behind -- stand the flags of a run; what would change size or cost and is not known here is refused.
 """
@@ -52,7 +52,7 @@ UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
 
 def build_parser() -> ArgumentParser:
     """Return the command line; flags that Megatron has too are spelled as there."""
-    parser = tool_parser(__doc__, "plan.py", allow_abbrev=False)
+    parser = tool_parser(__doc__, "plan", allow_abbrev=False)
     _add_student_flags(parser.add_argument_group("student"))
     _add_method_flags(parser.add_argument_group("method"))
     _add_layout_flags(parser.add_argument_group("layout"))

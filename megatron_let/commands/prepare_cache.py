@@ -1,6 +1,6 @@
 """Build the index caches of a run's datasets ahead, on one node and without its GPUs.
 
-    python tools/prepare_cache.py <the flags of the run, with --data-cache-path>
+    megatron-let cache <the flags of the run, with --data-cache-path>
 
 The run's ranks then find them instead of waiting while the first one builds.
 """
@@ -13,7 +13,7 @@ from megatron_let.errors import UsageError
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = tool_parser(__doc__, "prepare_cache.py", usage="%(prog)s <the flags of the run>")
+    parser = tool_parser(__doc__, "cache", usage="%(prog)s <the flags of the run>")
     _, flags = parser.parse_known_args(arguments)
 
     from megatron_let.upstream import cpu

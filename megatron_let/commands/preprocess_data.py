@@ -1,6 +1,6 @@
 """Tokenize texts into .bin/.idx pairs for Megatron, with Megatron's flags.
 
-    python tools/preprocess_data.py --input pile/*.jsonl.zst --output-prefix data/pile \\
+    megatron-let preprocess --input pile/*.jsonl.zst --output-prefix data/pile \\
         --tokenizer-model path/to/tokenizer --append-eod --workers 16
 
 Killed, the same call goes on where it was.
@@ -18,7 +18,7 @@ from megatron_let.data.tokenizer import TOKENIZER_TYPES, without_models
 
 def _build_parser() -> ArgumentParser:
     """Every flag is a field of `PreprocessConfig`."""
-    parser = tool_parser(__doc__)
+    parser = tool_parser(__doc__, "preprocess")
     _add_data(parser.add_argument_group("input and output"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_work(parser.add_argument_group("work"))

@@ -1,8 +1,8 @@
 """Select the training samples that SALT distils on (SALT_DS, arXiv 2410.18779).
 
-    python tools/select_data.py --scorer-model FOLDER_OR_ID --keep-fraction 0.5 \\
+    megatron-let select --scorer-model FOLDER_OR_ID --keep-fraction 0.5 \\
         --output selection.npz <the flags of the run that will use it: --method salt ...>
-    python pretrain_let.py <the same flags> --kd-selection selection.npz
+    megatron-let pretrain <the same flags> --kd-selection selection.npz
 
 Scores the first samples of that run's training stream with a small model, best an early checkpoint
 of the teacher, and keeps the hard ones that are within its reach: those whose tokens, where they
@@ -23,7 +23,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 def _build_parser() -> ArgumentParser:
     usage = "%(prog)s [options] <the flags of the run>"
-    parser = tool_parser(__doc__, "select_data.py", usage=usage, allow_abbrev=False)
+    parser = tool_parser(__doc__, "select", usage=usage, allow_abbrev=False)
     add = parser.add_argument
     add("--scorer-model", metavar="FOLDER_OR_ID", help="default: none, at random")
     add("--keep-fraction", type=float, required=True, help="part of the scored samples to keep")

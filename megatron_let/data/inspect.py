@@ -29,7 +29,7 @@ class Pair:
     documents: np.ndarray
     """Sequence at which each document begins, and behind the last one, `[documents + 1]`."""
     sidecar: dict[str, Any]
-    """What `tools/preprocess_data.py` wrote beside it; empty without."""
+    """What `megatron-let preprocess` wrote beside it; empty without."""
 
     @property
     def counts(self) -> dict[str, int]:

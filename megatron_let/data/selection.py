@@ -40,7 +40,7 @@ class Selection:
             raise UsageError(
                 "--kd-selection was made from other training data, another order or another length "
                 f"({self.data[:12]}) than this run's ({data[:12]}). Make it anew with the flags of "
-                "this run: tools/select_data.py."
+                "this run: megatron-let select."
             )
 
     def save(self, path: Path) -> None:
@@ -57,7 +57,7 @@ def load_selection(path: Path) -> Selection:
             return Selection(**values)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         raise UsageError(
-            f"--kd-selection {path} is no selection ({error}). Make one: tools/select_data.py "
+            f"--kd-selection {path} is no selection ({error}). Make one: megatron-let select "
             "with the flags of this run."
         ) from error
 

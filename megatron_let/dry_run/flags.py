@@ -143,7 +143,7 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
         kept = [*without(kept, named("teacher-model")), "--teacher-model", str(place)]
-        said.append(f"the config of {teacher} by its copy in tools/plan.py")
+        said.append(f"the config of {teacher} by its copy in megatron-let plan")
     return kept, said
 
 

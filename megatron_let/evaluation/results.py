@@ -43,6 +43,6 @@ def identity(folder: Path) -> dict[str, list[int]]:
     if not files or not (folder / "config.json").is_file():
         raise UsageError(
             f"{folder} is no exported model: it lacks config.json or *.safetensors. Export a run "
-            "with tools/convert_checkpoint.py to-hf."
+            "with megatron-let convert to-hf."
         )
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in [*files, *others]}

@@ -57,7 +57,7 @@ class DistillFlags(Flags):
     """Distil only the tokens whose label the teacher predicts better than the student does."""
 
     kd_selection: str | None = None
-    """SALT_DS: file of tools/select_data.py with the samples to see until the stop step."""
+    """SALT_DS: file of megatron-let select with the samples to see until the stop step."""
 
 
 class Distill(Signal):

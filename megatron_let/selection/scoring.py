@@ -1,4 +1,4 @@
-"""Score the first samples of a run's training stream and keep the best: `tools/select_data.py`."""
+"""Score the first samples of a run's training stream and keep the best: `megatron-let select`."""
 
 import hashlib
 import itertools

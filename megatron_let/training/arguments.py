@@ -95,7 +95,7 @@ NOT_GROWN = dict.fromkeys(
 ) | dict.fromkeys(
     "init_model_with_meta_device use_megatron_fsdp use_torch_fsdp2 fp8_param_gather".split(),
     "is not supported with --init-from, which fills weights before they are wrapped. Use "
-    "tools/convert_checkpoint.py grow and from-hf, and --load.",
+    "megatron-let convert grow and from-hf, and --load.",
 )
 """Arguments that do not go with --init-from, and why."""
 

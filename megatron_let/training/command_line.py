@@ -209,7 +209,7 @@ def _check_data_paths(args: Namespace) -> None:
             name = Path(prefix).name
             raise UsageError(
                 f"No data at {prefix}: {name}.bin and {name}.idx must both exist there. Write them "
-                "with tools/preprocess_data.py, and give their path without the ending."
+                "with megatron-let preprocess, and give their path without the ending."
             )
         try:
             start = first_tokens(prefix, 1)

@@ -128,7 +128,7 @@ class RunLog(Listener):
             if stages > 1:
                 rows[-1] += (
                     f"; they fall on {busy} of {stages} stages, where they are "
-                    f"{100 * share * stages / busy:.1f} % of a stage's work (tools/plan.py "
+                    f"{100 * share * stages / busy:.1f} % of a stage's work (megatron-let plan "
                     "balances the stages)"
                 )
         return "\n".join(f"> {row}" for row in [f"--method {args.method}", *rows])

@@ -1,10 +1,13 @@
 """`--help` of every tool comes before anything is imported that takes seconds."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_let.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
@@ -23,5 +26,12 @@ def test_help_imports_nothing_heavy(tool: Path) -> None:
         [sys.executable, "-c", RUN, str(tool)], capture_output=True, text=True, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
-    assert "usage: " in result.stdout and result.stderr == ""
+    name = next(n for n, (where, _) in COMMANDS.items() if where == f"commands.{tool.stem}")
+    assert f"usage: megatron-let {name} " in result.stdout and result.stderr == ""
     assert result.stdout.splitlines()[-1] == "IMPORTED []"
+
+
+def test_what_is_named_comes_with_the_wheel_too() -> None:
+    """Errors and hints say `megatron-let COMMAND`; Megatron-LM has tools of its own."""
+    for path in (ROOT / "megatron_let").rglob("*.py"):
+        assert not re.findall(r"(?<!Megatron's own )tools/\w+\.py", path.read_text()), path

@@ -257,5 +257,5 @@ def test_command_line_gives_one_paragraph_for_a_mistake(
         main(["to-hf", "--load", str(made.save), "--output", output, "--ckpt-step", "3"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("convert_checkpoint.py: error: No whole checkpoint at ")
+    assert error.startswith("megatron-let convert: error: No whole checkpoint at ")
     assert len(error.splitlines()) == 1

@@ -470,5 +470,5 @@ def test_tool_ends_in_one_clear_line(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == (
-        "preprocess_data.py: input file absent.jsonl does not exist; check --input\n"
+        "megatron-let preprocess: input file absent.jsonl does not exist; check --input\n"
     )

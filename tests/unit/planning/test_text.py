@@ -158,5 +158,5 @@ def test_a_mistake_ends_in_one_paragraph(main, capsys, flags, message):
         main(flags.split())
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("plan.py: error: ") and message in error
+    assert error.startswith("megatron-let plan: error: ") and message in error
     assert error.count("\n") == 1

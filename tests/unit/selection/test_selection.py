@@ -76,7 +76,9 @@ def test_what_is_saved_is_loaded(kept):
 
 
 def test_a_selection_of_other_data_is_refused(kept):
-    with pytest.raises(UsageError, match="was made from other training data.*d1.*d2.*select_data"):
+    with pytest.raises(
+        UsageError, match="was made from other training data.*d1.*d2.*megatron-let select"
+    ):
         load_selection(kept).check("d2")
 
 
@@ -85,7 +87,7 @@ def test_no_selection(tmp_path, kept):
     (tmp_path / "cut").write_bytes(kept.read_bytes()[:-20])
     (tmp_path / "empty").touch()
     for name in ("nowhere", "text", "cut", "empty"):
-        with pytest.raises(UsageError, match=f"{name} is no selection .*tools/select_data.py"):
+        with pytest.raises(UsageError, match=f"{name} is no selection .*megatron-let select"):
             load_selection(tmp_path / name)
 
 

@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "no data at the prefix": (
         f"{STEPS} --data-path TMP/text_document",
-        "No data at TMP/text_document: text_document.bin and text_document.idx .*preprocess_data",
+        "No data at TMP/text_document: text_document.bin and text_document.idx .*let preprocess",
     ),
     "no data in a blend": (
         f"{STEPS} --train-data-path 0.5 TMP/one 0.5 TMP/absent",
