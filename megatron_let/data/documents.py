@@ -103,7 +103,7 @@ def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
         return content
     try:
         if kind == "text":
-            return dict.fromkeys(keys, content.decode())
+            return dict.fromkeys(keys, content.decode("utf-8-sig"))  # without its mark of order
         return orjson.loads(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
@@ -111,7 +111,7 @@ def _record(content: Any, kind: Kind, keys: Sequence[str]) -> Any:
         pass
     try:
         # What Megatron's tool reads with: it knows NaN and Infinity, which a meta may hold.
-        return json.loads(content.decode("utf-8-sig"))  # without a mark of byte order
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object in UTF-8: {error}") from error
 

@@ -12,7 +12,7 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,13 +96,10 @@ def file_identity(path: str) -> tuple[int, int]:
 def _expand_one(name: str) -> list[str]:
     path = Path(name)
     if path.is_dir():
-        files = (str(file) for file in path.rglob("*") if file.is_file())
-        found = sorted(file for file in files if file.lower().endswith(SUFFIXES))
-        found = _own_texts(name, found)
+        found = _own_texts(name, [f for f in _below(name) if f.lower().endswith(SUFFIXES)])
         missing = f"input folder {name} holds no {', '.join(SUFFIXES)} file"
     elif glob.has_magic(name) and not path.exists():
-        found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
-        found = _own_texts(name, found)
+        found = _own_texts(name, glob.glob(name, recursive=True))
         missing = f"input pattern {name} matches no file"
     else:
         found = [name] * path.exists()
@@ -115,8 +112,25 @@ def _expand_one(name: str) -> list[str]:
     return found
 
 
-def _own_texts(name: str, files: list[str]) -> list[str]:
+def _below(folder: str) -> Iterator[str]:
+    """What lies in it, in folders that links lead to as well; each of these once."""
+    seen: set[tuple[int, int]] = set()
+    for root, folders, files in os.walk(folder, onerror=_stop, followlinks=True):
+        folders.sort(key=lambda name: (name.startswith("."), name))
+        if (own := file_identity(root)) in seen:  # a link may lead to where it lies
+            folders.clear()
+            continue
+        seen.add(own)
+        yield from (os.path.join(root, file) for file in files)
+
+
+def _stop(error: OSError) -> None:
+    raise error  # else a folder that may not be read would be one without files
+
+
+def _own_texts(name: str, found: Iterable[str]) -> list[str]:
     """Without the files of a folder or pattern that nobody means; a line says how many."""
+    files = sorted(file for file in found if Path(file).is_file())
     first: dict[tuple[int, int], str] = {}
     unwanted: dict[str, Callable[[str], bool]] = {
         "hidden": lambda file: _is_hidden(file, name),

@@ -223,7 +223,7 @@ def test_other_forms_give_the_same_pair(
 def test_a_text_file_is_one_document(tmp_path: Path, config: dict[str, object]) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    texts = ["one\ntwo\n", "", "three"]
+    texts = ["\ufeffone\ntwo\n", "", "three"]  # the mark that an editor puts in front is no text
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text)
     config |= {"input": (str(folder),)}
@@ -258,10 +258,14 @@ def test_a_folder_gives_each_text_once(
     own = ("own_skipped.jsonl", "own_text_blend.txt", "later.partial/x.json", "later.partial/lock")
     for name in (*hidden, *own):
         shutil.copy(source, folder / name)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(source, tmp_path / "elsewhere" / "b.jsonl")
+    os.symlink(tmp_path / "elsewhere", folder / "linked")
+    os.symlink(folder, folder / "back")
     os.symlink(source, folder / "z.jsonl")
     os.link(source, folder / "y.jsonl")
     capsys.readouterr()
-    assert sources.expand([str(folder)]) == [source]
+    assert sources.expand([str(folder)]) == [source, str(folder / "linked" / "b.jsonl")]
     said = capsys.readouterr().err.splitlines()
     assert [re.sub(r".*: left out (.*), such.*", r"\1", line) for line in said] == [
         "3 (hidden)",
