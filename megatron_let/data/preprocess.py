@@ -138,6 +138,13 @@ def _known_outputs(config: PreprocessConfig) -> list[str]:
     return [f"{config.output_prefix}_{name}" for name in names]
 
 
+WAYS = (
+    "tokenizer_type special_tokens tokenizer_hf_no_use_fast tokenizer_sentencepiece_legacy "
+    "tokenizer_hf_no_include_special_tokens"
+).split()
+"""Flags by which one tokenizer may give other tokens."""
+
+
 def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer_fingerprint(ids),
@@ -146,7 +153,7 @@ def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -
         "split_by_meta": config.split_by_meta,
         "append_eod": config.append_eod,
         "engine": config.engine,
-        "include_special_tokens": not config.tokenizer_hf_no_include_special_tokens,
+        **{name: getattr(config, name) for name in WAYS},
     }
 
 

@@ -5,6 +5,7 @@ complete is moved to its final places, indices last, and that too can be taken u
 """
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -72,11 +73,15 @@ class Workplace:
     def _take_up(self, saved: dict[str, Any]) -> None:
         was, now = saved["identity"], json.loads(json.dumps(self.state.identity))
         for key in sorted(now):
-            if now[key] != was.get(key):
+            before, after = was.get(key), now[key]
+            if before != after:
+                if isinstance(before, list) and isinstance(after, list):  # of many what differs
+                    pairs = itertools.zip_longest(before, after, fillvalue="none")
+                    before, after = next(pair for pair in pairs if pair[0] != pair[1])
                 raise ValueError(
                     f"{self.folder} holds an interrupted run with another {key} "
-                    f"({was.get(key)!s:.120}, now {now[key]!s:.120}): go on with the same, or "
-                    "delete that folder"
+                    f"({before!s:.120}, now {after!s:.120}): go on with the same, or delete that "
+                    "folder"
                 )
         self.state = State(**saved | {"position": Position(**saved["position"])})
 
