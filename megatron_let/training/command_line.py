@@ -200,7 +200,14 @@ def _data_prefixes(args: Namespace) -> list[str]:
         given = " ".join(arguments.flag(name, value) for name, value in values.items())
         why = str(error) or "give one list, with a weight before each path or before none"
         raise UsageError(f"{given} cannot be read: {why}") from error
-    return [prefix for part in (blend, *(per_split or ())) if part for prefix in part[0]]
+    parts = [part for part in (blend, *(per_split or ())) if part]
+    for prefixes, weights in parts:
+        for prefix, weight in zip(prefixes, weights or (), strict=False):
+            if not 0 < weight < math.inf:
+                raise UsageError(
+                    f"{prefix} has the weight {weight}: give one above 0, or leave it out."
+                )
+    return [prefix for prefixes, _ in parts for prefix in prefixes]
 
 
 def _check_data_paths(args: Namespace) -> None:
