@@ -211,7 +211,7 @@ def again(results: Results) -> list[str]:
 
 def headline(results: Results) -> list[str]:
     """The first table of the README."""
-    header = ("arm", "seeds", "final loss", "steps", "FLOPs", "with the teacher's own training")
+    header = ("arm", "seeds", "final loss", "steps", "FLOPs", "FLOPs + teacher's own")
     rows: Rows = []
     for arm in results.arms:
         if found := results.seeds(arm):
