@@ -4,8 +4,8 @@
 #   HEAD=node0:29500 NODES=2 examples/torchrun/train.sh @run.flags --save /shared/run ...
 #
 # PROCESSES: of a node (all GPUs by default; without GPUs give it, and --cpu). A rank that dies takes the others
-# along, and all begin anew from the newest checkpoint, RESTARTS times. ID: another
-# one for each run that shares a HEAD.
+# along, and all begin anew from the newest checkpoint, RESTARTS times (3). SAVE_SECONDS: for the checkpoint after
+# TERM (540). ID: another one for each run that shares a HEAD.
 set -euo pipefail
 HEAD=${HEAD:-localhost:29500}
 NODES=${NODES:-1}
