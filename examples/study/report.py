@@ -29,6 +29,8 @@ BLOCK = re.compile(r"(?<=<!-- table )(\S+) -->\n(.*?)(?=<!-- end -->)", re.DOTAL
 RESULTS = "## Results"
 DECIMAL = re.compile(r"\d+\.\d+")
 NONE = "-"
+OWN = "FLOPs + teacher's own"
+MAIN = ("arm", "rate", "setting", "seeds", "final loss", "steps", "FLOPs", OWN)
 Rows = list[tuple[str, ...]]
 
 
@@ -53,29 +55,45 @@ def models(results: Results) -> list[str]:
 
 def meet(results: Results) -> list[str]:
     """The main table: every arm as it was tuned, over the seeds."""
-    run = ("arm", "rate", "setting", "seeds", "final loss", "bits per byte", "other domain")
-    header = (*run, "steps", "FLOPs", "with the teacher's own", "at plain's rate")
-    rows = [_meet_row(results, arm, found) for arm in results.arms if (found := results.seeds(arm))]
-    return markdown_table(header, rows)
+    return markdown_table(MAIN, _main_rows(results))
 
 
-def _meet_row(results: Results, arm: Arm, found: list[Result]) -> tuple[str, ...]:
+def headline(results: Results) -> list[str]:
+    """The first table of the README: that one without rate and setting."""
+    rows = [(arm, *rest) for arm, _, _, *rest in _main_rows(results)]
+    return markdown_table((MAIN[0], *MAIN[3:]), rows)
+
+
+def _main_rows(results: Results) -> Rows:
+    return [_main_row(arm, found) for arm in results.arms if (found := results.seeds(arm))]
+
+
+def _main_row(arm: Arm, found: list[Result]) -> tuple[str, ...]:
     facts = found[0].summary.facts
-    scores = [result.summary.scores for result in found]
-    beside = results.at_plain_rate(arm)
+    costs = zip(*((r.steps, r.flops, r.flops_with_teacher) for r in found), strict=True)
+    shown = ("1.00",) * 3 if arm.name == PLAIN.name else [spread(c, 2) for c in costs]
     return (
         arm.label,
         f"{facts['rate']:.2g}",
         facts["setting"] if facts["depth"] in (None, facts["setting"]) else _with_depth(facts),
         str(len(found)),
         spread([result.summary.loss for result in found], 3),
-        spread([score["valid"].bits_per_byte for score in scores], 3),
-        spread([score["documentation"].bits_per_byte for score in scores], 3),
-        spread([result.steps for result in found], 2),
-        spread([result.flops for result in found], 2),
-        spread([result.flops_with_teacher for result in found], 2),
-        NONE if beside is None else f"{beside.summary.loss:.3f}",
+        *shown,
     )
+
+
+def scores(results: Results) -> list[str]:
+    """The same runs by other measures, and seed 1 at plain training's rate."""
+    rows: Rows = []
+    for arm in results.arms:
+        if found := results.seeds(arm):
+            texts = [
+                spread([result.summary.scores[text].bits_per_byte for result in found], 3)
+                for text in ("valid", "documentation")
+            ]
+            beside = results.at_plain_rate(arm)
+            rows.append((arm.label, *texts, f"{beside.summary.loss:.3f}" if beside else NONE))
+    return markdown_table(("arm", "bits per byte", "other domain", "at plain's rate"), rows)
 
 
 def _with_depth(facts: dict[str, str]) -> str:
@@ -134,7 +152,7 @@ def regimes(results: Results) -> list[str]:
 def elsewhere(results: Results) -> list[str]:
     """The other regimes and the controls: seed 1, at plain training's rate."""
     run = ("regime or control", "arm", "setting", "final loss", "other domain")
-    header = (*run, "steps", "FLOPs", "with the teacher's own")
+    header = (*run, "steps", "FLOPs", OWN)
     rows: Rows = []
     for result in (*results.group("regimes"), *results.group("controls")):
         planned, facts = result.planned, result.summary.facts
@@ -209,19 +227,6 @@ def again(results: Results) -> list[str]:
     return markdown_table(("arm", "setting", *names), rows)
 
 
-def headline(results: Results) -> list[str]:
-    """The first table of the README."""
-    header = ("arm", "seeds", "final loss", "steps", "FLOPs", "FLOPs + teacher's own")
-    rows: Rows = []
-    for arm in results.arms:
-        if found := results.seeds(arm):
-            loss = spread([result.summary.loss for result in found], 3)
-            costs = zip(*((r.steps, r.flops, r.flops_with_teacher) for r in found), strict=True)
-            shown = ("1.00",) * 3 if arm.name == PLAIN.name else [spread(c, 2) for c in costs]
-            rows.append((arm.label, str(len(found)), loss, *shown))
-    return markdown_table(header, rows)
-
-
 def progress(results: Results) -> list[str]:
     """How many of the declared runs are done."""
     rows = [(group, str(done), str(all_)) for group, (done, all_) in results.counts().items()]
@@ -230,12 +235,25 @@ def progress(results: Results) -> list[str]:
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     table.__name__: table
-    for table in (headline, models, meet, tuning, regimes, elsewhere, auto, again, costs, progress)
+    for table in (
+        headline,
+        models,
+        meet,
+        scores,
+        tuning,
+        regimes,
+        elsewhere,
+        auto,
+        again,
+        costs,
+        progress,
+    )
 } | {
     "by-seed": by_seed,
     "auto-cpu": lambda results: auto(results.beside(STUDY, "cpu")),
     "widths-cpu": lambda results: widths(results.beside(STUDY, "cpu")),
     "larger": lambda results: meet(results.beside(LARGER, "larger")),
+    "larger-scores": lambda results: scores(results.beside(LARGER, "larger")),
     "auto-larger": lambda results: auto(results.beside(LARGER, "larger")),
 }
 

@@ -56,9 +56,10 @@ def test_numbers_of_the_main_table(results):
     cells = [cell.strip() for cell in let.strip("|").split("|")]
     assert cells[:5] == ["LET", "0.004", "weight 10", "2", "2.450 (2.400-2.500)"]
     # From 6 to 2.4 in 1,000 steps: 3.0 after 833; to 2.5: 3.1 after 829. Ten FLOPs a step.
-    assert cells[7:9] == ["0.83 (0.83-0.83)"] * 2
-    assert cells[9] == "1.33 (1.33-1.33)"  # 5,000 FLOPs of the teacher's own on top of 10,000
-    assert cells[10] == "2.400"
+    assert cells[5:7] == ["0.83 (0.83-0.83)"] * 2
+    assert cells[7] == "1.33 (1.33-1.33)"  # 5,000 FLOPs of the teacher's own on top of 10,000
+    [let] = [row for row in TABLES["scores"](results) if row.startswith("| LET")]
+    assert let.strip("| ").endswith("2.400")
     [auto] = TABLES["auto"](results)[2:]
     cells = [cell.strip() for cell in auto.strip("|").split("|")]
     assert cells == ["meet", "LET, auto", "2", "2.800", "2.500", "3.100", "0.50"]
