@@ -23,7 +23,7 @@ def test_every_arm_gets_as_many_tuning_runs():
 
 def test_the_order_is_tuning_seeds_regimes_controls():
     groups = [run.group for run in STUDY.runs if run.name != "paper-seed-1"]
-    order = ["tuning", "seeds", "regimes", "controls", "auto"]
+    order = ["tuning", "seeds", "regimes", "controls", "auto", "widths"]
     assert list(dict.fromkeys(groups)) == order
     assert sorted(groups, key=order.index) == groups
     seeds = {(run.arm.name, run.seed) for run in STUDY.runs if run.group == "seeds"}
