@@ -1,6 +1,6 @@
 """Show on a laptop that a small teacher saves a larger student steps: `make quickstart`.
 
-1. corpus: the Python sources installed on this machine, split by package
+1. corpus: Python sources of pinned wheels (--fast: of what is installed), split by package
 2. a BPE tokenizer, and Megatron's .bin/.idx files
 3. a small teacher, trained plainly and exported to a Hugging Face folder
 4. for each seed: a plain student, a LET student on the same batches from the same weights, and a
@@ -47,7 +47,7 @@ class Model:
     ffn: int
     steps: int
     lr: float
-    """Peak learning rate; the student's is the plain run's best of three (README)."""
+    """Peak learning rate; the student's is the plain run's best of four (docs/benchmarks.md)."""
 
     def parameters(self, vocab_size: int) -> int:
         """How many it has with tied embeddings of `vocab_size` rows; 0: without them."""
