@@ -5,6 +5,7 @@
 The run's ranks then find them instead of waiting while the first one builds.
 """
 
+import sys
 from collections.abc import Sequence
 
 from megatron_let.commands import tool_parser
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = parse_run(parser.prog, flags)
         if args.data_cache_path is None or args.mock_data:
             raise UsageError("Add --data-cache-path: it is where the caches are put.")
-        if "--global-batch-size" not in " ".join(flags):
+        if "--global-batch-size" not in " ".join(sys.argv):
             raise UsageError("Add --global-batch-size: how many samples a run takes depends on it.")
         datasets = build_datasets(args)
     except UsageError as error:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_let.program import as_lines
 from tests.distributed.training import TP2_PP2, records, run, series
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import BATCH, FLAGS, STEPS, VOCAB, hashes
@@ -54,8 +55,9 @@ def test_half_of_the_candidates_is_kept(selection):
     [[*TP2_PP2, "--sequence-parallel"], pytest.param([], marks=pytest.mark.slow)],
 )
 def test_processes_and_the_runs_layout_do_not_matter(corpus, salt, selection, tmp_path, layout):
-    path = tmp_path / "again.npz"
-    assert select(2, *salt, *layout, *scorer(corpus), "--output", str(path)) is None
+    path, run_file = tmp_path / "again.npz", tmp_path / "run.flags"
+    run_file.write_text(as_lines([*salt, *layout]))
+    assert select(2, f"@{run_file}", *scorer(corpus), "--output", str(path)) is None
     assert samples(path) == samples(selection)
 
 

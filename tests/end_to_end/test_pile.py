@@ -58,7 +58,9 @@ def test_shards_become_a_blend_that_trains(tmp_path: Path) -> None:
     assert call(*command).count("is there") == 3
     data = f"--data-args-path {tmp_path}/data/pile_text_blend.txt --split 90,10,0"
     flags = f"{MODEL} --tokenizer-model {tokenizer} {data} --data-cache-path {tmp_path}/cache"
-    cached = call(sys.executable, ROOT / "tools" / "prepare_cache.py", *flags.split())
+    (tmp_path / "run.flags").write_text(flags)
+    tool = ROOT / "tools" / "prepare_cache.py"
+    cached = call(sys.executable, tool, f"@{tmp_path}/run.flags")
     assert "train: " in cached and cached.rstrip().endswith(f"Caches are in {tmp_path}/cache")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     assert "> step 2/2 " in call(sys.executable, ROOT / "pretrain_let.py", *flags.split())
