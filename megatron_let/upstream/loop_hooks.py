@@ -7,6 +7,7 @@ their signatures. Listeners are called in the order in which they were given.
 import contextlib
 import functools
 import inspect
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from megatron.training.checkpointing import get_checkpoint_name
 from megatron.training.utils import is_last_rank
 
+from megatron_let.console import say
 from megatron_let.upstream.async_saves import snapshot
 from megatron_let.upstream.table import Redirect, applied, around, returns
 
@@ -85,7 +87,7 @@ class Listener:
         """The run ends, by its last step or, where Megatron stops it before, by `sys.exit`."""
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers, texts and lists of them, to be carried by each checkpoint."""
+        """Numbers, texts, lists and dicts by texts of them, to be carried by each checkpoint."""
         return {}
 
 
@@ -141,6 +143,18 @@ class LoopHooks:
             if (state := states.get(type(listener).__name__)) is not None:
                 listener.on_load(state)
 
+    def _states(self) -> dict[str, Any]:
+        """What the listeners keep, made plain: no checkpoint with anything else would load."""
+        plain = {}
+        for listener in self.listeners:
+            name, state = type(listener).__name__, listener.state()
+            try:
+                plain[name] = json.loads(json.dumps(state, default=lambda array: array.tolist()))
+            except (AttributeError, TypeError, ValueError) as error:
+                if torch.distributed.get_rank() == 0:
+                    say(f"> the state of {name} is no plain data and is not saved: {error}")
+        return {name: state for name, state in plain.items() if state}
+
     def _tell(self, event: str, *values: Any) -> None:
         for listener in self.listeners:
             getattr(listener, event)(*values)
@@ -175,8 +189,7 @@ class LoopHooks:
         folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
         self._folder = folder if is_lasting else None
         self._tell("before_save", Save(step, chunks, optimizer, self._folder))
-        states = {type(one).__name__: one.state() for one in self.listeners}
-        self.args.listener_states = {name: state for name, state in states.items() if state}
+        self.args.listener_states = self._states()
         save_checkpoint(*given, **named)
         if self._folder and not self.args.async_save:
             self._tell("after_save", self._folder)

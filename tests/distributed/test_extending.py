@@ -94,6 +94,7 @@ def test_a_listener(corpus, files, tmp_path):
 
 
 REPORTS = """
+import numpy as np
 import torch
 from megatron_let.upstream.loop_hooks import LISTENERS, Listener
 
@@ -104,7 +105,14 @@ class Mine(Listener):
     def after_step(self, step):
         step.reported["my value"] = torch.tensor(7.0)
 
-LISTENERS.append(Mine)
+    def state(self):
+        return {"scalar": np.float32(0.5), "tensor": torch.ones(2)}
+
+class Other(Mine):
+    def state(self):
+        return {"an object": self}
+
+LISTENERS.extend([Mine, Other])
 """
 
 
@@ -113,6 +121,9 @@ def test_what_a_listener_reports_is_recorded(corpus, tmp_path):
     module = ["--method-module", str(tmp_path / "mine.py")]
     assert not run(1, *corpus.flags, *module, "--save", str(tmp_path), "--exit-interval", "2")
     assert series(tmp_path, "my value") == {1: 7.0, 2: 7.0}
+    assert checkpoint(tmp_path).unreadable_state() is None  # as with an object it would be
+    states = checkpoint(tmp_path).args().listener_states
+    assert states["Mine"] == {"scalar": 0.5, "tensor": [1.0, 1.0]} and "Other" not in states
 
 
 def test_what_is_not_there(corpus, tmp_path):
