@@ -185,7 +185,10 @@ class LoopHooks:
 
     def _save(self, save_checkpoint: Callable[..., None], *given: Any, **named: Any) -> None:
         step, chunks, optimizer = given[:3]
-        is_lasting = not named.get("non_persistent_ckpt")
+        is_lasting, args = not named.get("non_persistent_ckpt"), self.args
+        is_own = args.load == args.save and args.non_persistent_ckpt_type is None
+        if is_lasting and is_own and step == args.iteration >= args.train_iters:
+            return  # a complete run, started again: a kill would leave half of its last checkpoint
         folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
         self._folder = folder if is_lasting else None
         self._tell("before_save", Save(step, chunks, optimizer, self._folder))
