@@ -35,6 +35,9 @@ UNSUPPORTED = (
     "dataloader-inter-document-masking yaml-cfg enable-msc"
 )
 """Batches of another form, the file that replaces the command line, files that lie in no folder."""
+OF_A_CHECKPOINT = (
+    "ckpt-step override-ckpt-iteration finetune load-optim load-rng exit-on-missing-checkpoint"
+)
 OF_PARTIAL_SETS = "eval-iters eval-global-batch-size test-data-path"
 NEEDS_TRANSFORMER_ENGINE = "fp8- fp4- save-dgrads-interval save-activations-interval"
 NEEDS_GPU = (
@@ -70,6 +73,11 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
             OF_PARTIAL_SETS,
             f"has no effect with --full-validation, which {what}, and no other. Leave it out.",
         )
+    if not (args.load or args.pretrained_checkpoint):
+        why = "has no effect without --load: the run would start from random weights."
+        _refuse(argv, OF_A_CHECKPOINT, f"{why} Add the folder, or leave it out.")
+    if not args.wandb_project:
+        _refuse(argv, "wandb-", "has no effect without --wandb-project. Add it, or leave it out.")
     if args.transformer_impl != "transformer_engine":
         where = "without Transformer Engine. Install it (docs/install.md), or leave the flag out."
         _refuse(argv, NEEDS_TRANSFORMER_ENGINE, f"has no effect {where}")

@@ -9,6 +9,7 @@ from megatron_let.training.ignored_flags import (
     IGNORED,
     NEEDS_GPU,
     NEEDS_TRANSFORMER_ENGINE,
+    OF_A_CHECKPOINT,
     OF_PARTIAL_SETS,
 )
 from tests.support.testing import run_distributed, run_program
@@ -40,6 +41,10 @@ REFUSED = {
     "--log-memory-to-tensorboard": "without a GPU. Leave it out",
     "--gpu-sniff-test-interval 2": "without a GPU. Leave it out",
     "--enable-cuda-graph": "without a GPU. Leave it out",
+    "--ckpt-step 4": "without --load: the run would start from random weights",
+    "--finetune": "without --load: the run would start from random weights",
+    "--no-load-optim": "without --load: the run would start from random weights",
+    "--wandb-exp-name x": "without --wandb-project",
     "--eval-iters 3 --full-validation": "with --full-validation, which evaluates the validation",
 }
 
@@ -68,5 +73,7 @@ def test_a_package_that_is_missing_is_named(corpus):
 def test_every_name_is_one_of_megatrons():
     [facts] = run_distributed("tests.unit.command_line:parser_facts", 1)
     options = {word.removeprefix("--").removeprefix("no-") for word in facts["options"]}
-    for name in " ".join([*IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE, OF_PARTIAL_SETS]).split():
+    for name in " ".join(
+        [*IGNORED, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE, OF_PARTIAL_SETS, OF_A_CHECKPOINT]
+    ).split():
         assert any(o.startswith(name) if name.endswith("-") else o == name for o in options), name
