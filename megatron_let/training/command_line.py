@@ -228,14 +228,13 @@ def _check_data_paths(args: Namespace) -> None:
 
 def _check_needed(args: Namespace) -> None:
     """Numbers that Megatron computes with although they have no default."""
-    if not args.skip_train:
-        for flag, meaning, value in (
-            ("--train-iters", "number of training steps", args.train_iters or args.train_samples),
-            ("--lr", "peak learning rate", args.lr),
-            ("--eval-interval", "steps between two evaluations", args.eval_interval),
-        ):
-            if value is None:
-                raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
+    for flag, meaning, value in (
+        ("--train-iters", "number of training steps", args.train_iters or args.train_samples),
+        ("--lr", "peak learning rate", args.lr),
+        ("--eval-interval", "steps between two evaluations", args.eval_interval),
+    ):
+        if value is None and not (args.skip_train and flag != "--train-iters"):
+            raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
     if args.step_batch_size_schedule is not None and args.train_samples is None:
         raise UsageError(
             "--step-batch-size-schedule goes with --train-samples (and --lr-*-samples): of steps "

@@ -307,8 +307,9 @@ def take_over(earlier: Path, path: Path) -> None:
 
 def mean_batch(args: Namespace) -> int:
     """Samples of a step, where they grow the mean over the run."""
-    grows = args.step_batch_size_schedule is not None
-    return args.train_samples // args.train_iters if grows else args.global_batch_size
+    if args.step_batch_size_schedule is None or args.skip_train:
+        return args.global_batch_size
+    return args.train_samples // args.train_iters
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:

@@ -147,6 +147,7 @@ MISTAKES = {
     "unknown method": (f"{PLAIN} --method lett", "--method: invalid choice: 'lett' .*baseline"),
     "misspelt flag": (f"{PLAIN} --let-layr 2", "unrecognized arguments: --let-layr 2"),
     "no number of steps": ("--mock-data --eval-interval 5", "Add --train-iters, the number of"),
+    "no number of steps to skip": ("--mock-data --skip-train", "Add --train-iters, the number of"),
     "no evaluation interval": ("--mock-data --train-iters 5", "Add --eval-interval, the steps"),
     "save without an interval": (
         f"{PLAIN} --save TMP/run",

@@ -17,7 +17,7 @@ from megatron_let.upstream import cpu
 
 
 def test_of_a_batch_that_grows_the_mean_is_told():
-    args = Namespace(train_samples=64, train_iters=10, global_batch_size=2)
+    args = Namespace(train_samples=64, train_iters=10, global_batch_size=2, skip_train=False)
     for schedule, batch in ((None, 2), ("0:4,400:8", 6)):
         args.step_batch_size_schedule = schedule
         assert mean_batch(args) == batch
