@@ -115,7 +115,8 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
     Returns the words of a rank's command line, and what was replaced, a sentence each.
     """
     said: list[str] = []
-    kept = without(argv, named("tensorboard-dir wandb-project"))
+    trackers = "tensorboard-dir wandb-project wandb-exp-name wandb-save-dir wandb-entity"
+    kept = without(argv, named(trackers))
     kept += ["--cpu", "--fake-process-group"]
     kept += [AS_IF] * (options.transformer_impl != "local")
     if (missing := _missing(options)) is not None:

@@ -77,7 +77,7 @@ def test_what_is_not_here_is_replaced_by_its_sizes(tmp_path):
         "--data-cache-path /gone --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model meta-llama/Llama-3.2-1B --method let "
         "--teacher-model x/llama-3.2-1b --lr 1e-3 "
-        "--tensorboard-dir /gone/t"
+        "--tensorboard-dir /gone/t --wandb-project p --wandb-exp-name n"
     )
     kept, said = replaced(line, tmp_path)
     assert (
