@@ -207,6 +207,12 @@ def _data_prefixes(args: Namespace) -> list[str]:
                 raise UsageError(
                     f"{prefix} has the weight {weight}: give one above 0, or leave it out."
                 )
+    whole = blend or (per_split or (None, None))[1]
+    if args.full_validation and whole and whole[1]:
+        raise UsageError(
+            "--full-validation evaluates each set by itself, without weights: give the training "
+            "data with theirs by --train-data-path, and the sets alone by --valid-data-path."
+        )
     return [prefix for prefixes, _ in parts for prefix in prefixes]
 
 

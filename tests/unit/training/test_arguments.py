@@ -177,6 +177,11 @@ MISTAKES = {
         f"{STEPS} --data-path 1 TMP/one 0 TMP/absent",
         "TMP/absent has the weight 0.0: give one above 0, or leave it out",
     ),
+    "weights of whole sets": (
+        f"{STEPS} --train-data-path TMP/one --valid-data-path 1 TMP/one 2 TMP/absent "
+        "--full-validation --multiple-validation-sets",
+        "--full-validation evaluates each set by itself, without weights",
+    ),
     "data of another tokenizer": (
         f"{STEPS} --data-path TMP/one --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model TMP/tokenizer",
