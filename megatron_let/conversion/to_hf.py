@@ -45,7 +45,8 @@ def export(
     source = tokenizer_model or tokenizer_files.tokenizer_of_run(args)
     tokenizer = None
     if source is not None:
-        tokenizer = tokenizer_files.load_tokenizer(source)
+        way_out = " Give the run's with --tokenizer-model."
+        tokenizer = tokenizer_files.load_tokenizer(source, way_out)
         tokenizer_files.check_tokenizer(args, tokenizer, source)
     # A model that came with more rows than tokens keeps them.
     rows = max(vars(args).get("vocab_size") or 0, 0 if tokenizer is None else len(tokenizer))

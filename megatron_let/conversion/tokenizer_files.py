@@ -14,9 +14,9 @@ from megatron_let.errors import UsageError
 from megatron_let.hugging_face import OWN_FOLDER, TOKENIZER_FILES, own_folder
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path, way_out: str = "") -> Any:
     """Load a tokenizer from a folder or hub id, without remote code; a UsageError without one."""
-    failure = f"The tokenizer {source} cannot be loaded. Give the run's with --tokenizer-model."
+    failure = f"The tokenizer {source} cannot be loaded.{way_out}"
     return hugging_face.load(AutoTokenizer, own_folder(Path(source)), failure)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_let.errors import UsageError
+
 WINDOWS_AT_ONCE = 512
 """Sorted by length before they are batched, so that little is padded."""
 
@@ -40,8 +42,9 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss of a token."""
-        return math.exp(self.loss / self.tokens) if self.tokens else math.nan
+        """exp of the mean loss of a token; may be infinite, of a model that diverged."""
+        mean = self.loss / self.tokens if self.tokens else math.nan
+        return torch.tensor(mean, dtype=torch.double).exp().item()
 
     @property
     def bits_per_byte(self) -> float:
@@ -93,14 +96,22 @@ def score_text(
 
     def cut() -> Iterator[Window]:
         # Megatron's documents follow each other with the end token between them. Without such a
-        # token a document's first one is not scored.
+        # token a document's first one is not scored, and its bytes do not count.
+        rows = model.get_input_embeddings().weight.shape[0]
         start = [tokenizer.eos_token_id, tokenizer.bos_token_id]
         first = [token for token in start if token is not None][:1]
         for document in documents:
             ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+            if max(ids, default=0) >= rows:
+                raise UsageError(
+                    f"The tokenizer gives the id {max(ids)} and the model has {rows} rows: put the "
+                    "tokenizer of its training beside it."
+                )
             found = list(windows(document.subset, first + ids, context, stride))
             tokens = sum(window.scored for window in found)
-            scores[document.subset] += TextScore(1, tokens, len(document.text.encode()))
+            given = "" if first else tokenizer.decode(ids[:1])
+            size = len(document.text.encode()) - len(given.encode())
+            scores[document.subset] += TextScore(1, tokens, size)
             yield from found
 
     for waiting in batched(cut(), WINDOWS_AT_ONCE):

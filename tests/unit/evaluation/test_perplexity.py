@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_let.errors import UsageError
 from megatron_let.evaluation.perplexity import Document, TextScore, score_text, windows
 from megatron_let.evaluation.tables import text_table
 from tests.unit.conversion.hf_models import make_model, write_tokenizer
@@ -96,7 +97,14 @@ def test_a_document_without_a_start(tokenizer) -> None:
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     texts = [Document("a", "w5 w6 w7"), Document("a", "")]
     scores = score_text(make_model("gpt2"), tokenizer, texts, context=32, stride=16, batch_size=3)
-    assert scores["a"].tokens == 2
+    assert (scores["a"].tokens, scores["a"].bytes) == (2, len(" w6 w7"))
+
+
+def test_a_tokenizer_of_another_model(tokenizer) -> None:
+    model = make_model("gpt2")
+    model.resize_token_embeddings(100)
+    with pytest.raises(UsageError, match="gives the id 299 and the model has 100 rows"):
+        score_text(model, tokenizer, [Document("", "w299")], context=8, stride=8, batch_size=1)
 
 
 def test_table() -> None:
@@ -110,4 +118,5 @@ def test_table() -> None:
     plain = f"{math.exp(40 / 15):.3f}, {40 / math.log(2) / 60:.4f}"
     let = f"{math.exp(38 / 18):.3f}, {38 / math.log(2) / 60:.4f}"
     assert cells[1:6] == ["all", "3", "0.00", plain, let]
+    assert TextScore(1, 1, 1, 1e4).perplexity == math.inf
     assert len(text_table({"one": {"": TextScore(1, 5, 20, 10.0)}}).splitlines()) == 3
