@@ -42,22 +42,23 @@ def _build_parser() -> ArgumentParser:
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: {names}")
     data = "data sets as DIR/OWNER/NAME, for a machine without internet (default: the hub)"
     tasks.add_argument("--task-data", type=Path, metavar="DIR", help=data)
-    tasks.add_argument("--num-fewshot", type=int, default=1, help="default: %(default)s")
-    tasks.add_argument("--limit", type=int, metavar="N", help="only so many questions a task")
+    shots = partial(_number, least=0)
+    tasks.add_argument("--num-fewshot", type=shots, default=1, help="default: %(default)s")
+    tasks.add_argument("--limit", type=_number, metavar="N", help="only so many questions a task")
     text = add_parser("text", help="perplexity and bits per byte on held-out text")
     text.add_argument("--input", nargs="+", required=True, help="files as preprocess reads")
     text.add_argument("--json-key", default="text", help="default: %(default)s")
     rows = 'a row for each value of KEY in "meta", such as pile_set_name'
     text.add_argument("--by-meta", metavar="KEY", help=rows)
-    text.add_argument("--context", type=int, metavar="N", help="default: all the model reads")
-    text.add_argument("--stride", type=int, metavar="N", help="default: half the context")
+    text.add_argument("--context", type=_number, metavar="N", help="default: all the model reads")
+    text.add_argument("--stride", type=_number, metavar="N", help="default: half the context")
     for command in (tasks, text):
         command.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER", help="exported models")
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
         command.add_argument(
             "--batch-size",
-            type=_batch_size,
+            type=_number,
             default=8,
             metavar="N",
             help="sequences at once, a number: no auto (default: %(default)s)",
@@ -66,10 +67,9 @@ def _build_parser() -> ArgumentParser:
     return parser
 
 
-def _batch_size(word: str) -> int:
-    """Return a number of sequences."""
-    if not (word.isdecimal() and int(word)):
-        raise ArgumentTypeError(f"{word} is no number from 1 on; lm_eval's auto is none")
+def _number(word: str, least: int = 1) -> int:
+    if not (word.isdecimal() and int(word) >= least):
+        raise ArgumentTypeError(f"{word} is no number from {least} on")
     return int(word)
 
 
@@ -125,6 +125,10 @@ def _evaluate_text(options: Namespace) -> str:
 
     paths = sources.expand(options.input)
     stats = {path: Path(path).stat() for path in paths}
+    read = partial(_documents, paths, options.json_key, options.by_meta)
+    if not sum(len(document.text) for document in read()):  # a bad record is told before the work
+        given = f"--input {' '.join(options.input)}"
+        raise UsageError(f"{given} holds no text in --json-key {options.json_key}.")
     scores: dict[str, dict[str, TextScore]] = {}
     for label, folder in _labelled(options.models).items():
         about: dict[str, Any] = {"model": identity(folder)}
@@ -142,9 +146,8 @@ def _evaluate_text(options: Namespace) -> str:
             print(f"{label}: {len(paths)} files", file=sys.stderr, flush=True)
             model = hugging_face.load(AutoModelForCausalLM, folder, dtype=options.dtype)
             model, tokenizer = model.to(options.device).eval(), load_tokenizer(folder)
-            read = _documents(paths, options.json_key, options.by_meta)
             windows = {"context": context, "stride": stride}
-            found = score_text(model, tokenizer, read, **windows, batch_size=options.batch_size)
+            found = score_text(model, tokenizer, read(), **windows, batch_size=options.batch_size)
             del model  # before the next one is loaded
             results.keep("subsets", {subset: asdict(score) for subset, score in found.items()})
         scores[label] = {name: TextScore(**score) for name, score in results["subsets"].items()}
@@ -160,9 +163,9 @@ def _windows(folder: Path, options: Namespace) -> tuple[int, int]:
     if context == sys.maxsize:
         raise UsageError(f"{folder} reads texts of any length: tell how much at once by --context.")
     stride = options.stride or max(context // 2, 1)
-    if not 1 <= context <= longest:
+    if context > longest:
         raise UsageError(f"--context {context}: {folder} reads 1 to {longest} tokens.")
-    if not 1 <= stride <= context:
+    if stride > context:
         raise UsageError(f"--stride {stride} must be 1 to --context {context}, or tokens get lost.")
     return context, stride
 
@@ -171,7 +174,8 @@ def _documents(paths: Sequence[str], key: str, group: str | None) -> Iterator["D
     from megatron_let.evaluation.perplexity import Document
 
     for index, path in enumerate(paths):
-        for block in sources.InputFile(path, index, [key]).blocks(sources.Position(index)):
+        file = sources.InputFile(path, index, documents.columns([key], group))
+        for block in file.blocks(sources.Position(index)):
             found = documents.parse(block, [key], group)
             if found.skipped:
                 raise UsageError(str(found.skipped[0]))

@@ -44,6 +44,11 @@ class Documents:
     skipped: list[Skipped] = field(default_factory=list)
 
 
+def columns(keys: Sequence[str], group_key: str | None) -> list[str]:
+    """What `parse` reads of a table."""
+    return [*keys, *([] if group_key is None else [GROUP_PARENT])]
+
+
 def parse(
     block: Block, keys: Sequence[str], group_key: str | None, max_mb: float = math.inf
 ) -> Documents:
@@ -147,6 +152,6 @@ def _group(record: dict[str, Any], key: str) -> str:
     meta = record.get(GROUP_PARENT)
     if not isinstance(meta, dict) or not isinstance(meta.get(key), str):
         raise ValueError(
-            f"no {GROUP_PARENT!r} with a string {key!r} in it, which --split-by-meta asks for"
+            f"no {GROUP_PARENT!r} with a string {key!r} in it, by which to tell the subsets"
         )
     return meta[key]

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_let import __version__
-from megatron_let.data.documents import GROUP_PARENT
+from megatron_let.data.documents import columns
 from megatron_let.data.encode import BlockEncoder, EngineDiffers, dataset_name
 from megatron_let.data.engines import ENGINES, make_engine
 from megatron_let.data.fingerprint import tokenizer_fingerprint
@@ -188,9 +188,8 @@ class _Job:
         config = self.config
         engine = make_engine(engine_name, self.tokenizer, _tell)
         self.workplace.state.engine = engine.name
-        columns = [*config.json_keys, *([GROUP_PARENT] if config.split_by_meta else [])]
-        longest = config.max_document_mb
-        inputs = [InputFile(path, i, columns, longest) for i, path in enumerate(self.paths)]
+        wanted, longest = columns(config.json_keys, config.split_by_meta), config.max_document_mb
+        inputs = [InputFile(path, i, wanted, longest) for i, path in enumerate(self.paths)]
         encoder = BlockEncoder(
             engine=engine,
             verify_fraction=config.verify_fraction,

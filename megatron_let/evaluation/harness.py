@@ -6,6 +6,7 @@ may lie without a hub, and how their accuracies are put together.
 
 import functools
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -128,6 +129,11 @@ class Harness:
                 batch_size=batch_size,
                 trust_remote_code=False,
             )
+        if self._model.eot_token_id is None:
+            raise UsageError(
+                f"{folder} has no eos_token, which the harness begins and ends a text with: name "
+                "the one of the training data in its tokenizer_config.json."
+            )
 
     def score(self, task: Task, shots: int, limit: int | None) -> TaskScore:
         """Run one task with so many solved examples before each of its first `limit` questions.
@@ -159,6 +165,9 @@ class Harness:
                     "the data sets with --task-data."
                 ) from error
         samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
+        likelihoods = [float(a[0]) for sample in samples for a in sample["filtered_resps"]]
+        if any(map(math.isnan, likelihoods)):
+            raise UsageError(f"{task.name}: an answer's likelihood is NaN: the model is damaged.")
         return TaskScore(
             correct=[int(sample["acc"]) for sample in samples],
             normalized=results["results"][task.name].get("acc_norm,none"),

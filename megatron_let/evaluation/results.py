@@ -14,20 +14,24 @@ class Results(dict[str, Any]):
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        before = json.loads(path.read_text()) if path.exists() else {"about": about, "results": {}}
-        super().__init__(before["results"])
+        try:
+            before = json.loads(path.read_bytes()) if path.exists() else {}
+            super().__init__(before.get("results", {}))
+            was = before.get("about", about)
+            others = {key: was.get(key) for key in about if was.get(key) != about[key]}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} holds no results ({error}): remove it.") from error
         self._path, self._about = path, about
-        for key, value in about.items():
-            if before["about"].get(key) != value:
-                raise UsageError(
-                    f"{path} holds results with {key} {before['about'].get(key)}, and this is "
-                    f"{value}. Give another --output; nothing is overwritten."
-                )
+        for key, value in others.items():
+            raise UsageError(
+                f"{path} holds results with {key} {value}, and this is {about[key]}. Give another "
+                "--output; nothing is overwritten."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(self, key: str, value: Any) -> None:
         """Add one result; the file is complete at any time."""
         self[key] = value
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps({"about": self._about, "results": self}, indent=1) + "\n")
         partial.replace(self._path)

@@ -77,4 +77,7 @@ def text_table(scores: Mapping[str, Mapping[str, TextScore]]) -> str:
         cells = [f"{score.perplexity:.3f}, {score.bits_per_byte:.4f}" for score in of]
         rows.append((name, f"{of[0].documents:,}", f"{of[0].bytes / 1e6:.2f}", *cells))
     header = ("perplexity, bits per byte", "documents", "MB", *scores)
-    return "\n".join(markdown_table(header, rows))
+    lines = markdown_table(header, rows)
+    if len({score.tokens for score in whole[1]}) > 1:
+        lines += ["", "The models' tokens differ, and so do their perplexities: compare the bits."]
+    return "\n".join(lines)

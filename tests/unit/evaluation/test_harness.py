@@ -5,13 +5,16 @@ import math
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import BloomConfig, BloomForCausalLM, Gemma3Config, GPT2Config, MptConfig
 
 from megatron_let.commands.evaluate import main
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import (
     PAPER_TASKS,
+    Harness,
     TaskScore,
     _task_manager,
     find_tasks,
@@ -86,6 +89,13 @@ def test_a_killed_evaluation_goes_on(folder: Path, capfd: pytest.CaptureFixture[
 def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="--tasks mmlu is none of hellaswag"):
         find_tasks(["mmlu"])
+    make_model("llama").save_pretrained(tmp_path / "endless")
+    config = json.loads((folder / "one" / "tokenizer_config.json").read_text())
+    shutil.copy(folder / "one" / "tokenizer.json", tmp_path / "endless")
+    named = {key: value for key, value in config.items() if not key.endswith("os_token")}
+    (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(UsageError, match="endless has no eos_token"):
+        Harness(tmp_path / "endless", "auto", "cpu", 1)
     shutil.copytree(folder / "data" / "baber", tmp_path / "baber")
     with pytest.raises(UsageError, match="lacks 7 data sets") as error:
         local_data(PAPER_TASKS, tmp_path)
@@ -101,9 +111,14 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for flags, message in (
         (["--context", "99999"], "reads 1 to 16384 tokens"),
         (["--context", "8", "--stride", "9"], "--stride 9 must be 1 to --context 8"),
+        (["--context", "0"], "argument --context: 0 is no number from 1 on"),
         (["--batch-size", "auto"], "auto is no number from 1 on"),
+        (["--json-key", "none"], "holds no text in --json-key none"),
+        (["--json-key", "text"], "one-text.json holds no results"),
     ):
-        (tmp_path / "text.jsonl").write_text('{"text": "w1"}\n')
+        (tmp_path / "text.jsonl").write_text('{"text": "w1", "none": ""}\n')
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "one-text.json").write_text("[]")
         text = ["--input", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "out")]
         with pytest.raises(SystemExit):
             main(["text", str(folder / "one"), *text, *flags])
@@ -113,8 +128,19 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.jsonl"
     rows = [{"text": f"w{i} w{i + 1} w{i + 2}", "meta": {"set": "xy"[i % 2]}} for i in range(9)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--input", str(file), "--by-meta", "set", "--context", "32", "--device", "cpu"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    parquet.write_table(pyarrow.Table.from_pylist(rows[4:]), table := tmp_path / "more.parquet")
+    flags = [
+        "--input",
+        str(file),
+        str(table),
+        "--by-meta",
+        "set",
+        "--context",
+        "32",
+        "--device",
+        "cpu",
+    ]
     command = ["text", str(folder / "one"), str(folder / "two"), *flags]
     main([*command, "--output", str(tmp_path / "out")])
     printed = capsys.readouterr()

@@ -112,7 +112,8 @@ def test_table() -> None:
         "plain": {"b": TextScore(2, 10, 40, 30.0), "a": TextScore(1, 5, 20, 10.0)},
         "let": {"b": TextScore(2, 12, 40, 29.0), "a": TextScore(1, 6, 20, 9.0)},
     }
-    lines = text_table(scores).splitlines()
+    *lines, _, note = text_table(scores).splitlines()
+    assert note.endswith("compare the bits.")
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["a", "b", "all"]
     cells = [cell.strip() for cell in lines[-1].split("|")]
     plain = f"{math.exp(40 / 15):.3f}, {40 / math.log(2) / 60:.4f}"
