@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_let.commands import tool_parser
-from megatron_let.report.page import write_page
+from megatron_let.report.page import differing, write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
-from megatron_let.report.table import comparison_table, losses_table
+from megatron_let.report.table import comparison_table, losses_table, markdown_table
 from megatron_let.report.targets import compare_all, regime_sentence
+
+JUDGED_BY = ("valid_data_path", "per_split_data_args_path", "full_validation", "eval_iters")
+"""Arguments that say what a validation loss is of, and the hash of the training data does not."""
 
 
 def _build_parser() -> ArgumentParser:
@@ -41,6 +44,10 @@ def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
     """Return the tables and the sentence that names the regime; raises as `compare_all`."""
     comparisons = compare_all(runs)
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
+    header, *rows = differing([c.run for c in comparisons])
+    if rows := [row for row in rows if row[0] in JUDGED_BY]:
+        warning = "WARNING: the losses are not of the same text. The runs differ in"
+        parts.append("\n".join([warning, *markdown_table(header, rows)]))
     if teacher is not None:
         parts.append(regime_sentence(comparisons[0].plain, teacher.final.loss))
     return "\n\n".join(parts)

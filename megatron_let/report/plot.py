@@ -28,6 +28,7 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "font.family": "sans-serif",
+    "text.parse_math": False,  # a label may hold dollars
 }
 MANY_LINES = 5
 """More than so many labels get a smaller legend, below the axes."""

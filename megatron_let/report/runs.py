@@ -107,6 +107,8 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
         )
     except KeyError as error:
         raise ValueError(f"{file}: a record lacks {error}, which this version needs") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: a value was changed, and is none now: {error}") from error
 
 
 def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -134,8 +136,9 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _evaluation(record: dict[str, Any]) -> Evaluation:
-    logged = {name: record[name] for name in ("iteration", "tokens", "flops", "seconds")}
-    return Evaluation(**logged, loss=record["lm loss"], peak_memory=record.get("peak memory"))
+    logged = {name: float(record[name]) for name in ("tokens", "flops", "seconds")}
+    loss, memory = float(record["lm loss"]), record.get("peak memory")
+    return Evaluation(record["iteration"], **logged, loss=loss, peak_memory=memory)
 
 
 def shared(runs: Sequence[Run]) -> list[list[Evaluation]]:

@@ -82,10 +82,13 @@ def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
     """
     value = getattr(budget, axis)
     points = [(getattr(_cost_at(e), axis), e.loss) for e in run.evaluations]
+    for x, loss in points:
+        if math.isclose(x, value):  # the one before may be NaN
+            return loss
     for (x, loss), (next_x, next_loss) in pairwise(points):
-        if x <= value <= next_x:
+        if x < value < next_x:
             return loss + (value - x) / (next_x - x) * (next_loss - loss)
-    return points[-1][1] if math.isclose(points[-1][0], value) else None
+    return None
 
 
 def _cost_at(evaluation: Evaluation) -> Cost:

@@ -1,5 +1,6 @@
 """`tools/compare_runs.py`: what a user gives, and what comes back."""
 
+import json
 import re
 
 import pytest
@@ -38,6 +39,17 @@ def test_tables_regime_and_picture(folders, tmp_path, capsys):
     assert "Regime: the plain student stays worse than its teacher" in printed
     assert kept.read_text() in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_of_different_texts_are_told(folders, tmp_path, capsys):
+    for name, data in (("plain", "pile"), ("let", "books")):
+        (tmp_path / name / "starts").mkdir()
+        record = {"arguments": {"valid_data_path": [data], "eval_iters": 5, "lr": len(data)}}
+        (tmp_path / name / "starts" / "1.json").write_text(json.dumps(record))
+    main([folders["plain"], folders["let"]])
+    told = capsys.readouterr().out.partition("not of the same text")[2]
+    assert re.findall(r"^\| (\w+).*books", told, re.MULTILINE) == ["valid_data_path"]
+    assert "eval_iters" not in told and "lr" not in told
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_readme_width(run_with, tmp_path):
 
 def test_target_not_reached(run_with, tmp_path):
     plain = run_with([6.0, 5.0, 4.5, 4.0])
-    salt = run_with([6.0, 5.0, float("nan"), 4.8], method="salt")
+    salt = run_with([6.0, 5.0, float("nan"), 4.8], method="salt", label=r"$\frac$")  # no formula
     path = plot_comparison(compare_all([plain, salt]), tmp_path / "report.png")
     assert png_size(path) == (1380, 600)
 

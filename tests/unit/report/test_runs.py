@@ -85,6 +85,8 @@ def test_missing_empty_and_foreign_files_say_what_to_do(write, lines, tmp_path):
     start, valid, _ = lines
     with pytest.raises(ValueError, match="does not exist: give the folder"):
         read_run(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="a value was changed"):
+        read_run(write(start(), valid(10, None)))
     with pytest.raises(ValueError, match="is empty"):
         read_run(write(""))
     with pytest.raises(ValueError, match="no start line"):

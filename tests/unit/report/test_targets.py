@@ -77,6 +77,11 @@ def test_loss_for_the_same_spending(run_with):
     assert loss_at(run, Cost(steps=9.0, flops=0.0, seconds=0.0), "steps") is None, "not evaluated"
 
 
+def test_loss_at_an_evaluation_behind_one_that_is_no_number(run_with):
+    run = run_with([4.0, math.nan, 3.0, 2.5])
+    assert loss_at(run, Cost(steps=30.0, flops=0.0, seconds=0.0), "steps") == 3.0
+
+
 def test_plain_run_is_one_by_definition(run_with):
     plain = run_with([5.0, 3.9, 3.9, 4.0])  # by noise already below its final loss at step 20
     assert compare(plain, plain).ratio == Cost(1.0, 1.0, 1.0)
