@@ -8,7 +8,7 @@ What is done of an --output is not done again.
 
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +19,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
 from megatron_let import hugging_face
-from megatron_let.commands import tool_parser
+from megatron_let.commands import number, tool_parser
 from megatron_let.data import documents, sources
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, Harness, TaskScore, find_tasks, local_data
@@ -42,35 +42,29 @@ def _build_parser() -> ArgumentParser:
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help=f"default: {names}")
     data = "data sets as DIR/OWNER/NAME, for a machine without internet (default: the hub)"
     tasks.add_argument("--task-data", type=Path, metavar="DIR", help=data)
-    shots = partial(_number, least=0)
+    shots = partial(number, least=0)
     tasks.add_argument("--num-fewshot", type=shots, default=1, help="default: %(default)s")
-    tasks.add_argument("--limit", type=_number, metavar="N", help="only so many questions a task")
+    tasks.add_argument("--limit", type=number, metavar="N", help="only so many questions a task")
     text = add_parser("text", help="perplexity and bits per byte on held-out text")
     text.add_argument("--input", nargs="+", required=True, help="files as preprocess reads")
     text.add_argument("--json-key", default="text", help="default: %(default)s")
     rows = 'a row for each value of KEY in "meta", such as pile_set_name'
     text.add_argument("--by-meta", metavar="KEY", help=rows)
-    text.add_argument("--context", type=_number, metavar="N", help="default: all the model reads")
-    text.add_argument("--stride", type=_number, metavar="N", help="default: half the context")
+    text.add_argument("--context", type=number, metavar="N", help="default: all the model reads")
+    text.add_argument("--stride", type=number, metavar="N", help="default: half the context")
     for command in (tasks, text):
         command.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER", help="exported models")
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
         command.add_argument(
             "--batch-size",
-            type=_number,
+            type=number,
             default=8,
             metavar="N",
             help="sequences at once, a number: no auto (default: %(default)s)",
         )
         command.add_argument("--device", help="default: cuda, or cpu where no GPU is promised")
     return parser
-
-
-def _number(word: str, least: int = 1) -> int:
-    if not (word.isdecimal() and int(word) >= least):
-        raise ArgumentTypeError(f"{word} is no number from {least} on")
-    return int(word)
 
 
 def _labelled(words: Sequence[str]) -> dict[str, Path]:

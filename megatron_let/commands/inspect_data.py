@@ -5,11 +5,13 @@ megatron-let inspect data/pile_text_document --tokenizer-model path/to/tokenizer
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import number, tool_parser
 from megatron_let.data import tokenizer
+from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary
 
 
@@ -19,9 +21,10 @@ def _build_parser() -> ArgumentParser:
     add("prefix", nargs="+", help="dataset without .bin or .idx")
     add("--tokenizer-type", choices=types, default=types[0])
     add("--tokenizer-model", help="shows documents as text")
-    add("--documents", type=int, default=2, help="documents to show (default 2)")
-    add("--seed", type=int, default=0, help="which ones, drawn at random (default 0)")
-    add("--vocab-size", type=int, help="default: the sidecar's")
+    from_0 = partial(number, least=0)
+    add("--documents", type=from_0, default=2, help="documents to show (default 2)")
+    add("--seed", type=from_0, default=0, help="which ones, drawn at random (default 0)")
+    add("--vocab-size", type=number, help="default: the sidecar's, or the tokenizer's")
     add("--checksum", action="store_true", help="print SHA-256 of the files")
     return parser
 
@@ -29,7 +32,8 @@ def _build_parser() -> ArgumentParser:
 def _show(pair: Pair, options: Namespace) -> None:
     print(summary(pair))
     vocab_size = options.vocab_size or pair.sidecar.get("vocab_size")
-    if vocab_size:
+    reader = _reader(pair, options) if options.tokenizer_model else None
+    if vocab_size := vocab_size or (reader and reader.vocab_size):
         check_tokens(pair, vocab_size)
         print("\nwhole: sizes, order, counts and every token id were checked")
     else:
@@ -37,14 +41,22 @@ def _show(pair: Pair, options: Namespace) -> None:
     if options.checksum:
         for suffix, digest in checksum(pair).items():
             print(f"sha256 {digest}  {pair.prefix}{suffix}")
-    if options.tokenizer_model:
-        _show_documents(pair, options)
+    if reader is not None:
+        _show_documents(pair, reader, options)
 
 
-def _show_documents(pair: Pair, options: Namespace) -> None:
+def _reader(pair: Pair, options: Namespace) -> tokenizer.Tokenizer:
     kind, model = options.tokenizer_type, options.tokenizer_model
     config = tokenizer.TokenizerConfig(tokenizer_type=kind, tokenizer_model=model)
     reader = tokenizer.load_tokenizer(config)
+    own = tokenizer_fingerprint(reader.ids())
+    if (made_with := pair.sidecar.get("tokenizer_fingerprint", own)) != own:
+        other = f"another tokenizer (fingerprint {made_with[:12]}) than --tokenizer-model {model}"
+        print(f"\nWARNING: made with {other} ({own[:12]}): the text may not be what it was")
+    return reader
+
+
+def _show_documents(pair: Pair, reader: tokenizer.Tokenizer, options: Namespace) -> None:
     full = np.flatnonzero(np.diff(pair.documents))
     number = min(options.documents, len(full))
     for index in sorted(np.random.default_rng(options.seed).choice(full, number, replace=False)):

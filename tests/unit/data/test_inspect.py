@@ -64,7 +64,7 @@ def change(path: Path, offset: int, form: str, value: int) -> None:
     path.write_bytes(content)
 
 
-def set_count(prefix: str, key: str, value: int) -> None:
+def set_count(prefix: str, key: str, value: object) -> None:
     sidecar = Path(f"{prefix}.json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {key: value}))
 
@@ -119,6 +119,15 @@ def test_tool_shows_documents(
     assert len(shown) == 2
     texts = {str(record["text"])[:20] for record in make_records(20)}
     assert any(text in shown[0] for text in texts if text)
+    assert "WARNING" not in said
+    set_count(prefix, "tokenizer_fingerprint", "0123456789abcdef")
+    inspect_data.main([prefix, "--tokenizer-model", tokenizer_model, "--documents", "0"])
+    assert "made with another tokenizer (fingerprint 0123456789ab)" in capsys.readouterr().out
+    Path(f"{prefix}.json").unlink()
+    change(Path(f"{prefix}.bin"), 4, "<H", 60_000)
+    with pytest.raises(SystemExit):
+        inspect_data.main([prefix, "--tokenizer-model", tokenizer_model])
+    assert "the id 60000 at token 2" in capsys.readouterr().err
 
 
 def test_merged_pair_is_megatrons(tmp_path: Path, tokenizer_model: str) -> None:
