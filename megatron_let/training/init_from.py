@@ -22,7 +22,7 @@ from megatron_let.conversion.growth import Growth
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import check_token_ids, read_token_ids
 from megatron_let.training.arguments import InitFlags
-from megatron_let.upstream.mended import token_ids
+from megatron_let.upstream.mended import known_token_ids
 
 SIZES = "hidden_size ffn_hidden_size num_layers num_attention_heads kv_channels".split()
 FREE = (
@@ -105,15 +105,16 @@ def _check_student(args: Namespace, small: Source, needed: dict[str, Any]) -> No
             f"--init-from {args.init_from} has {small.config.vocab_size} rows of tokens, the "
             f"student's tokenizer {get_tokenizer().vocab_size} tokens: it is another one."
         )
-    ids = read_token_ids(str(small.folder), None)
-    if args.tokenizer_type == "HuggingFaceTokenizer" and ids:
-        check_token_ids(token_ids(get_tokenizer()), ids, args.init_from, "--init-from")
+    own, ids = known_token_ids(args), read_token_ids(str(small.folder), None)
+    if own and ids:
+        check_token_ids(own, ids, args.init_from, "--init-from")
 
 
 def _fill(tensor: ShardedTensor, whole: torch.Tensor) -> None:
-    """Copy this rank's slice; rows that only pad the vocabulary stay as they are."""
+    """Copy this rank's slice; rows that only pad the vocabulary are zeros, as where one loads."""
     offsets = tensor.global_offset[tensor.prepend_axis_num :]
     bounds = zip(offsets, tensor.local_shape, strict=True)
     part = whole[tuple(slice(start, start + size) for start, size in bounds)]
     with torch.no_grad():
+        tensor.data.zero_()
         tensor.data[tuple(slice(0, size) for size in part.shape)].copy_(part)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 
 from megatron_let.conversion.from_hf import import_model
 from megatron_let.conversion.grow import grow_model
@@ -16,7 +18,8 @@ from tests.support.tiny_run import FLAGS, VOCAB, hashes
 
 STUDENT = "--norm-epsilon 5e-7".split()
 """Half of the small model's, at twice its width; a repeated one keeps it."""
-STILL = "--lr 0 --min-lr 0 --weight-decay 0 --exit-interval 1".split()
+PADDED = "--make-vocab-size-divisible-by 144".split()  # 32 rows more than tokens, with TP 2 too
+STILL = [*"--lr 0 --min-lr 0 --weight-decay 0 --exit-interval 1".split(), *PADDED]
 LAYOUTS = {
     "single": (1, []),
     "tp2_pp2_sp": (4, [*TP2_PP2, "--sequence-parallel"]),
@@ -157,6 +160,18 @@ def test_what_cannot_be(corpus, small, tmp_path, flags, words):
     given = flags.format(small=small, wide=wide, other=other).split()
     error = run(1, *corpus.flags, *STILL, *given)
     assert error is not None and words in error
+
+
+def test_a_tokenizer_of_any_kind_is_compared(corpus, tmp_path):
+    (tmp_path / "text").write_text("a few words\nand a few more\n" * 20)
+    SentencePieceTrainer.train(
+        input=f"{tmp_path}/text", model_prefix=f"{tmp_path}/sp", vocab_size=16, minloglevel=2
+    )
+    small = Path(save_tiny_teacher(tmp_path / "small", vocab_size=VOCAB, width=16))
+    shutil.copytree(corpus.folder / "tokenizer", small, dirs_exist_ok=True)
+    flags = ["--mock-data", "--tokenizer-type", "SentencePieceTokenizer", *STUDENT, *STILL]
+    error = run(1, *flags, "--tokenizer-model", f"{tmp_path}/sp.model", "--init-from", str(small))
+    assert "number tokens differently" in error and "--init-from" in error
 
 
 def test_a_damaged_tensor_that_one_stage_reads_ends_all(corpus, tmp_path):
