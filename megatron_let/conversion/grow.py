@@ -23,7 +23,7 @@ from megatron_let.conversion.safetensors_files import (
     check_shard_size,
     write_folder,
 )
-from megatron_let.conversion.verify import TEXT, compare
+from megatron_let.conversion.verify import TEXT, compare, text_ids
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import from_hf_config
 from megatron_let.teacher.load import DTYPES
@@ -82,6 +82,10 @@ def grow_model(
     small = open_small("--hf-model", hf_model, revision)
     given = {name: size for name, size in sizes.items() if size is not None}
     grown, config, is_exact = grown_model(small, given, growth)
+    is_exact = is_exact and dtype in (None, "fp32")
+    has_tokenizer = hugging_face.has_tokenizer(small.folder)
+    tokenizer = tokenizer_files.load_tokenizer(small.folder) if has_tokenizer else None
+    text_BS = _read(text, tokenizer, small) if text or not is_exact else None
     model = configs.empty_model(config)
     state = model.to(DTYPES[dtype or "fp32"]).state_dict()
     if config.tie_word_embeddings:
@@ -90,13 +94,23 @@ def grow_model(
         names = tqdm(state, desc="weights", disable=None)
         weights = zip(state, _ahead(grown.read, names), strict=True)
         write_folder(folder, model, state, weights, max_shard_size)
-        if hugging_face.has_tokenizer(small.folder):
-            tokenizer = tokenizer_files.load_tokenizer(small.folder)
+        if tokenizer is not None:
             tokenizer_files.write_tokenizer(small.folder, tokenizer, folder)
         # What is written is proven, its rounding too, before it has its name.
         read = SafetensorsReader(folder, model.base_model_prefix).read
-        is_exact = is_exact and model.dtype is torch.float32
-        return _compare(small, config, read, text, exact=is_exact)
+        return _compare(small, config, read, text_BS, exact=is_exact)
+
+
+def _read(text: Path | None, tokenizer: Any, small: Source) -> torch.Tensor | None:
+    """The tokens `[1, s]` that losses are told on; looked at before hours of work."""
+    if tokenizer is not None:
+        words = text.read_text(errors="replace") if text else TEXT
+        ids_BS = text_ids(words, tokenizer, small.config, MAX_TOKENS)
+        if ids_BS.numel() > 1:
+            return ids_BS
+    if text is not None:
+        raise UsageError(f"--text {text} has no two tokens by a tokenizer in {small.folder}.")
+    return None
 
 
 def _ahead(read: Read, names: Iterable[str]) -> Iterator[torch.Tensor]:
@@ -114,7 +128,9 @@ def _ahead(read: Read, names: Iterable[str]) -> Iterator[torch.Tensor]:
 # --- the proof ---------------------------------------------------------------------------------
 
 
-def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact: bool) -> str:
+def _compare(
+    small: Source, config: Any, read: Read, text_BS: torch.Tensor | None, *, exact: bool
+) -> str:
     """Compare both models' logits on random tokens, and their losses on a text."""
     generator = torch.Generator().manual_seed(0)
     length = min(64, config.max_position_embeddings)
@@ -126,16 +142,13 @@ def _compare(small: Source, config: Any, read: Read, text: Path | None, *, exact
             f"{small.folder}, grown, computes something else: {verdict}, not "
             f"{TOLERANCE:.0e}. Please report the command."
         )
-    if text is None and (exact or not hugging_face.has_tokenizer(small.folder)):
+    if text_BS is None:
         return str(verdict)
-    words = text.read_text(errors="replace") if text else TEXT
-    ids = tokenizer_files.load_tokenizer(small.folder)(words)
-    ids_BS = torch.tensor([ids["input_ids"][: min(MAX_TOKENS, config.max_position_embeddings)]])
     before, after = (
-        F.cross_entropy(streamed_logits(c, r, ids_BS)[0, :-1], ids_BS[0, 1:]).item()
+        F.cross_entropy(streamed_logits(c, r, text_BS)[0, :-1], text_BS[0, 1:]).item()
         for c, r in ((small.config, small.reader.read), (config, read))
     )
-    return f"{verdict}; loss on {ids_BS.numel()} tokens of text {before:.4f}, grown {after:.4f}"
+    return f"{verdict}; loss on {text_BS.numel()} tokens of text {before:.4f}, grown {after:.4f}"
 
 
 @torch.no_grad()

@@ -97,12 +97,19 @@ def _widest(tensors: Checkpoint | SafetensorsReader, names: Iterable[str]) -> to
 
 def _token_ids(folder: Path, config: Any) -> torch.Tensor:
     """Ids `[1, s]` of real text; random ones for a model without a tokenizer."""
-    length = min(MAX_TOKENS, config.max_position_embeddings)
     if has_tokenizer(folder):
-        ids = load_tokenizer(folder)(TEXT)["input_ids"][:length]
-        return torch.tensor([ids]) % config.vocab_size  # a tokenizer may have more ids than rows
+        ids_BS = text_ids(TEXT, load_tokenizer(folder), config, MAX_TOKENS)
+        if ids_BS.numel():  # a tokenizer of another script may leave nothing
+            return ids_BS
     generator = torch.Generator().manual_seed(0)
+    length = min(MAX_TOKENS, config.max_position_embeddings)
     return torch.randint(config.vocab_size, (1, length), generator=generator)
+
+
+def text_ids(text: str, tokenizer: Any, config: Any, most: int) -> torch.Tensor:
+    """Ids `[1, s]` of a text, as far as a model reads; a tokenizer may have more ids than rows."""
+    ids = tokenizer(text)["input_ids"][: min(most, config.max_position_embeddings)]
+    return torch.tensor([ids], dtype=torch.long) % config.vocab_size
 
 
 def _megatron_logits(

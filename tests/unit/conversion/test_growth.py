@@ -18,6 +18,7 @@ from megatron_let.conversion.grow import TOLERANCE, grow_model, streamed_logits
 from megatron_let.conversion.growth import Axis, Grown, Growth, grown_config
 from megatron_let.errors import UsageError
 from megatron_let.planning.huggingface import from_hf_config
+from tests.unit.conversion.hf_models import write_tokenizer
 
 VOCAB = 128
 SMALL = {
@@ -295,6 +296,14 @@ def test_what_is_rounded_is_said(models, tmp_path):
     assert float(verdict.split("difference ")[1].split(" ")[0]) > TOLERANCE
     with pytest.raises(UsageError, match="--max-shard-size 5 is not a size"):
         grow_model(small, tmp_path / "large", SIZES, Growth(), max_shard_size="5")
+    write_tokenizer(tmp_path / "small", VOCAB + 3)  # with ids that the model has no row for
+    text = tmp_path / "text"
+    text.write_text(f"w5 w{VOCAB + 2}")
+    verdict = grow_model(small, tmp_path / "large", SIZES, Growth(), text=text)
+    assert "loss on 2 tokens of text" in verdict
+    text.write_text("w5")
+    with pytest.raises(UsageError, match="text has no two tokens"):
+        grow_model(small, tmp_path / "other", SIZES, Growth(), text=text)
 
 
 def test_another_family_is_refused(tmp_path):

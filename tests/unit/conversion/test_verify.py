@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.commands.convert_checkpoint import main
@@ -15,7 +17,7 @@ from megatron_let.conversion.to_hf import export
 from megatron_let.conversion.verify import TOLERANCE, compare, verify
 from megatron_let.errors import UsageError
 from tests.support.testing import run_program
-from tests.unit.conversion.hf_models import MODELS, VOCAB, save_model
+from tests.unit.conversion.hf_models import MODELS, VOCAB, make_model, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,13 @@ def test_the_stored_types_decide_what_is_rounded(
         with pytest.raises(UsageError, match="do not compute the same"):
             verify(load, original)
     assert asked == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_a_tokenizer_that_reads_no_english(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "hf")
+    words = Tokenizer(models.BPE({"\u4e16": 0}, []))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    assert verify_module._token_ids(folder, make_model("llama").config).shape == (1, 128)
 
 
 def test_zeros_prove_nothing() -> None:
