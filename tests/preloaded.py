@@ -18,12 +18,16 @@ from megatron_let.upstream import cpu  # noqa: E402
 torch.set_num_threads(1)
 cpu.activate()
 
+import megatron.core.models.mimo  # noqa: E402, F401
 import transformers.models.auto.modeling_auto  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 import megatron_let.conversion.megatron_logits  # noqa: E402, F401
 import megatron_let.training.log  # noqa: E402, F401
+import megatron_let.training.resume  # noqa: E402, F401
+import megatron_let.training.run  # noqa: E402, F401
 from megatron_let.training.arguments import add_arguments  # noqa: E402
 
 _read_docstrings = ArgumentGroupFactory._get_field_docstrings
