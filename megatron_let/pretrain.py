@@ -16,7 +16,6 @@ else:
 
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_let.training import command_line
 from megatron_let.upstream.async_saves import prepare_saves
@@ -75,7 +74,7 @@ def train() -> None:
 
     with hooks.installed():
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
+            command_line.pretrain_config(args, model_config),
             run.datasets,
             ModelType.encoder_or_decoder,
             run.forward_step,

@@ -14,7 +14,10 @@ from typing import Any
 
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_tokenizer
-from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -241,12 +244,13 @@ def _check_needed(args: Namespace) -> None:
     ):
         if value is None and not (args.skip_train and flag != "--train-iters"):
             raise UsageError(f"Add {flag}, the {meaning}: Megatron-LM has no default for it.")
-    if args.step_batch_size_schedule is not None and args.train_samples is None:
-        raise UsageError(
-            "--step-batch-size-schedule goes with --train-samples (and --lr-*-samples): of steps "
-            "Megatron-LM makes samples as if each batch were the smallest, so that the learning "
-            "rate would end early."
-        )
+    for name in ("step_batch_size_schedule", "phase_transition_iterations"):
+        if vars(args)[name] is not None and args.train_samples is None:
+            raise UsageError(
+                f"{arguments.flag(name, vars(args)[name])} goes with --train-samples (and "
+                "--lr-*-samples): Megatron-LM counts in samples there, and makes wrong ones of "
+                "steps."
+            )
     if args.full_validation != args.multiple_validation_sets:
         raise UsageError(
             "--full-validation and --multiple-validation-sets go together: Megatron-LM evaluates "
@@ -291,6 +295,12 @@ def model_config(args: Namespace, method: Method) -> Any:
     method.check_tokens(known_token_ids(args))
     method.configure(config)
     return config
+
+
+def pretrain_config(args: Namespace, model_config: Any) -> Any:
+    """Return the container of all of Megatron's configurations."""
+    with _refusals():
+        return pretrain_cfg_container_from_args(args, model_config)
 
 
 def embedding_ranks(args: Namespace) -> Any:

@@ -28,7 +28,8 @@ IGNORED = {
     "rl- short-seq-prob swin- titles-data-path use-legacy-static-engine use-one-sent-docs vision- "
     "vocab-extra-ids logits- fim-": "It belongs to another of Megatron-LM's programs.",
     "apply-residual-connection-post-layernorm dist-ckpt-save-pre-mcore-014 config-logger-dir "
-    "exit-signal-handler-for-dataloader": "Megatron-Core 0.19 has no working code for it.",
+    "exit-signal-handler-for-dataloader init-method-xavier-uniform": "Megatron-Core 0.19 has no "
+    "working code for it.",
 }
 UNSUPPORTED = (
     "sft fim-data logits-load-dir logits-save-dir hybrid-context-parallel perform-rl-step "
@@ -66,6 +67,8 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
         way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
         _refuse(argv, "async-save", f"has no effect alone. {way_out}")
+    if args.dataloader_type == "external":
+        _refuse(argv, "dataloader-type", "has no effect with external: the data come from files.")
     if args.full_validation:
         what = "evaluates the validation sets, whole, by --eval-micro-batch-size rows a rank"
         _refuse(

@@ -1,6 +1,7 @@
 """What is mended in Megatron for every run, whatever it runs on, and what it does not tell."""
 
 import copy
+import multiprocessing
 from argparse import Namespace
 from typing import Any
 
@@ -59,6 +60,8 @@ REDIRECTS = [
 def mend_megatron() -> None:
     """Put it in place; before the command line is parsed."""
     apply(REDIRECTS)
+    # Python 3.14's default asks for picklable functions, which those of Megatron's loaders are not.
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def gpt_config(args: Namespace) -> Any:

@@ -194,7 +194,8 @@ def test_a_change_works_as_it_is_meant(change, saved, tmp_path):
 
 
 def test_a_run_in_another_folder_counts_from_its_first_step(saved, tmp_path, capfd):
-    assert not saved(tmp_path / "on", f"--exit-interval {LAST + 1}")
+    """Its data come from a worker process, which a process that was not forked could not start."""
+    assert not saved(tmp_path / "on", f"--exit-interval {LAST + 1} --num-workers 1")
     assert series(tmp_path / "on", "tokens") == {n: 128 * n for n in range(1, LAST + 2)}
     take_over(tmp_path / "none.jsonl", tmp_path / "new.jsonl")
     assert "none.jsonl: tokens, FLOPs and seconds are counted from" in capfd.readouterr().out

@@ -43,7 +43,7 @@ def usage_error(flags: list[str]) -> str:
     try:
         with contextlib.redirect_stderr(printed):
             args = command_line.parse_arguments()
-        command_line.model_config(args, build_method(args))
+        command_line.pretrain_config(args, command_line.model_config(args, build_method(args)))
     except UsageError as error:
         return str(error)
     except SystemExit:  # argparse's own

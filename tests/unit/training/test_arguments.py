@@ -204,6 +204,10 @@ MISTAKES = {
         f"{PLAIN} --hidden-size 30",
         "Megatron-LM refuses these flags: assert args.hidden_size % args.num_attention_heads == 0",
     ),
+    "an assertion of Megatron's optimizer's": (
+        f"{PLAIN} --use-precision-aware-optimizer",
+        "Megatron-LM refuses these flags: --use-precision-aware-optimizer only supported with dist",
+    ),
     "batch size that would not grow": (
         f"{PLAIN} --rampup-batch-size 4 2 100",
         "--rampup-batch-size has no effect.*Use --step-batch-size-schedule",
@@ -295,7 +299,11 @@ MISTAKES = {
     ),
     "a batch that grows in a run given in steps": (
         f"{PLAIN} --step-batch-size-schedule 0:2,64:4",
-        "--step-batch-size-schedule goes with --train-samples",
+        "--step-batch-size-schedule 0:2,64:4 goes with --train-samples",
+    ),
+    "phases of a run given in steps": (
+        f"{PLAIN} --phase-transition-iterations 4",
+        "--phase-transition-iterations .* goes with --train-samples",
     ),
     "a signal that is none": (
         f"{PLAIN} --exit-signal-handler --exit-signal SIGFOO",
