@@ -283,7 +283,7 @@ class TeacherMethod(Method):
         if signal.measure == self.args.guidance_stop:
             why = self._ending.learn(self.args.curr_iteration + 1, signal.measured(*totals))
             if why is not None and torch.distributed.get_rank() == 0:
-                say(f"> the guidance ends in {self.args.guidance_ramp} steps: {why}")
+                say(f"> the guidance ends within {self.args.guidance_ramp} steps: {why}")
 
     def on_load(self, state: dict[str, Any]) -> None:
         """Where a guidance that ends itself was."""
