@@ -18,6 +18,8 @@ GROWTH = "growth"
 """What plain training is called that starts from a small model."""
 THEN = ", then "
 """Between the methods of a run that went on with another one, as where the teacher is gone."""
+NOT_ANEW = ("init_from", "teacher", "train_iters", "tokens_per_step")
+"""What a run that goes on need not say anew: its teacher is released, or it makes no step."""
 LOGGED = ("name", "seed", "train_iters", "tokens_per_step", "student_parameters")
 """What a `start` line says as a `Run` does."""
 
@@ -70,7 +72,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last evaluation was made after the last training step."""
-        return bool(self.evaluations) and self.final.iteration >= self.train_iters
+        return bool(self.evaluations) and self.final.iteration >= (self.train_iters or 0)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(iteration, value) of one logged training quantity; empty where it was not logged."""
@@ -118,13 +120,10 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for _, record in read_records(file):
         kind, iteration = record["kind"], record["iteration"]
         if kind == "start":
-            # What a run that goes on does not say anew: it started so, or its teacher is released.
             before = start if start and iteration else {}
-            start = record | {
-                name: record.get(name) or before.get(name) for name in ("init_from", "teacher")
-            }
+            start = record | {name: record.get(name) or before.get(name) for name in NOT_ANEW}
             methods = before.get("method", start["method"])
-            if methods.split(THEN)[-1] != start["method"]:
+            if record["train_iters"] and methods.split(THEN)[-1] != start["method"]:
                 methods += THEN + start["method"]
             start["method"] = methods
             latest = {key: value for key, value in latest.items() if key[1] <= iteration}

@@ -82,8 +82,8 @@ class RunLog(Listener):
             name=Path(args.save).name if args.save else args.method,
             method=args.method,
             seed=args.seed,
-            train_iters=args.train_iters,
-            tokens_per_step=mean_batch(args) * args.seq_length,
+            train_iters=None if args.skip_train else args.train_iters,
+            tokens_per_step=tokens_per_step(args),
             student_parameters=self._num_parameters,
             data=data,
             init_from=args.init_from,
@@ -305,11 +305,11 @@ def take_over(earlier: Path, path: Path) -> None:
         say(f"> no {earlier}: tokens, FLOPs and seconds are counted from this step on")
 
 
-def mean_batch(args: Namespace) -> int:
-    """Samples of a step, where they grow the mean over the run."""
-    if args.step_batch_size_schedule is None or args.skip_train:
-        return args.global_batch_size
-    return args.train_samples // args.train_iters
+def tokens_per_step(args: Namespace) -> int | None:
+    """Where batches grow the mean over the run, None if that makes no step."""
+    if args.step_batch_size_schedule is None:
+        return args.global_batch_size * args.seq_length
+    return args.train_iters and args.train_samples * args.seq_length // args.train_iters
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:

@@ -55,6 +55,9 @@ def test_a_run_that_went_on_with_another_method_is_no_run_of_that_one(write, lin
     first = [start(method="let"), valid(10, 5.0)]
     run = read_run(write(*first, start(20, method="baseline"), start(30, method="baseline")))
     assert run.method == run.label == "let, then baseline"
+    evaluated = start(20, train_iters=None, tokens_per_step=None)  # --skip-train
+    run = read_run(write(*first, evaluated))
+    assert (run.method, run.train_iters, run.tokens_per_step) == ("let", 40, 8)
     assert read_run(write(*first, start(method="baseline"))).method == "baseline"  # begun anew
 
 

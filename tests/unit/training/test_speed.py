@@ -10,17 +10,20 @@ from megatron_let.training.log import (
     TOKENS,
     Interval,
     evaluation_line,
-    mean_batch,
     step_line,
+    tokens_per_step,
 )
 from megatron_let.upstream import cpu
 
 
 def test_of_a_batch_that_grows_the_mean_is_told():
-    args = Namespace(train_samples=64, train_iters=10, global_batch_size=2, skip_train=False)
-    for schedule, batch in ((None, 2), ("0:4,400:8", 6)):
-        args.step_batch_size_schedule = schedule
-        assert mean_batch(args) == batch
+    args = Namespace(train_samples=64, global_batch_size=2, seq_length=16)
+    for args.step_batch_size_schedule, args.train_iters, expected in (
+        (None, 10, 32),
+        ("0:4,400:8", 10, 102),
+        ("0:4,400:8", None, None),  # --skip-train
+    ):
+        assert tokens_per_step(args) == expected
 
 
 def test_an_interval_counts_what_was_done_since_the_last_one():
