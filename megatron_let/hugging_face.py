@@ -48,6 +48,12 @@ def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> An
     if is_gguf(source):
         options["gguf_file"] = Path(source).name
         source = Path(source).parent
+    if auto.__name__ != "AutoTokenizer" and (Path(source) / "adapter_config.json").is_file():
+        raise OutsideError(
+            f"{source} holds an adapter (adapter_config.json) of a model that lies elsewhere. "
+            "Merge them: load the folder with peft's AutoPeftModelForCausalLM, call "
+            "merge_and_unload, and save what that returns with save_pretrained."
+        )
     with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
         loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
     # A kernel of the hub, as "owner/name", is code too.

@@ -110,12 +110,6 @@ class Source:
 def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
     """Open a folder or hub id, which a flag names; its tensors must be those of its family."""
     folder = local_folder(hf_model, revision, flag)
-    if (folder / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{flag} {folder} holds an adapter, adapter_config.json, whose weights would be left "
-            "out. Merge them first: load the folder with peft's AutoPeftModelForCausalLM, call "
-            "merge_and_unload, and save what that returns with save_pretrained."
-        )
     failure = f"{flag} {folder} has no configuration to load."
     config = hugging_face.load(AutoConfig, folder, failure)
     family = configs.family_of_config(config)

@@ -110,21 +110,26 @@ def _untrained(config: TeacherConfig, dtype: torch.dtype) -> Any:
 
 def _trained(config: TeacherConfig, dtype: torch.dtype) -> Any:
     shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
-    needed = "It needs model.safetensors, or pytorch_model.bin."
+    needed = ""
     if getattr(shape, "quantization_config", None):
-        needed = "They are quantized: choose the model in full precision."
+        needed = " They are quantized: choose the model in full precision."
+    elif not hugging_face.weight_files(config.name, config.revision):
+        needed = " It needs model.safetensors, or pytorch_model.bin."
     model, info = hugging_face.load(
         AutoModelForCausalLM,
         config.name,
-        f"The weights of --teacher-model {config.name} could not be loaded. {needed}",
+        f"The weights of --teacher-model {config.name} could not be loaded.{needed}",
         revision=config.revision,
         dtype=dtype,
+        ignore_mismatched_sizes=True,  # by us they are not
         output_loading_info=True,
     )
-    if missing := sorted(info["missing_keys"]):
+    others = (key for key, _, _ in info["mismatched_keys"])
+    if missing := sorted({*info["missing_keys"], *others}):
         raise UsageError(
-            f"--teacher-model {config.name} lacks {len(missing)} weights, such as {missing[0]}: "
-            "random ones would mislead the student. Export or download the model again."
+            f"--teacher-model {config.name} lacks {len(missing)} weights of the shape that its "
+            f"config.json says, such as {missing[0]}: random ones would mislead the student. "
+            "Export or download the model again."
         )
     return model
 

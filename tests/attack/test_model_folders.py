@@ -131,22 +131,15 @@ def old_torch(payload: object) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["zip", "old", "bare"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
-def test_pickled_weights_execute_nothing(name, kind, folder, tmp_path):
-    tensors, path = load_file(folder / WEIGHTS), folder / name
+def test_pickled_weights_execute_nothing(kind, folder, tmp_path):
+    tensors, path = load_file(folder / WEIGHTS), folder / "pytorch_model.bin"
     payload = tensors | {"model.norm.weight": Calls(tmp_path / "made")}
     if kind == "zip":
         torch.save(payload, path)
     else:
         path.write_bytes(old_torch(payload) if kind == "old" else pickle.dumps(payload))
-    if name.startswith("adapter"):
-        pytest.importorskip("peft", reason="without it transformers looks at no adapter")
-        about = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}
-        about["base_model_name_or_path"] = str(folder)
-        (folder / "adapter_config.json").write_text(json.dumps(about))
-    else:
-        (folder / WEIGHTS).unlink()
-    with pytest.raises(UsageError, match=rf"{name}.*") as error:
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UsageError, match=path.name) as error:
         as_teacher(folder)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "made").exists()

@@ -153,7 +153,7 @@ def test_missing_weights_are_refused_instead_of_drawn(folder, tmp_path):
         del weights["model.layers.1.mlp.up_proj.weight"]
 
     broken = change_weights(folder, tmp_path / "broken", remove)
-    with pytest.raises(UsageError, match=r"lacks 1 weights, such as .*layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UsageError, match=r"lacks 1 weights .*layers.1.mlp.up_proj.weight"):
         load(broken)
 
 
@@ -176,8 +176,19 @@ def test_weights_of_another_shape_are_refused(folder, tmp_path):
     def cut(weights):
         weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
 
-    with pytest.raises(UsageError, match="could not be loaded"):
+    with pytest.raises(UsageError, match="lacks 1 weights .* such as model.norm.weight"):
         load(change_weights(folder, tmp_path / "cut", cut))
+
+
+def test_an_adapter_is_not_followed_to_another_model(folder, tmp_path):
+    copy = change_weights(folder, tmp_path / "copy", lambda weights: None)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (copy / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UsageError, match="copy holds an adapter.*merge_and_unload"):
+        load(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(UsageError, match="copy holds an adapter"):
+        read_teacher_config(str(copy))
 
 
 # --- fingerprint --------------------------------------------------------------------------------
