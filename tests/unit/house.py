@@ -7,6 +7,7 @@ it stands.
 """
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,12 @@ def sources(*places: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
+def nodes(text: str) -> list[ast.AST]:
+    """Of a file, of which many rules look at the same."""
+    return list(ast.walk(ast.parse(text)))
+
+
 def room(path: str) -> str:
     """Of a file of the package."""
     return path.split("/")[1].removesuffix(".py")
@@ -39,16 +46,16 @@ def arrows(files: Sources) -> dict[tuple[str, str], list[str]]:
     }
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, text in files.items():
-        for name in imported(ast.parse(text)):
+        for name in imported(text):
             target = modules.get(name) or modules.get(name.rpartition(".")[0])
             if target and target != f"{PACKAGE}/__init__.py" and room(target) != room(path):
                 found[room(path), room(target)].append(path)
     return found
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of all imports, local ones too."""
-    for node in ast.walk(tree):
+def imported(text: str) -> Iterator[str]:
+    """Dotted names of all imports of a file, local ones too."""
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -79,15 +86,14 @@ def private_names(files: Sources) -> list[str]:
     for path, text in files.items():
         if path.startswith(f"{PACKAGE}/upstream/"):
             continue
-        tree = ast.parse(text)
         theirs = {
             (alias.asname or alias.name).partition(".")[0]
-            for node in ast.walk(tree)
+            for node in nodes(text)
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
             if (getattr(node, "module", None) or alias.name).startswith("megatron.")
         }
-        for node in ast.walk(tree):
+        for node in nodes(text):
             if _is_private(node, theirs) or _sets(node, theirs):
                 found.append(f"{path}:{node.lineno}")
     return found
@@ -122,7 +128,7 @@ def named_methods(files: Sources, names: set[str]) -> list[str]:
         f"{path}:{node.lineno} {node.value!r}"
         for path, text in files.items()
         if path != f"{PACKAGE}/methods/table.py"
-        for node in ast.walk(ast.parse(text))
+        for node in nodes(text)
         if isinstance(node, ast.Constant) and node.value in names
     ]
 
