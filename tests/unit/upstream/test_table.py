@@ -1,60 +1,21 @@
 """Every name that is replaced exists upstream, stands in one table, and is put back."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from megatron_let.upstream.table import Redirect, applied, apply, instead
+from tests.support.testing import run_program
 
-ROOT = Path(__file__).resolve().parents[3]
-WALK = """
-from argparse import Namespace
-from collections import Counter
-from megatron_let.upstream import cpu
-cpu.activate()
-from megatron_let.checkpoint.door import Door
-from megatron_let.upstream import async_saves, dry, loop_hooks, mended, safe_loading
-from pkgutil import resolve_name
-
-args = Namespace(
-    fake_process_group=False, async_save=True, rank=0, async_ckpt_cpu_priority=1,
-    async_ckpt_io_priority=1,
-)
-tables = {
-    "cpu": cpu.TORCH_REDIRECTS + cpu.MEGATRON_REDIRECTS,
-    "mended": mended.REDIRECTS,
-    "safe_loading": safe_loading.REDIRECTS,
-    "loading": safe_loading.redirects(None, None, None),
-    "async_saves": async_saves.redirects(args, None),
-    "loop_hooks": loop_hooks.LoopHooks(args).redirects(),
-}
-every = [redirect for table in tables.values() for redirect in table]
-for redirect in every:
-    getattr(resolve_name(redirect.owner), redirect.name)
-    assert len(redirect.reason) > 2, redirect
-for redirect in dry.TORCH + dry.MEGATRON + dry.kernels(None):  # in the place of the CPU's
-    getattr(resolve_name(redirect.owner), redirect.name)
-twice = [name for name, n in Counter(redirect[:2] for redirect in every).items() if n > 1]
-assert not twice, twice
-print({name: len(table) for name, table in tables.items()})
-"""
-
-
-def walk(program):
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+WALK = "tests.unit.upstream.every_table"
 
 
 def test_all_replaced_names_exist_upstream_and_stand_in_one_table():
-    result = walk(WALK)
+    result = run_program(WALK)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "'loop_hooks': 5" in result.stdout
     # The twins: a name that upstream has no more is told, and one that stands twice.
-    for fault in ("[mended.REDIRECTS[0]._replace(name='gone')]", "mended.REDIRECTS"):
-        result = walk(WALK.replace('"mended": mended.', f'"fault": {fault}, "mended": mended.'))
-        assert result.returncode != 0, fault
+    for fault, told in (("gone", "has no attribute 'gone'"), ("twice", "AssertionError: [(")):
+        result = run_program(WALK, fault)
+        assert result.returncode != 0 and told in result.stderr, fault
 
 
 class Owner:
