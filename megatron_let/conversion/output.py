@@ -1,7 +1,10 @@
 """What is written: a folder that takes its name when it is complete, and files piece by piece."""
 
 import contextlib
+import fcntl
+import glob
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +15,7 @@ from megatron_let.errors import UsageError
 PIECE_BYTES = 256 * 1024
 """Written at once. Larger pieces make the page cache ask for large pages, which a virtual machine
 may have given back to its host: ten times slower there (docs/benchmarks.md, "Conversion")."""
+ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 def check_free(output: Path) -> None:
@@ -25,12 +29,24 @@ def check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def complete_or_absent(output: Path) -> Iterator[Path]:
-    """Give a folder near `output` to write into; it takes that name if nothing fails."""
+    """Give a folder near `output` to write into; it takes that name if nothing fails.
+
+    What killed processes left of one is removed: nobody holds its lock any more.
+    """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     # Of its own name, so that two exports to one place do not write into each other.
     name, place = f"{output.name}.partial-", output.parent
-    with TemporaryDirectory(prefix=name, dir=place, ignore_cleanup_errors=True) as parent:
+    for left in place.glob(f"{glob.escape(name)}*/lock"):
+        with contextlib.suppress(OSError), left.open("a") as file:
+            fcntl.flock(file, ALONE)
+            shutil.rmtree(left.parent)
+    with (
+        TemporaryDirectory(prefix=name, dir=place, ignore_cleanup_errors=True) as parent,
+        Path(parent, "lock").open("w") as lock,
+    ):
+        with contextlib.suppress(OSError):  # a file system without locks: it stays
+            fcntl.flock(lock, ALONE)
         partial = Path(parent, output.name)
         partial.mkdir()
         yield partial

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from examples.study.study import DOCUMENTATION
+from megatron_let.conversion.output import complete_or_absent
 from megatron_let.quickstart import wheels
 
 
@@ -54,6 +55,19 @@ def test_another_file_under_the_same_name_is_refused(wheel, tmp_path, capfd):
         wheels.fetch_wheels(wanted, tmp_path / "text")
     assert "HASHES" in capfd.readouterr().err
     assert not (tmp_path / "text" / "list").exists()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    dead, mine = (tmp_path / f"a[1].partial-{name}" for name in ("dead", "mine"))
+    for folder in (dead, mine):
+        folder.mkdir()
+    (dead / "lock").touch()
+    with complete_or_absent(tmp_path / "a[1]") as at_work:
+        assert not dead.exists() and mine.exists()
+        with pytest.raises(KeyError), complete_or_absent(tmp_path / "a[1]"):
+            raise KeyError
+        assert at_work.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1]", mine.name}
 
 
 @pytest.mark.parametrize("path", [wheels.WHEELS, DOCUMENTATION])
