@@ -8,13 +8,15 @@ that needs no network.
 
 import hashlib
 import json
-import os
 import re
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_let.data.indexed import whole_file
+from megatron_let.errors import UsageError
 
 LARGEST_FILE_BYTES = 200_000
 VALID_FRACTION = 0.05
@@ -89,7 +91,8 @@ def build_corpus(
     train = write_split(output_dir / "train.jsonl", train_sources, max_train_bytes, seen)
     valid = write_split(output_dir / "valid.jsonl", valid_sources, max_valid_bytes, seen)
     report = CorpusReport(VERSION, max_train_bytes, max_valid_bytes, train, valid)
-    _write_atomically(report_path, [json.dumps(asdict(report), indent=1) + "\n"])
+    with whole_file(report_path) as file:
+        file.write(f"{json.dumps(asdict(report), indent=1)}\n".encode())
     return report
 
 
@@ -121,7 +124,7 @@ def split_by_package(sources: Sequence[Source]) -> tuple[list[Source], list[Sour
     for source in sources:
         sizes[source.package] += source.size
     if len(sizes) < 2:
-        raise ValueError(
+        raise UsageError(
             f"found Python sources of {len(sizes)} package(s), and a split needs two: use an "
             "interpreter that has its standard library's sources"
         )
@@ -221,8 +224,9 @@ def write_split(
             meta = {"package": source.package, "path": source.name}
             lines.append(json.dumps({"text": text, "meta": meta}) + "\n")
     if not lines:
-        raise ValueError(f"no usable document for {path.name} within {max_bytes} bytes: raise them")
-    _write_atomically(path, lines)
+        raise UsageError(f"no usable document for {path.name} within {max_bytes} bytes: raise them")
+    with whole_file(path) as file:
+        file.writelines(map(str.encode, lines))
     return SplitReport(
         file=path.name,
         sha256=sha256_file(path),
@@ -242,25 +246,15 @@ def _reuse(report_path: Path, max_train_bytes: int, max_valid_bytes: int) -> Cor
     found = (report.version, report.max_train_bytes, report.max_valid_bytes)
     wanted = (VERSION, max_train_bytes, max_valid_bytes)
     if found != wanted:
-        raise ValueError(
+        raise UsageError(
             f"{report_path} was built with version, train and validation bytes {found} instead of "
             f"{wanted}: choose another folder, or delete this one"
         )
     for split in (train, valid):
         file = report_path.parent / split.file
         if not file.exists() or sha256_file(file) != split.sha256:
-            raise ValueError(f"{file} is not the file {report_path} describes: delete the folder")
+            raise UsageError(f"{file} is not the file {report_path} describes: delete the folder")
     return report
-
-
-def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """A reader sees the whole file or none, even if we are killed while writing."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _sha256(text: str) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from megatron_let.commands import convert_checkpoint, preprocess_data
 from megatron_let.commands.compare_runs import compare_runs
+from megatron_let.errors import UsageError
 from megatron_let.program import COMMAND, environment
 from megatron_let.quickstart.corpus import build_corpus
 from megatron_let.quickstart.tokenizer import train_tokenizer
@@ -254,11 +255,19 @@ def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
 
 
 def main() -> None:
-    """Run all stages."""
+    """Run the quickstart; a mistake of the user ends in one paragraph."""
     options = _parse()
     for package in ("matplotlib", "plotly"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"The report at the end needs {package}: pip install 'megatron_let[plot]'")
+    try:
+        _run(options)
+    except (UsageError, OSError) as error:
+        sys.exit(f"quickstart: error: {error}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run all stages."""
     folder = options.output / ("fast" if options.fast else "full")
     recipe = FAST if options.fast else FULL
     quickstart = Quickstart(recipe, folder, options.regime, options.processes)
@@ -294,10 +303,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
     regimes = "behind: the teacher stays better than the plain student; pass: it is overtaken"
     parser.add_argument("--regime", choices=tuple(FULL.teachers), default="behind", help=regimes)
-    parser.add_argument("--seeds", type=int, default=1, help="students of each kind (default 1)")
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
+    seeds, processes = "students of each kind (default 1)", "data-parallel processes (default 2)"
+    parser.add_argument("--seeds", type=int, choices=range(1, 10), default=1, help=seeds)
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=2, help=processes)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if re.search(r"\s", str(options.output)):
+        parser.error(f"--output {options.output}: choose a path without blanks")
+    return options
 
 
 if __name__ == "__main__":

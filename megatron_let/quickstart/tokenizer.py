@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_let.conversion.output import complete_or_absent
+from megatron_let.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -24,12 +25,6 @@ def train_tokenizer(
     appears complete or not at all, and one made from the same text and parameters is reused. Raises
     ValueError if the folder holds anything else, or the text is too small for the vocabulary.
     """
-    smallest = 256 + 1
-    if vocab_size < smallest:
-        what = f"each byte and {END_OF_TEXT} need an entry"
-        raise ValueError(f"vocab_size {vocab_size} is below {smallest}: {what}")
-    if not train_jsonl.is_file():
-        raise ValueError(f"{train_jsonl} does not exist: build the corpus first")
     digest = hashlib.sha256()
     for text in _texts(train_jsonl, max_bytes):
         digest.update(text.encode() + b"\0")
@@ -40,7 +35,7 @@ def train_tokenizer(
             _train_and_save(_texts(train_jsonl, max_bytes), vocab_size, folder)
             (folder / kept.name).write_text(json.dumps(recipe, indent=1) + "\n")
     elif not kept.is_file() or json.loads(kept.read_text()) != recipe:
-        raise ValueError(
+        raise UsageError(
             f"{output_dir} exists and was not made from this text with these parameters: choose "
             "another folder, or delete it"
         )
@@ -64,7 +59,7 @@ def _train_and_save(texts: Iterator[str], vocab_size: int, folder: Path) -> None
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         found = f"the text gives only {tokenizer.get_vocab_size()} of {vocab_size} tokens"
-        raise ValueError(f"{found}: ask for a smaller vocab_size, or give more text (max_bytes)")
+        raise UsageError(f"{found}: ask for a smaller vocab_size, or give more text (max_bytes)")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

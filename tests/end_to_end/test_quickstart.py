@@ -12,6 +12,18 @@ def quickstart(folder, *options):
     return result.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a b", "choose a path without blanks"), ("file", "File exists")]
+)
+def test_a_mistake_ends_in_a_sentence(tmp_path, name, message):
+    (tmp_path / "file" / "fast").parent.mkdir()
+    (tmp_path / "file" / "fast").touch()
+    output = ("--output", str(tmp_path / name))
+    result = run_program("megatron_let", "quickstart", "--fast", *output)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert message in result.stderr and "quickstart: error: " in result.stderr
+
+
 @pytest.mark.timeout(600)
 def test_fast_quickstart_reports_and_is_kept(tmp_path):
     first = quickstart(tmp_path)

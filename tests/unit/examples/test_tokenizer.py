@@ -79,10 +79,6 @@ def test_reuse_and_refusal(train_jsonl, tmp_path):
 
 
 def test_bad_input(train_jsonl, tmp_path):
-    with pytest.raises(ValueError, match="below 257"):
-        train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=256, max_bytes=5000)
     with pytest.raises(ValueError, match="of 5000 tokens: ask for a smaller"):
         train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=5000, max_bytes=5000)
-    with pytest.raises(ValueError, match="build the corpus first"):
-        train_tokenizer(tmp_path / "no.jsonl", tmp_path / "tok", vocab_size=300, max_bytes=5000)
     assert not (tmp_path / "tok").exists()
