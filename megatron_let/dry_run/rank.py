@@ -26,7 +26,7 @@ FILES = "save load pretrained_checkpoint init_from non_persistent_save_interval"
 """Arguments that name what is read or written."""
 _HOST, _RUN = "megatron_let.teacher.host", "megatron_let.training.run"
 _LINE, _DATASETS = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
-_LOSS = "megatron_let.losses.distilled_cross_entropy"
+_LOSS, _ROWS = "megatron_let.losses.distilled_cross_entropy", "megatron_let.translation"
 _CHECKS = "check_weights check_states check_documents"
 _UNREAD, _COUNTED = "no weights are read", "the teacher's FLOPs are counted"
 
@@ -60,6 +60,8 @@ class DryRank:
             Redirect(_LINE, "model_config", self._local, "its own layers, once all is checked"),
             Redirect(f"{_DATASETS}.GPTDataset", "__getitem__", real, "reads"),
             Redirect(f"{_DATASETS}.MockGPTDataset", "__getitem__", real, "reads"),
+            Redirect(f"{_ROWS}.run", "measure", real, "reads"),
+            *alike(f"{_ROWS}.rows.Translated", "__init__ __getitem__", real, "reads"),
             Redirect(_RUN, "check_loss_mask", real, "looks at the data"),
             Redirect(_HOST, "load_causal_lm", self._untrained, _UNREAD),
             Redirect(_HOST, "fingerprint", instead(lambda model: "dry run"), _UNREAD),

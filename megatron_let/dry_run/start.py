@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,25 +59,37 @@ def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:
     world = flags.world_size(options)
     chosen = flags.ranks(options, world)
     flags.refuse_unseen(options)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    running: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory(prefix="dry-run-") as name:
         folder = Path(name)
         own, said = flags.replaced(words, options, folder)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            found = pool.map(lambda rank: _rank(own, rank, world, folder), chosen)
-            return list(found), said
+            try:
+                found = pool.map(lambda rank: _rank(own, rank, world, folder, running), chosen)
+                return list(found), said
+            finally:  # a rank that failed, or a signal, ends all
+                for process in running:
+                    process.kill()
 
 
-def _rank(words: list[str], rank: int, world: int, folder: Path) -> Found:
-    """Run one rank in a process of its own."""
+def _rank(
+    words: list[str], rank: int, world: int, folder: Path, running: list[subprocess.Popen[str]]
+) -> Found:
+    """Run one rank in a process of its own, which is noted among those `running`."""
     result = folder / f"{rank}.json"
     own = environment(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
         MASTER_ADDR="nowhere", MASTER_PORT="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
         **{flags.RESULT: str(result)},
     )  # fmt: skip
-    done = subprocess.run([*COMMAND, *words], env=own, capture_output=True, text=True, check=False)
-    if done.returncode or not result.exists():
-        reason = _reason(done.stderr) or f"The process ended with status {done.returncode}."
+    process = subprocess.Popen(
+        [*COMMAND, *words], env=own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    running.append(process)
+    _, errors = process.communicate()
+    if process.returncode or not result.exists():
+        reason = _reason(errors) or f"The process ended with status {process.returncode}."
         raise UsageError(f"{reason} (rank {rank} of {world})")
     return Found(**json.loads(result.read_text()))
 

@@ -1,11 +1,15 @@
 """`--dry-run`: the real program as single ranks, on tensors without contents."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import dry_run
@@ -13,8 +17,9 @@ from benchmarks.recipes import recipe_flags
 from megatron_let.dry_run.flags import AS_IF, RESULT
 from megatron_let.dry_run.found import Found
 from megatron_let.methods.table import METHODS
+from tests.support import tokenizers_of_ours as ours
 from tests.support.testing import run_program
-from tests.support.tiny_run import FLAGS
+from tests.support.tiny_run import FLAGS, LET
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(ROOT / "pretrain_let.py")
@@ -23,6 +28,13 @@ LAYOUT = (
     "--use-distributed-optimizer"
 ).split()
 WORLD = 8
+LASTING = """
+import sys
+from megatron_let.dry_run import start
+
+start.COMMAND = [sys.executable, "-c", "import time; time.sleep(60)"]
+start.found_by([])
+"""
 READING_LOSS = """
 from megatron_let.losses.table import add_loss, cosine
 
@@ -41,12 +53,12 @@ add_loss("read", read)
 def rank(corpus, tmp_path):
     """Run one rank; a process of the fork server has what `start.begin` prepares."""
 
-    def run(number, *flags, world=WORLD):
+    def run(number, *flags, world=WORLD, data=corpus.flags):
         file = tmp_path / "found.json"
         launcher = {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
         launcher |= {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1", RESULT: str(file)}
         alone = ["--dry-run", "--fake-process-group", "--save", str(tmp_path / "save")]
-        done = run_program(PROGRAM, *FLAGS, *corpus.flags, *alone, *flags, launcher=launcher)
+        done = run_program(PROGRAM, *FLAGS, *data, *alone, *flags, launcher=launcher)
         assert done.returncode == 0, done.stderr[-3000:]
         assert not (tmp_path / "save").exists()
         return Found(**json.loads(file.read_text()))
@@ -86,6 +98,7 @@ def test_the_steps_work_is_counted(corpus, rank):
     attention = 2 * 2 * 32 * 16 / 2
     forward = 4 * (2 * layer + attention) + 2 * 32 * 256
     assert plain.flops == 3 * tokens * forward and plain.teacher_flops == 0
+    assert plain.collectives == []
     assert let.flops - let.teacher_flops == pytest.approx(plain.flops, rel=0.01)  # the alignment
 
 
@@ -94,8 +107,6 @@ def test_what_travels_is_counted_by_group(rank):
     kinds = {(group, kind): number for group, kind, number, _ in found.collectives}
     assert kinds["TENSOR_MODEL_PARALLEL", "reduce_scatter_base"] > 0
     assert kinds["DATA_PARALLEL_GROUP_WITH_CP", "allgather_base"] > 0
-    alone = rank(0, AS_IF, world=1)
-    assert alone.collectives == []
 
 
 def test_a_guided_step_reads_no_more_than_a_plain_one(corpus, rank, tmp_path):
@@ -109,6 +120,30 @@ def test_a_guided_step_reads_no_more_than_a_plain_one(corpus, rank, tmp_path):
     module.write_text(READING_LOSS)
     let = [*corpus.let(), "--method-module", str(module), "--let-loss", "read"]
     assert rank(0, AS_IF, *rows, *let, world=1).reads >= plain + 8
+
+
+def test_a_teacher_reads_rows_of_its_own(rank, tmp_path):
+    """With another tokenizer: what is in the tensors that they are made of is read."""
+    for name, size in (("student", 300), ("teacher", 400)):
+        ours.save(ours.byte_level(size), tmp_path / name)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 64, "vocab_size": 400, "max_position_embeddings": 128}
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(shape | {"model_type": "llama"}))
+    data = ["--mock-data", "--tokenizer-type", "HuggingFaceTokenizer"]
+    data += ["--tokenizer-model", str(tmp_path / "student")]
+    let = [*LET, "--teacher-model", str(tmp_path / "teacher")]
+    assert rank(0, AS_IF, *let, world=1, data=data).teacher_flops > 0
+
+
+def test_a_signal_ends_all_ranks_and_leaves_nothing(tmp_path):
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", LASTING], env=own) as command:
+        process = psutil.Process(command.pid)
+        while not (ranks := process.children()) and command.poll() is None:
+            time.sleep(0.01)
+        process.terminate()
+    assert command.returncode == 128 + signal.SIGTERM
+    assert not any(one.is_running() for one in ranks) and not any(tmp_path.iterdir())
 
 
 def test_the_whole_command_runs_a_recipe_that_has_nothing_here(tmp_path):
