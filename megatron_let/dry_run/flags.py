@@ -4,7 +4,8 @@ Data, tokenizer and teacher that are not on this machine are replaced by what ha
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ DATA = (
     "data-path train-data-path valid-data-path test-data-path data-args-path "
     "per-split-data-args-path"
 )
+WEIGHT = re.compile(r"[\d.]+([eE][-+]?\d+)?")  # of a blend, before a path
 WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
@@ -53,7 +55,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the flags that matter here; all others are the program's."""
-    parser = ArgumentParser(prog="pretrain_let.py", add_help=False, allow_abbrev=False)
+    parser = ArgumentParser("pretrain_let.py", SUPPRESS, add_help=False, allow_abbrev=False)
     for names, how in FLAGS.items():
         for name in names.split():
             parser.add_argument(f"--{name}", **how)
@@ -95,7 +97,9 @@ def ranks(options: Namespace, world: int) -> list[int]:
 
 
 def refuse_unseen(options: Namespace) -> None:
-    """Raise UsageError if there is anything of `UNSEEN`."""
+    """Raise UsageError if there is anything of `UNSEEN`, or no GPU to fit."""
+    if not 0 < options.dry_run_gpu_memory < float("inf"):
+        raise UsageError(f"--dry-run-gpu-memory {options.dry_run_gpu_memory} must be positive.")
     plain = parse([])
     for why, names in UNSEEN.items():
         for name in names.split():
@@ -131,20 +135,19 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
         kept = without(kept, named("tokenizer-type tokenizer-model"))
         kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
         said.append(f"the tokenizer {tokenizer} by {rows:,} numbers")
-    if vocabulary is not None and teacher is not None:
-        if config is not None and config is not vocabulary:
-            raise UsageError(
-                f"--tokenizer-model {tokenizer} and --teacher-model {teacher} are not here, and "
-                "only their tokenizers tell how long the teacher's rows are. Download both."
-            )
-        if config is None:
-            said.append(f"whatever tokenizer {teacher} has by the student's")
+    if None not in (vocabulary, config) and config is not vocabulary:
+        raise UsageError(
+            f"--tokenizer-model {tokenizer} and --teacher-model {teacher} are not here, and "
+            "only their tokenizers tell how long the teacher's rows are. Download both."
+        )
+    if None not in (tokenizer, teacher) and (vocabulary is None) != (config is None):
+        said.append(f"whatever tokenizer {teacher} has by the student's")
     if config is not None:
         place = folder / teacher.rpartition("/")[2]
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
         kept = [*without(kept, named("teacher-model")), "--teacher-model", str(place)]
-        said.append(f"the config of {teacher} by its copy in megatron-let plan")
+        said.append(f"the config of {teacher} by the planner's copy")
     return kept, said
 
 
@@ -153,17 +156,9 @@ def _missing(options: Namespace) -> str | None:
     for name in DATA.split():
         ending = "" if name.endswith("args-path") else ".idx"
         for word in _value(options, name):
-            if not _is_number(word) and not Path(word + ending).exists():
+            if not WEIGHT.fullmatch(word) and not Path(word + ending).exists():
                 return word
     return None
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _known(name: str | None) -> dict | None:

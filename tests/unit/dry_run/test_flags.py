@@ -66,6 +66,12 @@ def test_what_cannot_be_seen_is_refused_by_name(line):
     flags.refuse_unseen(flags.parse("--context-parallel-size 1 --num-layers 4".split()))
 
 
+@pytest.mark.parametrize("memory", ["-3", "0", "nan"])
+def test_a_gpu_without_memory_is_refused(memory):
+    with pytest.raises(UsageError, match="--dry-run-gpu-memory .* must be positive"):
+        flags.refuse_unseen(flags.parse(["--dry-run-gpu-memory", memory]))
+
+
 def replaced(line, folder):
     words = line.split()
     return flags.replaced(words, flags.parse(words), folder)
@@ -110,6 +116,13 @@ def test_two_tokenizers_that_are_not_here_are_refused(tmp_path):
     (tmp_path / "own").mkdir()
     _, said = replaced(f"--tokenizer-model gpt2 --teacher-model {tmp_path}/own", tmp_path)
     assert said[1].startswith("whatever tokenizer ")
+    own = str(tmp_path / "own")  # the other way round, and the same one
+    assert replaced(f"--tokenizer-model {own} --teacher-model gpt2", tmp_path)[1][0] == (
+        "whatever tokenizer gpt2 has by the student's"
+    )
+    (tmp_path / "gpt2").rename(tmp_path / "done")
+    _, said = replaced("--tokenizer-model gpt2 --teacher-model gpt2", tmp_path)
+    assert [sentence.split()[1] for sentence in said] == ["tokenizer", "config"]
 
 
 def test_a_list_of_data_that_is_here_stays(tmp_path):
