@@ -36,13 +36,14 @@ LAYOUT_FLAGS = named(
     "tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size sequence-parallel "
     "num-virtual-stages-per-pipeline-rank decoder-first-pipeline-num-layers "
     "decoder-last-pipeline-num-layers recompute-granularity recompute-activations "
-    "recompute-method recompute-num-layers"
+    "recompute-method recompute-num-layers recompute"
 )
-"""Of a run, which a found layout replaces."""
+"""What a search tries; of a run, what the layout that it finds replaces."""
 RENAMED = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
 UNPLANNED = named(
     "train-samples num-layers-per-virtual-pipeline-stage num-experts mtp-num-layers "
-    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format guidance"
+    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format guidance "
+    "use-checkpoint-args"
 )
 """Flags of a run that change its size or cost, and not as this tool knows."""
 BESIDE_A_DRY_RUN = named("gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher")
@@ -152,14 +153,14 @@ def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
     given = {word for word in words if word.startswith("--")}
     values = dict(zip(words, words[1:], strict=False))
     for name in sorted(filter(UNPLANNED, given)):
-        raise UsageError(f"{name} is not planned here: --dry-run of pretrain_let.py takes it.")
+        raise UsageError(f"{name} is not planned here; --dry-run says whether it takes it.")
     found = ["--method", BASELINE] * ("--method" not in given)
     found += ["--no-distributed-optimizer"] * ("--use-distributed-optimizer" not in given)
     tp = values.get("--tensor-model-parallel-size", "1")
     if tp != "1" and "--sequence-parallel" not in given and not search:
         found.append("--no-sequence-parallel")
     dropouts = (values.get(f"--{kind}-dropout", "0.1") for kind in ("attention", "hidden"))
-    if any(float(share) > 0 for share in dropouts):
+    if any(share.strip(".0") for share in dropouts):
         found.append("--dropout")
     if "--recompute-activations" in given and not search:
         found += ["--recompute", "selective"]
@@ -182,6 +183,10 @@ def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Par
 def _refuse_without_effect(args: Namespace) -> None:
     if args.dry_run and not args.search:
         raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
+    for flag in build_parser()._actions if args.search else ():
+        if any(map(LAYOUT_FLAGS, flag.option_strings)) and vars(args)[flag.dest] != flag.default:
+            name = flag.option_strings[0]
+            raise UsageError(f"{name} has no effect with --search, which tries all. Remove it.")
     guidance = METHODS[args.method]
     let = args.let_layer is not None or args.let_stop_step is not None
     if let and not guidance.aligns:

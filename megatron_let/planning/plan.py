@@ -125,6 +125,11 @@ def _check(
         raise UsageError(
             f"--method {run.method} needs a teacher. Add --teacher, or plan --method baseline."
         )
+    if run.guidance.distils and layout.cp > 1:
+        raise UsageError(
+            f"--cp {layout.cp} is not supported with --method {run.method}, which distils. Remove "
+            "it, or plan --method let."
+        )
     if run.guidance.aligns and not 1 <= run.let_layer <= student.num_layers:
         raise UsageError(
             f"--let-layer {run.let_layer} is outside the student: choose 1 to "

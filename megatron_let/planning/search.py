@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megatron_let.errors import UsageError
 from megatron_let.planning.layout import Layout
+from megatron_let.planning.memory import GIB
 from megatron_let.planning.plan import Plan, plan
 from megatron_let.planning.run import Gpu, RunShape
 from megatron_let.planning.shapes import ModelShape
@@ -25,23 +26,28 @@ def search(
     """Return the best plans for so many GPUs, the fastest first.
 
     TP, PP, VPP, rows of a micro-batch and recomputation are tried; the rest is as given. Of equal
-    times the one with fewer ranks to talk to, and more rows at once, comes first. Raises ValueError
-    if nothing fits.
+    times the one with fewer ranks to talk to, and more rows at once, comes first. Raises UsageError
+    if nothing fits; if nothing is possible, with what Megatron would say to the plainest layout.
     """
-    found: dict[Layout, Plan] = {}
+    plans: list[Plan] = []
+    refusals: list[UsageError] = []
     for split, rows in candidates(student, layout, run):
         try:
-            one = plan(student, teacher, split, replace(run, micro_batch_size=rows), gpu, ())
-        except UsageError:  # Megatron would refuse it
-            continue
-        if one.fits:
-            found[split] = min(one, found.get(split, one), key=_rank)
-    if not found:
+            own = replace(run, micro_batch_size=rows)
+            plans.append(plan(student, teacher, split, own, gpu, ()))
+        except UsageError as refusal:
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
+    fitting = sorted((one for one in plans if one.fits), key=_rank, reverse=True)
+    if not fitting:
+        least = min(one.memory[one.fullest_stage].total for one in plans) / GIB
         raise UsageError(
-            f"No layout of {layout.gpus} GPUs with {gpu.memory_gib:g} GiB holds it, not even with "
-            "--recompute full. Use more GPUs, or a smaller student."
+            f"No layout of {layout.gpus} GPUs with {gpu.memory_gib:g} GiB holds it: the smallest "
+            f"needs {least:.1f}, with full recomputation. Use more GPUs, or a smaller student."
         )
-    return sorted(found.values(), key=_rank)[:number]
+    best = {one.layout: one for one in fitting}  # with its best rows, which come last
+    return sorted(best.values(), key=_rank)[:number]
 
 
 def candidates(student: ModelShape, layout: Layout, run: RunShape) -> Iterator[tuple[Layout, int]]:

@@ -38,8 +38,15 @@ def test_memory_decides_what_a_large_student_needs(run_with):
     run = run_with(method="baseline", seq_length=8192)
     best = search(llama, None, Layout(gpus=256), run, Gpu())
     assert all(one.fits and one.layout.tp == 8 for one in best)
-    with pytest.raises(UsageError, match="No layout of 8 GPUs with 80 GiB holds it"):
+    with pytest.raises(UsageError, match="8 GPUs with 80 GiB holds it: the smallest needs 1[0-9]"):
         search(llama, None, Layout(gpus=8), run, Gpu())
+
+
+def test_what_no_layout_mends_is_said(student, teacher, run_with):
+    with pytest.raises(UsageError, match="--global-batch-size 512 is not a multiple of .* 31"):
+        search(student, teacher, Layout(gpus=31), run_with(), Gpu())
+    with pytest.raises(UsageError, match="--method let needs a teacher"):
+        search(student, None, Layout(gpus=32), run_with(method="let"), Gpu())
 
 
 def test_context_parallelism_shares_activations_and_optimizer(student, teacher, run_with):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,17 @@ def test_learned_positions_are_megatrons_default(page):
         (f"{ISSUE} --gpus 30", "--gpus 30 is not a multiple"),
         (f"{ISSUE} --cp 5", "x --cp 5 = 20"),
         (f"{ISSUE} --dry-run", "--dry-run has no effect without --search"),
+        (f"{ISSUE} --cp 2 --method salt", "--cp 2 is not supported with --method salt"),
+        (f"{ISSUE} --search", "--pp has no effect with --search"),
         ("--gpus 8 -- --num-experts 4 --lr 1", "--num-experts is not planned here"),
+        ("--gpus 8 -- --attention-dropout x", "--vocab-size"),
         ("--gpus 8 -- @/no/such.flags", "is no readable run file"),
         ("--gpus 8 --seq-length 64 --search --dry-run -- --lr 1", "before --, where"),
         (f"{ISSUE} --search --dry-run", "--dry-run needs the run's own flags, behind --"),
     ],
 )
-def test_a_mistake_ends_in_one_paragraph(main, capsys, flags, message):
+def test_a_mistake_ends_in_one_paragraph(main, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["megatron-let plan"])
     with pytest.raises(SystemExit) as stop:
         main(flags.split())
     assert stop.value.code == 2
