@@ -11,6 +11,9 @@ from megatron_let.errors import UsageError
 
 COMMENT = re.compile(r"""^((?:[^'"\s]|\s(?!\#)|'[^']*'|"[^"]*")*?)(?:(?<!\S)|\s)\#.*""")
 """From a `#` that begins a word, outside of quotes."""
+QUOTED = re.compile(r"""'[^']*'|"'\"""")
+REPLACED = re.compile(r"(?:(?<!\S)~|\$[\w{(])\S*")
+"""What a shell would replace, where it is not `QUOTED`."""
 COMMAND = [sys.executable, "-m", "megatron_let.pretrain"]
 """What runs it."""
 
@@ -30,9 +33,10 @@ def expanded(
     """Return a command line with what stands in its `@FILE`s in their place.
 
     A file has a flag with its values on each line; quotes are the shell's, and so is `#` before a
-    comment. It may name further ones, whose paths start at its own folder. As on any command line
-    the last value of a flag counts. `@@` stands for a word that begins with `@`. Relative paths
-    start at `within`, and none of the files that are `opened` may be named again.
+    comment; no variable is replaced. It may name further ones, whose paths start at its own folder.
+    As on any command line the last value of a flag counts. `@@` stands for a word that begins with
+    `@`. Relative paths start at `within`, and none of the files that are `opened` may be named
+    again.
     """
     found: list[str] = []
     for word in words:
@@ -43,8 +47,11 @@ def expanded(
         if path.resolve() in opened:
             raise UsageError(f"{word}: {path} names itself.")
         try:
-            lines = path.read_text().splitlines()
-            inner = [part for line in lines for part in shlex.split(COMMENT.sub(r"\1", line))]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            text = "\n".join(COMMENT.sub(r"\1", line) for line in lines).replace("\\\n", " ")
+            for part in REPLACED.findall(QUOTED.sub("", text)):
+                raise ValueError(f"write out what {part} stands for, or put it into single quotes")
+            inner = shlex.split(text)
         except (OSError, ValueError) as error:
             raise UsageError(f"{word} is no readable run file: {error}") from error
         found += expanded(inner, path.parent, (*opened, path.resolve()))

@@ -22,7 +22,7 @@ def test_a_file_stands_for_its_flags(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path):
     words = ["--data-path", "1", "a b", "it's", "--bf16", "--lr", "-1e-3", "--note", "#5 $HOME"]
-    words += ["--entity", "@me", "--save", "/runs/a#1"]
+    words += ["--entity", "@me", "--save", "/runs/a#1", "--text", "it's $1\nand ~"]
     (tmp_path / "start.flags").write_text(as_lines(words))
     assert expanded([f"@{tmp_path}/start.flags"]) == words
     assert as_lines(words).splitlines()[1] == "--bf16"
@@ -34,6 +34,8 @@ def test_what_is_written_is_read_back(tmp_path):
         (None, "No such file"),
         ("--lr '1e-3", "No closing quotation"),
         ("@run.flags", "names itself"),
+        ("--save $SCRATCH/run", r"write out what \$SCRATCH/run stands for"),
+        ("--load ~/run", "write out what ~/run stands for"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, text, words):
@@ -53,3 +55,9 @@ def test_a_comment_begins_at_a_word(tmp_path):
     run = tmp_path / "run.flags"
     run.write_text("# all\n--save /runs/a#1 # here\n--note 'a # b' \"c # d\"#e\n   # x\n")
     assert expanded([f"@{run}"]) == ["--save", "/runs/a#1", "--note", "a # b", "c # d#e"]
+
+
+def test_files_of_other_systems_and_lines_that_go_on(tmp_path):
+    run = tmp_path / "run.flags"
+    run.write_bytes(b"\xef\xbb\xbf# all \\\r\n--bf16\r\n--data-path a \\\r\n  b\r\n")
+    assert expanded([f"@{run}"]) == ["--bf16", "--data-path", "a", "b"]
