@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def recipe_flags(
     script = ["bash", str(_script(size))]
     done = subprocess.run(script, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return expanded(done.stdout.splitlines())
+    return expanded(shlex.split(done.stdout))
 
 
 def default_teacher(size: str) -> str:

@@ -10,11 +10,15 @@
 #
 # Killed, the same call goes on where it was; what is complete is not done again.
 set -euo pipefail
-folder=${1:?a folder with train/*.jsonl.zst} tokenizer=${2:?a tokenizer} output=${3:?a folder}
+folder=${1:?a folder with train/*.jsonl.zst} tokenizer=${2:?a tokenizer} output=$(realpath -m "${3:?a folder}")
 workers=${4:-$(nproc)}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=$here/.venv/bin/python
 [[ -x $python ]] || python=python
+if [[ $output =~ [[:space:]] ]]; then
+    echo "$output: a path with a blank cannot be part of a blend of data" >&2
+    exit 1
+fi
 mkdir -p "$output"
 
 preprocess() { # PREFIX LAST_FILE INPUT [FLAGS]

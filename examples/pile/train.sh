@@ -6,8 +6,9 @@ TEACHER=${TEACHER:-$default_teacher}
 TOKENIZER=${TOKENIZER:-$TEACHER} # whose vocabulary the student has; another than TEACHER for a folder
 DATA=$(realpath -m "${DATA:-/data/pile}")  # DATA/TOKENIZER: output of examples/pile/preprocess.sh
 SAVE=$(realpath -m "${SAVE:-/checkpoints}") # the run is SAVE/pile_SIZE-METHOD-TEACHER-SEED
-if [[ "$DATA$SAVE" =~ [[:space:]] ]]; then # blanks separate a blend's paths
-    echo "DATA $DATA and SAVE $SAVE: a path with a blank cannot be part of a blend of data" >&2
+prepared=$DATA/$(basename "$TOKENIZER")
+if [[ "$prepared$SAVE" =~ [[:space:]] ]]; then # blanks separate a blend's paths
+    echo "$prepared and SAVE $SAVE: a path with a blank cannot be part of a blend of data" >&2
     exit 1
 fi
 NODES=${NODES:-4}                # of 8 A100-80GB: the paper's 32
@@ -22,28 +23,43 @@ hub() {
     pythia-160m) echo EleutherAI/pythia-160m ;;
     llama-3.2-1b) echo meta-llama/Llama-3.2-1B ;;
     gpt2) echo openai-community/gpt2 ;;
-    */*) if [ -e "$1" ]; then realpath "$1"; else echo "$1"; fi ;; # a folder, or another id
-    *) echo "TEACHER or TOKENIZER $1 is unknown: smollm-135m, opt-125m, pythia-160m, llama-3.2-1b," \
+    */*) # a folder, or another id
+        if [ -e "$1" ]; then
+            realpath "$1"
+        elif [[ $1 == [./]* ]]; then
+            echo "TEACHER, TOKENIZER or SMALL $1 does not exist" >&2 && exit 1
+        else
+            echo "$1"
+        fi
+        ;;
+    *) echo "TEACHER, TOKENIZER or SMALL $1 is unknown: smollm-135m, opt-125m, pythia-160m, llama-3.2-1b," \
         "gpt2, a folder or an id with a /" >&2 && exit 1 ;;
     esac
 }
 teacher=$(hub "$TEACHER")
 tokenizer=$(hub "$TOKENIZER")
-run=$SAVE/pile_$size-$METHOD-$(basename "$TEACHER")-$SEED${INIT:+-$INIT}
+run=$SAVE/pile_$size-$METHOD-$(basename "$TEACHER")-$SEED
 
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 case ${INIT:-random} in
-random) recipe=("@$here/pile_$size/run.flags") ;;
+random)
+    if [ -n "${SMALL:-}" ]; then
+        echo "SMALL $SMALL has no effect without INIT=grow" >&2
+        exit 1
+    fi
+    recipe=("@$here/pile_$size/run.flags")
+    ;;
 grow)
     if [ ! -f "$here/pile_$size/grown.flags" ] || [ "$TOKENIZER" != smollm-135m ]; then
         echo "INIT=grow: only the 1.4b recipe with SmolLM's tokenizer has a shape for it" >&2
         exit 1
     fi
-    recipe=("@$here/pile_$size/grown.flags" --init-from "${SMALL:-HuggingFaceTB/SmolLM-135M}")
+    small=$(hub "${SMALL:-smollm-135m}")
+    recipe=("@$here/pile_$size/grown.flags" --init-from "$small")
+    run=$run-grow${SMALL:+-$(basename "$SMALL")}
     ;;
 *) echo "INIT ${INIT} is unknown: random, grow" >&2 && exit 1 ;;
 esac
-prepared=$DATA/$(basename "$TOKENIZER")
 blend=$prepared/pile_text_document # where it is not, to show the flags
 if [ -f "$prepared/pile_text_blend.txt" ]; then
     blend=$(cat "$prepared/pile_text_blend.txt")
@@ -69,9 +85,9 @@ esac
 
 flags=("${recipe[@]}" "${data[@]}" "${method[@]}" "$@")
 if [ -n "${PRINT:-}" ]; then
-    printf '%s\n' "${flags[@]}"
+    printf '%q\n' "${flags[@]}" # as a shell and xargs read them
     exit
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$here/.."
 # shellcheck disable=SC2086  # SBATCH_OPTIONS: such as --partition=a100 --account=me
 sbatch ${SBATCH_OPTIONS:-} --nodes "$NODES" --job-name "$(basename "$run")" examples/slurm/pretrain.sbatch "${flags[@]}"

@@ -5,7 +5,8 @@
 #
 # METHOD: baseline, let, salt, reverse-kd, let+salt. TEACHER: smollm-135m, opt-125m, pythia-160m (the
 # paper's), gpt2 (its weak case). More flags may follow; PRINT=1 shows them all instead of running.
-# INIT=grow: the student starts as SmolLM-135M, grown (docs/growth.md), with any METHOD; plain by default.
+# INIT=grow: the student starts as SmolLM-135M or another SMALL (a folder or an id), grown
+# (docs/growth.md), with any METHOD; plain by default.
 size=1.4b
 default_teacher=smollm-135m
 source "$(dirname "${BASH_SOURCE[0]}")/../pile/train.sh"

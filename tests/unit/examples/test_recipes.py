@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def test_two_paths_are_all_that_a_cluster_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"TEACHER": "bert"}, "TEACHER or TOKENIZER bert is unknown: smollm-135m"),
+        ({"TEACHER": "bert"}, "TOKENIZER or SMALL bert is unknown: smollm-135m"),
+        ({"TEACHER": "/no/such"}, "/no/such does not exist"),
+        ({"SMALL": "a/b"}, "SMALL a/b has no effect without INIT=grow"),
         ({"METHOD": "kd"}, "METHOD kd is unknown: baseline"),
         ({}, "Make it with examples/pile/preprocess.sh PILE HuggingFaceTB/SmolLM-135M"),
     ],
@@ -123,6 +126,19 @@ def test_a_start_passes_options_on_and_takes_relative_folders(tmp_path: Path) ->
     assert words[words.index("--save") + 1].startswith(str(tmp_path / "save"))
 
 
-def test_a_path_with_a_blank_is_refused(tmp_path: Path) -> None:
-    done = start(tmp_path, DATA="my data", PRINT="1")
+def test_what_grows_has_a_path_and_a_run_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "my small").mkdir()
+    done = start(tmp_path, INIT="grow", SMALL="./my small", PRINT="1")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)  # as xargs does
+    assert words[words.index("--init-from") + 1] == str(tmp_path / "my small")
+    assert words[words.index("--save") + 1].endswith("-1234-grow-my small")
+
+
+@pytest.mark.parametrize("given", [{"DATA": "my data"}, {"TOKENIZER": "Qwen/my own"}])
+def test_a_path_with_a_blank_is_refused(given: dict[str, str], tmp_path: Path) -> None:
+    done = start(tmp_path, PRINT="1", **given)
+    assert done.returncode == 1 and "a path with a blank" in done.stderr
+    preprocess = ["bash", ROOT / "examples" / "pile" / "preprocess.sh", "pile", "gpt2", "my data"]
+    done = subprocess.run(preprocess, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "a path with a blank" in done.stderr

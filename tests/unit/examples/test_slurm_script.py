@@ -86,7 +86,8 @@ def test_it_stays_down_after_the_second_failure_at_a_step(job: Job) -> None:
     assert job.start(status=1)[0] == 0 and job.requeued
     status, said = job.start(status=1)
     assert status == 1 and not job.requeued and "twice no new checkpoint after step 0" in said
-    assert job.start(reaches="100", status=1)[0] == 0 and job.requeued  # submitted again
+    assert job.start(status=1)[0] == 0 and job.requeued  # submitted again
+    assert job.start(reaches="100", status=1)[0] == 0 and job.requeued
     assert job.start(status=1)[0] == 0 and job.requeued
     assert job.start(status=1)[0] == 1
 
