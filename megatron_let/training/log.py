@@ -2,6 +2,7 @@
 
 import resource
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,9 +229,10 @@ class Interval:
     teacher_flops: float = 0.0
     """In steps: what was computed before the run (scoring) is in no interval."""
     num_steps: int = 0
-    num_updates: int = 0
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Sums over the updates."""
+    """Sums over the updates that had them: guidance may end, or begin, within the interval."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Of those updates."""
 
     def add_step(
         self, student_flops: float, teacher_flops: float, losses: dict[str, torch.Tensor]
@@ -239,13 +241,13 @@ class Interval:
         self.student_flops += student_flops
         self.teacher_flops += teacher_flops
         self.num_steps += 1
-        self.num_updates += bool(losses)
+        self.counts.update(losses.keys())
         for key, value in losses.items():
             self.losses[key] = self.losses.get(key, 0.0) + value.detach().float().sum()
 
     def means(self) -> dict[str, float]:
         """The mean losses; this waits for the device."""
-        return {key: value.item() / max(self.num_updates, 1) for key, value in self.losses.items()}
+        return {key: value.item() / self.counts[key] for key, value in self.losses.items()}
 
     def speed(self, totals: Totals, num_ranks: int, steps_left: int) -> dict[str, float]:
         """Return tokens, FLOPs and the time that is left, at the rate up to `totals`.

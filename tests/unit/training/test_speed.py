@@ -1,6 +1,7 @@
 from argparse import Namespace
 
 import pytest
+import torch
 
 from megatron_let.quickstart.run import PROGRESS
 from megatron_let.training.log import (
@@ -14,6 +15,13 @@ from megatron_let.training.log import (
     tokens_per_step,
 )
 from megatron_let.upstream import cpu
+
+
+def test_a_mean_is_over_the_steps_that_had_the_value():
+    interval = Interval({"tokens": 0, "flops": 0.0, "seconds": 0.0})
+    for losses in ({"lm loss": 3.0, "let loss": 0.5}, {}, {"lm loss": 1.0}):  # one was skipped
+        interval.add_step(1.0, 0.0, {name: torch.tensor(value) for name, value in losses.items()})
+    assert interval.means() == {"lm loss": 2.0, "let loss": 0.5}
 
 
 def test_of_a_batch_that_grows_the_mean_is_told():
