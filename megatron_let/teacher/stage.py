@@ -111,7 +111,7 @@ class Teacher:
         """
         head = self._causal_lm.get_output_embeddings()
         self._check_head_is_linear(head)
-        is_embedding = head.weight is self._base.get_input_embeddings().weight
+        is_embedding = head.weight is self._causal_lm.get_input_embeddings().weight
         weight = head.weight[first : first + number]
         missing = number - len(weight)
         # A slice of the embedding costs nothing; one of a head of its own would keep it alive.

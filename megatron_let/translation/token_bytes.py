@@ -39,7 +39,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Tokenizer, flag: str) -> None:
         self.tokenizer, fast = tokenizer, tokenizer.fast
         source = {} if fast is None else json.loads(fast.to_str())
-        self._take_names_for_text()
+        self._read_all_as_text()
         decoder = str(source.get("decoder"))
         self.looks_ahead = "ByteLevel" in decoder
         """Whether it cuts texts into words by a pattern, as byte-level ones do."""
@@ -68,11 +68,13 @@ class TokenBytes:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._take_names_for_text()  # a copy in a worker that was not forked is as it was read
+        self._read_all_as_text()  # a copy in a worker that was not forked is as it was read
 
-    def _take_names_for_text(self) -> None:
+    def _read_all_as_text(self) -> None:
         if self.tokenizer.fast is not None:  # a text that names a special token does not mean it
             self.tokenizer.fast.encode_special_tokens = True
+            if getattr(self.tokenizer.fast.model, "dropout", None):
+                self.tokenizer.fast.model.dropout = None  # of a text in random tokens, for training
 
     def _bytes_by_id(self, added: list[dict[str, Any]]) -> list[bytes]:
         rule = _of_byte_level if self.looks_ahead else _of_sentencepiece

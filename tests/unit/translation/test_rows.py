@@ -210,6 +210,13 @@ def test_a_copy_reads_as_the_first_one(forms):
     assert teacher.tokenizer.eod not in copy.row(ids)[0]
 
 
+def test_tokens_are_not_drawn(forms):
+    """Some tokenizers are kept as they were trained, with random cuts."""
+    tokenizer = ours.byte_level(700)
+    tokenizer.model.dropout = 0.9
+    assert token_bytes(tokenizer).encode(TEXT) == forms["gpt2"].encode(TEXT)
+
+
 def test_runs_of_spaces_that_were_added_are_spaces():
     """As in Gemma's: pieces of the vocabulary that are added tokens too, not special."""
     tokenizer = ours.sentencepiece(700)
