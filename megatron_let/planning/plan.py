@@ -95,7 +95,10 @@ def plan(
     splits = [layout, *(layout.splits(student.num_layers) if splits is None else splits)]
     memory = {split: stages_memory(student, teacher, split, run) for split in splits}
     fitting = [split for split in splits if _fits(memory[split], gpu)]
-    times = [split_time(student, teacher, split, run, gpu) for split in fitting or splits]
+    times = [
+        given if split == layout else split_time(student, teacher, split, run, gpu)
+        for split in fitting or splits
+    ]
     suggested = min(times, key=lambda t: t.run_seconds * (1 + WORTH_A_FLAG * _changes(t, given)))
     fits = bool(fitting)
     return Plan(student, teacher, layout, run, gpu, memory[layout], given, suggested, fits)

@@ -7,7 +7,6 @@ formula holds.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ class Pass(NamedTuple):
 class Durations(NamedTuple):
     """Of one micro-batch's passes, in any unit: `[stage][chunk]`."""
 
-    forward: Sequence[Sequence[float]]
-    backward: Sequence[Sequence[float]]
+    forward: tuple[tuple[float, ...], ...]
+    backward: tuple[tuple[float, ...], ...]
 
     @property
     def stages(self) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ pipeline's bubble cost. Communication is part of that share.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_let.planning.layout import Layout, Place
 from megatron_let.planning.run import Gpu, Phase, RunShape
@@ -58,11 +59,11 @@ def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Duration
     head = tokens * student.head_flops_per_token
     backward = FORWARD_AND_BACKWARD - 1
 
-    def passes(per_layer: float, in_head: float) -> list[list[float]]:
+    def passes(per_layer: float, in_head: float) -> tuple[tuple[float, ...], ...]:
         split = layout.split(student.num_layers)
         chunks = [[layers / layout.vpp * per_layer] * layout.vpp for layers in split]
         chunks[-1][-1] += in_head
-        return chunks
+        return tuple(map(tuple, chunks))
 
     again = layout.recompute == "full"
     return Durations(passes(layer, head), passes((backward + again) * layer, backward * head))
@@ -100,8 +101,9 @@ def split_time(
             forward[stage][chunk] += states
         if phase.distils:
             forward[-1][-1] += tokens * teacher.head_flops_per_token
-        return Durations(forward, plain.backward)
+        return Durations(tuple(map(tuple, forward)), plain.backward)
 
+    @cache  # a phase without guidance is the plain run
     def seconds(durations: Durations) -> float:
         return step_duration(durations, run.micro_batches(layout)) / rate
 

@@ -8,7 +8,7 @@ from megatron_let.planning.schedule import Durations, most_waiting, passes, step
 
 def equal(pp: int, vpp: int) -> Durations:
     """Stages that take 1 forward and 2 backward, in `vpp` equal chunks."""
-    return Durations([[1 / vpp] * vpp] * pp, [[2 / vpp] * vpp] * pp)
+    return Durations(((1 / vpp,) * vpp,) * pp, ((2 / vpp,) * vpp,) * pp)
 
 
 def test_order_of_1f1b():
@@ -56,13 +56,13 @@ def test_twin_without_warm_up_the_bubble_is_another(monkeypatch):
 
 def test_a_slow_last_stage_sets_the_pace():
     """Then the closed form holds: m x slowest + the others once. Tolerance: rounding."""
-    durations = Durations([[1.0]] * 3 + [[1.5]], [[2.0]] * 3 + [[3.0]])
+    durations = Durations(((1.0,),) * 3 + ((1.5,),), ((2.0,),) * 3 + ((3.0,),))
     assert step_duration(durations, 16) == pytest.approx(16 * 4.5 + 3 * 3, rel=1e-12)
 
 
 def test_a_teacher_on_the_first_stage_is_paid_once_a_micro_batch():
     """Bounds: the slowest stage's work, and the closed form of equal stages."""
-    durations = Durations([[3.0], [1.0], [1.0], [1.0]], [[2.0]] * 4)
+    durations = Durations(((3.0,), (1.0,), (1.0,), (1.0,)), ((2.0,),) * 4)
     assert 16 * 5 < step_duration(durations, 16) < 16 * 5 + 9
     played = step_duration(durations, 17) - step_duration(durations, 16)
     assert played == pytest.approx(5, rel=1e-12)
@@ -79,7 +79,7 @@ def test_many_micro_batches_follow_from_few():
         forward[0][0] += draw.random()
         forward[-1][-1] += 0.5
         backward[-1][-1] += 1.0
-        durations = Durations(forward, backward)
+        durations = Durations(tuple(map(tuple, forward)), tuple(map(tuple, backward)))
         micro_batches = pp * draw.randint(6, 12)
         played = schedule._played(durations, micro_batches)
         assert step_duration(durations, micro_batches) == pytest.approx(played, rel=0.01)

@@ -36,7 +36,7 @@ def test_none_that_fits_is_faster_than_the_first(student, teacher, run_with):
 def test_memory_decides_what_a_large_student_needs(run_with):
     llama = student_shape("70b", vocab_size=128256)
     run = run_with(method="baseline", seq_length=8192)
-    best = search(llama, None, Layout(gpus=256), run, Gpu())
+    best = search(llama, None, Layout(gpus=64), run, Gpu())
     assert all(one.fits and one.layout.tp == 8 for one in best)
     with pytest.raises(UsageError, match="8 GPUs with 80 GiB holds it: the smallest needs 1[0-9]"):
         search(llama, None, Layout(gpus=8), run, Gpu())

@@ -21,7 +21,8 @@ def time_of(student, teacher):
 
 def test_work_of_the_stages(student, layout, run_with):
     work = student_work(student, layout, run_with())
-    assert work.forward == [[BATCH_TOKENS * 6 * LAYER]] * 3 + [[BATCH_TOKENS * (6 * LAYER + HEAD)]]
+    layers, head = BATCH_TOKENS * 6 * LAYER, BATCH_TOKENS * HEAD
+    assert work.forward == ((layers,),) * 3 + ((layers + head,),)
     assert work.stages[0] == BATCH_TOKENS * 3 * 6 * LAYER
     full = student_work(student, replace(layout, recompute="full"), run_with())
     assert full.stages[3] == BATCH_TOKENS * (4 * 6 * LAYER + 3 * HEAD)
