@@ -11,13 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.training import get_tokenizer
 from tqdm import tqdm
 
 from megatron_let.data.indexed import whole_file
 from megatron_let.data.selection import Selection, difficulty_B, highest, number_wanted
 from megatron_let.errors import UsageError
-from megatron_let.teacher.load import DTYPES, fingerprint, load_causal_lm, read_teacher_config
+from megatron_let.teacher.load import (
+    DTYPES,
+    check_token_ids,
+    fingerprint,
+    load_causal_lm,
+    read_teacher_config,
+    read_token_ids,
+)
 from megatron_let.teacher.stage import Teacher, logits
+from megatron_let.upstream.mended import known_token_ids
 
 CHUNK = 256
 """Samples that one process scores at a stretch, and that an interrupted scoring loses at most."""
@@ -49,6 +58,8 @@ class SelectConfig:
             raise UsageError(
                 f"--output {self.output} exists, and nothing is overwritten. Choose another file."
             )
+        if not self.output.parent.is_dir():
+            raise UsageError(f"--output {self.output}: its folder does not exist. Create it first.")
 
 
 def number_of_candidates(config: SelectConfig, args: Namespace, available: int) -> int:
@@ -73,6 +84,7 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
     if config.scorer_model is None:
         scores, flops = np.random.default_rng(args.seed).random(candidates), 0.0
     else:
+        _check_tokens(config.scorer_model, args)
         scorer = Scorer(config.scorer_model, config, args.seq_length)
         scores, flops = _score_all(scorer, dataset, candidates)
     if torch.distributed.get_rank() != 0:
@@ -87,6 +99,18 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
     )
     selection.save(config.output)
     return selection
+
+
+def _check_tokens(scorer: str, args: Namespace) -> None:
+    """Raise UsageError if the scorer would read the run's tokens as others than they are."""
+    student, ids = known_token_ids(args), read_token_ids(scorer)
+    if student and ids:
+        check_token_ids(student, ids, scorer, "--scorer-model")
+    elif (rows := read_teacher_config(scorer).vocab_size) < (needed := get_tokenizer().vocab_size):
+        raise UsageError(
+            f"--scorer-model {scorer} has {rows} rows for the run's {needed} tokens: choose one "
+            "of the same tokenizer."
+        )
 
 
 class Scorer:
@@ -117,8 +141,13 @@ class Scorer:
             for key in ("tokens", "labels", "loss_mask")
         )
         found = logits(self._model, tokens).float()
-        scores = difficulty_B(found, labels, mask, self.config.top_k)
-        return scores.double().cpu().numpy()
+        scores = difficulty_B(found, labels, mask, self.config.top_k).double().cpu().numpy()
+        if np.isnan(scores).any():
+            raise UsageError(
+                "--scorer-model gives scores that are no numbers: it is damaged, or "
+                f"--scorer-dtype {self.config.dtype} is too small for it."
+            )
+        return scores
 
 
 def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarray, float]:

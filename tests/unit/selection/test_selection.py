@@ -15,7 +15,9 @@ from megatron_let.data.selection import (
     number_wanted,
 )
 from megatron_let.errors import UsageError
+from megatron_let.selection import scoring
 from megatron_let.selection.scoring import SelectConfig, number_of_candidates
+from megatron_let.teacher.load import TokenIds
 
 
 def written_out(logits, labels, mask, top_k):
@@ -97,9 +99,39 @@ def test_keep_fraction_outside(tmp_path, fraction):
         SelectConfig(output=tmp_path / "x", keep_fraction=fraction, scorer_model=None)
 
 
-def test_nothing_is_overwritten(kept):
-    with pytest.raises(UsageError, match="exists, and nothing is overwritten"):
-        SelectConfig(output=kept, keep_fraction=0.5, scorer_model=None)
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("selection.npz", "exists, and nothing is overwritten"),
+        ("absent/selection.npz", "its folder does not exist"),
+    ],
+)
+def test_an_output_that_cannot_be_written(kept, name, message):
+    with pytest.raises(UsageError, match=message):
+        SelectConfig(output=kept.parent / name, keep_fraction=0.5, scorer_model=None)
+
+
+def test_scores_that_are_no_numbers(tmp_path, monkeypatch):
+    scorer = object.__new__(scoring.Scorer)
+    scorer.config = SelectConfig(output=tmp_path / "x", keep_fraction=1, scorer_model="bad")
+    scorer.context, scorer._device, scorer._model = 3, torch.device("cpu"), None
+    monkeypatch.setattr(scoring, "logits", lambda _, tokens: torch.full((*tokens.shape, 9), np.nan))
+    sample = dict.fromkeys(("tokens", "labels", "loss_mask"), torch.ones(4, dtype=torch.long))
+    with pytest.raises(UsageError, match="--scorer-model gives scores that are no numbers"):
+        scorer.score([sample])
+
+
+@pytest.mark.parametrize(
+    "scorers, message",
+    [(TokenIds({"a": 1}), "'a' is 0 .* and 1 in that of --scorer-model m"), (None, "has 4 rows")],
+)
+def test_a_scorer_of_another_tokenizer(monkeypatch, scorers, message):
+    monkeypatch.setattr(scoring, "known_token_ids", lambda args: {"a": 0})
+    monkeypatch.setattr(scoring, "read_token_ids", lambda name: scorers)
+    monkeypatch.setattr(scoring, "read_teacher_config", lambda name: Namespace(vocab_size=4))
+    monkeypatch.setattr(scoring, "get_tokenizer", lambda: Namespace(vocab_size=5))
+    with pytest.raises(UsageError, match=message):
+        scoring._check_tokens("m", run_flags())
 
 
 def run_flags(**changes):
