@@ -38,7 +38,8 @@ def usage_errors(command_lines: list[list[str]]) -> list[str]:
 def usage_error(flags: list[str]) -> str:
     """The message of one command line; anything but a usage error is raised."""
     training.destroy_global_state()
-    sys.argv = ["pretrain_let.py", *MODEL, *flags]
+    model = MODEL[: MODEL.index("--eval-iters")] if "--full-validation" in flags else MODEL
+    sys.argv = ["pretrain_let.py", *model, "--cpu", *flags]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
