@@ -1,7 +1,13 @@
 """The tools: a command line each."""
 
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from megatron_let.errors import UsageError
+from megatron_let.program import expanded
 
 
 def tool_parser(doc: str | None, name: str, **options: Any) -> ArgumentParser:
@@ -9,6 +15,26 @@ def tool_parser(doc: str | None, name: str, **options: Any) -> ArgumentParser:
     form = RawDescriptionHelpFormatter
     prog = f"megatron-let {name}"  # which a checkout has as well
     return ArgumentParser(prog=prog, description=doc, formatter_class=form, **options)
+
+
+def parse_beside_run(
+    parser: ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[Namespace, list[str]]:
+    """Return a command's own options and the flags of a run, which may stand in run files."""
+    with mistakes_told(parser):
+        return parser.parse_known_args(expanded(sys.argv[1:] if arguments is None else arguments))
+
+
+@contextmanager
+def mistakes_told(
+    parser: ArgumentParser, kinds: tuple[type[Exception], ...] = (UsageError,)
+) -> Iterator[None]:
+    """End the process with one paragraph for an exception of these kinds."""
+    try:
+        yield
+    except kinds as error:
+        status = error.status if isinstance(error, UsageError) else UsageError.status
+        parser.exit(status, f"{parser.prog}: error: {error}\n")
 
 
 def number(word: str, least: int = 1) -> int:

@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.report.page import differing, write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_told(parser, (ValueError, ImportError, OSError)):
         runs = [_read_labelled(word) for word in options.runs]
         teacher = read_run(options.teacher) if options.teacher else None
         text = compare_runs(runs, teacher)
@@ -70,5 +70,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"\nPicture: {plot_comparison(compared, options.plot, teacher_loss=loss)}")
         if options.html:
             print(f"\nPage: {write_page(compared, options.html, text, loss)}")
-    except (ValueError, ImportError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

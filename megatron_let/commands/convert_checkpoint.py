@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import import_file
 from megatron_let.planning.shapes import SIZES
@@ -120,9 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = vars(parser.parse_args(arguments))
     commands = {"to-hf": _to_hf, "from-hf": _from_hf, "grow": _grow}
     command = commands[values.pop("command")]
-    try:
+    with mistakes_told(parser, (UsageError, OSError)):
         if (path := values.pop("family_module", None)) is not None:
             import_file("--family-module", path)
         command(values)
-    except (UsageError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

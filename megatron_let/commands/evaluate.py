@@ -19,7 +19,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
 from megatron_let import hugging_face
-from megatron_let.commands import number, tool_parser
+from megatron_let.commands import mistakes_told, number, tool_parser
 from megatron_let.data import documents, sources
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, Harness, TaskScore, find_tasks, local_data
@@ -196,7 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from safetensors import SafetensorError
 
     options.device = options.device or _default_device()
-    try:
+    kinds = (ValueError, OSError, RuntimeError, AssertionError, SafetensorError)
+    with mistakes_told(parser, kinds):
         print(evaluate(options))
-    except (ValueError, OSError, RuntimeError, AssertionError, SafetensorError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

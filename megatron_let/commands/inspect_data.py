@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from megatron_let.commands import number, tool_parser
+from megatron_let.commands import mistakes_told, number, tool_parser
 from megatron_let.data import tokenizer
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary
@@ -71,8 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if arguments is None:  # this process does nothing else
         tokenizer.without_models()
-    for prefix in options.prefix:
-        try:
+    with mistakes_told(parser, (ValueError, OSError)):
+        for prefix in options.prefix:
             _show(open_pair(prefix), options)
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"{parser.prog}: {error}\n")

@@ -6,7 +6,7 @@ megatron-let merge --input folder --output-prefix data/all_text_document
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.data.merge import merge
 from megatron_let.data.sources import file_identity
 
@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, required=True, help="folder of the pairs")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_told(parser, (ValueError, OSError)):
         prefixes = _find_pairs(options.input)
         merge(prefixes, options.output_prefix)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"Wrote {options.output_prefix}.bin, .idx and .json from {len(prefixes)} pairs")

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.dry_run.flags import named, without
 from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = list(sys.argv[1:] if arguments is None else arguments)
     at = own.index("--") if "--" in own else len(own)
     own, flags = own[:at], own[at + 1 :]
-    try:
+    with mistakes_told(parser):
         flags = expanded(flags)
         words = words_of(flags, search="--search" in own) if flags else []
         args = parser.parse_args([*words, *own])
@@ -289,5 +289,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _check_dry_run(own, flags)
         found = search(*parts(args))
         print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))
-    except UsageError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

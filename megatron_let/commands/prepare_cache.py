@@ -5,17 +5,16 @@
 The run's ranks then find them instead of waiting while the first one builds.
 """
 
-import sys
 from collections.abc import Sequence
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import mistakes_told, parse_beside_run, tool_parser
 from megatron_let.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = tool_parser(__doc__, "cache", usage="%(prog)s <the flags of the run>")
-    _, flags = parser.parse_known_args(arguments)
+    _, flags = parse_beside_run(parser, arguments)
 
     from megatron_let.upstream import cpu
 
@@ -23,15 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from megatron_let.selection.run_data import build_datasets, parse_run
 
-    try:
+    with mistakes_told(parser):
         args = parse_run(parser.prog, flags)
         if args.data_cache_path is None or args.mock_data:
             raise UsageError("Add --data-cache-path: it is where the caches are put.")
-        if "--global-batch-size" not in " ".join(sys.argv):
+        if "--global-batch-size" not in " ".join(flags):
             raise UsageError("Add --global-batch-size: how many samples a run takes depends on it.")
         datasets = build_datasets(args)
-    except UsageError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     for name, dataset in zip(("train", "validation", "test"), datasets, strict=True):
         several = dataset if isinstance(dataset, list) else [dataset]
         sizes = ", ".join(f"{len(one):,}" for one in several if one is not None)

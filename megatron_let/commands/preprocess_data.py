@@ -9,7 +9,7 @@ Killed, the same call goes on where it was.
 from argparse import ArgumentParser, _ArgumentGroup
 from collections.abc import Sequence
 
-from megatron_let.commands import tool_parser
+from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.data.engines import ENGINES
 from megatron_let.data.preprocess import PreprocessConfig, left_out, preprocess
 from megatron_let.data.sources import SUFFIXES
@@ -95,9 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if arguments is None and not values["trust_remote_code"]:  # this process does nothing else
         without_models()
-    try:
+    with mistakes_told(parser, (ValueError, OSError)):
         prefixes = preprocess(PreprocessConfig(**values))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     written = [f"Wrote {prefix}.bin, .idx and .json" for prefix in prefixes]
     print("\n".join(filter(None, [*written, left_out(prefixes[0])])))

@@ -15,8 +15,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_let.commands import tool_parser
-from megatron_let.errors import UsageError
+from megatron_let.commands import mistakes_told, number, parse_beside_run, tool_parser
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -28,16 +27,16 @@ def _build_parser() -> ArgumentParser:
     add("--scorer-model", metavar="FOLDER_OR_ID", help="default: none, at random")
     add("--keep-fraction", type=float, required=True, help="part of the scored samples to keep")
     add("--output", type=Path, required=True, metavar="FILE.npz")
-    add("--top-k", type=int, default=10, help="tokens within the scorer's reach (default 10)")
+    add("--top-k", type=number, default=10, help="tokens within the scorer's reach (default 10)")
     add("--scorer-dtype", dest="dtype", choices=DTYPES, default="fp32", help="default: fp32")
-    add("--scorer-batch", dest="batch", type=int, default=8, help="samples at once (default 8)")
+    add("--scorer-batch", dest="batch", type=number, default=8, help="samples at once (default 8)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = _build_parser()
-    options, flags = parser.parse_known_args(arguments)
+    options, flags = parse_beside_run(parser, arguments)
 
     from megatron_let.upstream import cpu
 
@@ -48,13 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_let.selection.run_data import build_datasets, parse_run
     from megatron_let.selection.scoring import SelectConfig, select
 
-    try:
+    with mistakes_told(parser):
         config = SelectConfig(**vars(options))
         args = parse_run(parser.prog, flags)
         number_wanted(args)
         selection = select(config, args, build_datasets(args)[0])
-    except UsageError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     if selection is None:  # not the first rank
         return
     if selection.beyond_reach:

@@ -9,7 +9,6 @@ from typing import Any
 from megatron.training import training
 
 from megatron_let.methods.base import Method
-from megatron_let.program import expanded
 from megatron_let.training import command_line
 from megatron_let.training.run import Run
 from megatron_let.upstream.mended import mend_megatron
@@ -27,14 +26,14 @@ LAYOUT_SWITCHES = ("--sequence-parallel", "--use-distributed-optimizer")
 def parse_run(prog: str, flags: Sequence[str]) -> Namespace:
     """Megatron's arguments of a run with these flags; UsageError if they are not those of one.
 
-    They may stand in run files. Those of its layout are left out: every process reads all data.
+    Those of its layout are left out: every process here reads all of the data.
     """
     layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in LAYOUT:
         layout.add_argument(flag)
     for flag in LAYOUT_SWITCHES:
         layout.add_argument(flag, action="store_true")
-    sys.argv = [prog, *layout.parse_known_args(expanded(flags))[1]]
+    sys.argv = [prog, *layout.parse_known_args(flags)[1]]
     mend_megatron()
     return command_line.parse_arguments()
 

@@ -52,8 +52,6 @@ class SelectConfig:
                 f"--keep-fraction {self.keep_fraction} must be above 0 and at most 1: the part of "
                 "the scored samples that is kept."
             )
-        if self.top_k < 1 or self.batch < 1:
-            raise UsageError(f"--top-k {self.top_k} and --batch {self.batch} must be at least 1.")
         if self.output.exists():
             raise UsageError(
                 f"--output {self.output} exists, and nothing is overwritten. Choose another file."

@@ -74,8 +74,7 @@ def test_resumes_in_another_layout(corpus, halves, tmp_path, saved, resumed):
     load = ["--load", str(halves / saved), "--ckpt-step", "4", "--save", str(tmp_path)]
     assert not run(world_size, *flags, *load)
     for key in ("lm loss", "let loss"):
-        expected = {i: value for i, value in series(halves / saved, key).items() if i > 4}
-        assert_close(series(tmp_path, key), expected)
+        assert_close(series(tmp_path, key), series(halves / saved, key))
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_let.__main__ import COMMANDS
+from megatron_let.commands import mistakes_told, tool_parser
+from megatron_let.errors import MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
@@ -29,6 +31,13 @@ def test_help_imports_nothing_heavy(tool: Path) -> None:
     name = next(n for n, (where, _) in COMMANDS.items() if where == f"commands.{tool.stem}")
     assert f"usage: megatron-let {name} " in result.stdout and result.stderr == ""
     assert result.stdout.splitlines()[-1] == "IMPORTED []"
+
+
+def test_a_machine_that_is_at_fault_may_be_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, mistakes_told(tool_parser("", "plan")):
+        raise MachineError("The hub is away.")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "megatron-let plan: error: The hub is away.\n"
 
 
 def test_what_is_named_comes_with_the_wheel_too() -> None:

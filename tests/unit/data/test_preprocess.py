@@ -474,5 +474,5 @@ def test_tool_ends_in_one_clear_line(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == (
-        "megatron-let preprocess: input file absent.jsonl does not exist; check --input\n"
+        "megatron-let preprocess: error: input file absent.jsonl does not exist; check --input\n"
     )
