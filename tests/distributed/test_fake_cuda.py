@@ -81,11 +81,12 @@ FIRST, LAST = 0, 4
 def test_a_guided_step_waits_no_more_than_a_plain_one(run_cases):
     """And a loss that reads is seen: the twin."""
     rules = f"{BOTH} --kd-token-gate --let-weight-rule ratio --guidance-stop loss"
+    small = f"{TP2} --num-layers 2"
     found = run_cases(
         {
-            "plain": (0, TP2, None, None),
-            "guided": (0, TP2, f"{rules} --guidance-patience 1", None),
-            "twin": (0, TP2, LET, "loss read"),
+            "plain": (0, small, None, None),
+            "guided": (0, small, f"{rules} --guidance-patience 1", None),
+            "twin": (0, small, LET, "loss read"),
         }
     )
     assert not further_waits(found["guided"], found["plain"])

@@ -42,6 +42,7 @@ def test_conversion() -> None:
     assert "to-hf" in said and "no targets" in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # half a minute of one core, on a busy machine more
 def test_gpu_on_cpu(tmp_path: Path) -> None:
     """Its smoke; rank 7 of TP 2 x PP 2 x DP 2 trains its steps, each mode with its own signals."""
