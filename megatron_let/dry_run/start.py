@@ -90,7 +90,8 @@ def _rank(
     _, errors = process.communicate()
     if process.returncode or not result.exists():
         reason = _reason(errors) or f"The process ended with status {process.returncode}."
-        raise UsageError(f"{reason} (rank {rank} of {world})")
+        own_teacher = f"{folder}/"  # which the user has called by its name alone
+        raise UsageError(f"{reason.replace(own_teacher, '')} (rank {rank} of {world})")
     return Found(**json.loads(result.read_text()))
 
 

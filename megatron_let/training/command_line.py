@@ -106,6 +106,7 @@ def parse_arguments() -> Namespace:
     choice.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)
+    _check_shards(flags)
     defaults = tracker_defaults(flags) | {"tokenizer_type": "GPT2BPETokenizer"}
     if flags.full_validation:
         defaults |= whole_set_batches(flags)
@@ -156,6 +157,17 @@ def _check_numbers(args: Namespace) -> None:
         way_out = "add --non-persistent-ckpt-type global, or leave it out"
         given = arguments.flag("non_persistent_save_interval", args.non_persistent_save_interval)
         raise UsageError(f"{given} has no effect alone: {way_out}.")
+
+
+def _check_shards(args: Namespace) -> None:
+    """Sizes that Megatron divides while it builds the model, or in the first step."""
+    tp = args.tensor_model_parallel_size
+    divided = ["ffn_hidden_size"] * (args.num_experts is None)
+    for name in [*divided, *["seq_length"] * args.sequence_parallel]:
+        if (vars(args)[name] or 0) % tp:
+            given = arguments.flag(name, vars(args)[name])
+            ranks = arguments.flag("tensor_model_parallel_size", tp)
+            raise UsageError(f"{given} does not divide over {ranks} ranks: change one of them.")
 
 
 def _check_schedule(args: Namespace) -> None:

@@ -208,6 +208,14 @@ MISTAKES = {
         f"{PLAIN} --use-precision-aware-optimizer",
         "Megatron-LM refuses these flags: --use-precision-aware-optimizer only supported with dist",
     ),
+    "an MLP that cannot be dealt": (
+        f"{PLAIN} --tensor-model-parallel-size 2 --ffn-hidden-size 33",
+        "--ffn-hidden-size 33 does not divide over --tensor-model-parallel-size 2",
+    ),
+    "a sequence that cannot be dealt": (
+        f"{PLAIN} --tensor-model-parallel-size 2 --sequence-parallel --seq-length 15",
+        "--seq-length 15 does not divide over --tensor-model-parallel-size 2",
+    ),
     "batch size that would not grow": (
         f"{PLAIN} --rampup-batch-size 4 2 100",
         "--rampup-batch-size has no effect.*Use --step-batch-size-schedule",
