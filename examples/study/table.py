@@ -176,12 +176,14 @@ AUTO = tuple(
 )
 """Nothing tuned but the rate, which is that of the arm of the same method."""
 WIDTHLESS = Path(__file__).with_name("widthless.py")
+AS_AUTO = "--let-weight-rule ratio --let-gradient-ratio 0.5 --let-stop-step {0.5}"
+"""What it chooses, for what it refuses."""
 WIDTHS = tuple(
-    Arm(f"{name}-let", label, (Setting("auto", f"{AUTO[0].settings[0].flags} {flags}"),))
+    Arm(f"{name}-let", label, (Setting("auto", f"--method let --let-layer 1 {flags}"),))
     for name, label, flags in (
-        ("linear", "LET, a learned map", "--let-resize linear"),
-        ("cka", "LET, CKA", f"--method-module {WIDTHLESS} --let-loss cka"),
-        ("cca", "LET, CCA", f"--method-module {WIDTHLESS} --let-loss cca"),
+        ("linear", "LET, a learned map", f"{AS_AUTO} --let-resize linear"),
+        ("cka", "LET, CKA", f"--guidance auto --method-module {WIDTHLESS} --let-loss cka"),
+        ("cca", "LET, CCA", f"--guidance auto --method-module {WIDTHLESS} --let-loss cca"),
     )
 )
 """Instead of interpolating the teacher's features, likewise with nothing tuned."""

@@ -34,6 +34,13 @@ def choose(args: Namespace, given: Collection[str]) -> None:
         raise UsageError(f"--guidance auto knows nothing to choose for --method {args.method}.")
     words = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in given}
 
+    if row.aligns and args.let_resize == "linear" and "let-weight-rule" not in words:
+        raise UsageError(
+            "--guidance auto would have the weight follow the gradients, which rises without end "
+            "beside --let-resize linear, a map that meets the student (docs/study.md). Use "
+            "--let-resize interpolate, or give --let-weight-rule fixed."
+        )
+
     def fill(name: str, value: Any) -> None:
         if name.replace("_", "-") not in words:
             setattr(args, name, value)

@@ -17,6 +17,7 @@ FLAGS = Namespace(
     let_weight_rule="fixed",
     let_gradient_ratio=1.0,
     let_stop_step=None,
+    let_resize="interpolate",
     kd_token_gate=False,
     kd_stop_step=None,
     guidance_stop="step",
@@ -66,6 +67,7 @@ def test_a_run_without_a_length_in_steps_needs_its_ends_alone():
     "changes, why",
     [
         ({"method": "reverse-kd"}, "--method reverse-kd distils during the whole run: use"),
+        ({"let_resize": "linear"}, "Use --let-resize interpolate, or give --let-weight-rule fixed"),
         ({"train_iters": None}, "needs the run's length: --train-iters, or --let-stop-step"),
     ],
 )
