@@ -11,9 +11,11 @@ from megatron_let.errors import UsageError
 
 COMMENT = re.compile(r"""^((?:[^'"\s]|\s(?!\#)|'[^']*'|"[^"]*")*?)(?:(?<!\S)|\s)\#.*""")
 """From a `#` that begins a word, outside of quotes."""
-QUOTED = re.compile(r"""'[^']*'|"'\"""")
-REPLACED = re.compile(r"(?:(?<!\S)~|\$[\w{(])\S*")
-"""What a shell would replace, where it is not `QUOTED`."""
+GOES_ON = re.compile(r"(?<!\\)((?:\\\\)*)\\\n")
+"""A backslash that ends a line, and is not itself behind one."""
+QUOTED = re.compile(r"""'[^']*'|("[^"]*")""")
+REPLACED = re.compile(r"(?:(?<!\S)~|(?<!\\)\$[\w{(])\S*")
+"""What a shell would replace, outside of single quotes."""
 COMMAND = [sys.executable, "-m", "megatron_let.pretrain"]
 """What runs it."""
 
@@ -48,8 +50,9 @@ def expanded(
             raise UsageError(f"{word}: {path} names itself.")
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
-            text = "\n".join(COMMENT.sub(r"\1", line) for line in lines).replace("\\\n", " ")
-            for part in REPLACED.findall(QUOTED.sub("", text)):
+            text = "\n".join(COMMENT.sub(r"\1", line) for line in lines)
+            text = GOES_ON.sub(r"\1 ", text)
+            for part in REPLACED.findall(QUOTED.sub(lambda word: word[1] or "", text)):
                 raise ValueError(f"write out what {part} stands for, or put it into single quotes")
             inner = shlex.split(text)
         except (OSError, ValueError) as error:

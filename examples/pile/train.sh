@@ -38,7 +38,7 @@ hub() {
 }
 teacher=$(hub "$TEACHER")
 tokenizer=$(hub "$TOKENIZER")
-run=$SAVE/pile_$size-$METHOD-$(basename "$TEACHER")-$SEED
+run=$SAVE/pile_$size-$METHOD-$(basename "$TEACHER")-$SEED${INIT:+-$INIT}
 
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 case ${INIT:-random} in
@@ -56,7 +56,7 @@ grow)
     fi
     small=$(hub "${SMALL:-smollm-135m}")
     recipe=("@$here/pile_$size/grown.flags" --init-from "$small")
-    run=$run-grow${SMALL:+-$(basename "$SMALL")}
+    run=$run${SMALL:+-$(basename "$SMALL")}
     ;;
 *) echo "INIT ${INIT} is unknown: random, grow" >&2 && exit 1 ;;
 esac

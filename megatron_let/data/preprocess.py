@@ -139,9 +139,8 @@ def _known_outputs(config: PreprocessConfig) -> list[str]:
 
 
 WAYS = (
-    "tokenizer_type special_tokens tokenizer_hf_no_use_fast tokenizer_sentencepiece_legacy "
-    "tokenizer_hf_no_include_special_tokens"
-).split()
+    "tokenizer_type special_tokens tokenizer_hf_no_use_fast tokenizer_sentencepiece_legacy".split()
+)
 """Flags by which one tokenizer may give other tokens."""
 
 
@@ -153,6 +152,7 @@ def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -
         "split_by_meta": config.split_by_meta,
         "append_eod": config.append_eod,
         "engine": config.engine,
+        "include_special_tokens": not config.tokenizer_hf_no_include_special_tokens,
         **{name: getattr(config, name) for name in WAYS},
     }
 

@@ -115,8 +115,11 @@ def _expand_one(name: str) -> list[str]:
 def _below(folder: str) -> Iterator[str]:
     """What lies in it, in folders that links lead to as well; each of these once."""
     seen: set[tuple[int, int]] = set()
-    for root, folders, files in os.walk(folder, onerror=_stop, followlinks=True):
-        folders.sort(key=lambda name: (name.startswith("."), name))
+    for root, folders, files in os.walk(Path(folder), onerror=_stop, followlinks=True):
+        # What is hidden comes last: it may be where a link leads to that is not.
+        links = {name: os.path.islink(os.path.join(root, name)) for name in folders}
+        folders[:] = [name for name in folders if not (links[name] and name.startswith("."))]
+        folders.sort(key=lambda name: (name.startswith("."), links[name], name))
         if (own := file_identity(root)) in seen:  # a link may lead to where it lies
             folders.clear()
             continue
@@ -125,7 +128,9 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def _stop(error: OSError) -> None:
-    raise error  # else a folder that may not be read would be one without files
+    name = os.path.basename(error.filename)
+    if not (name.startswith(".") or name == "lost+found"):
+        raise error  # else a folder that may not be read would be one without files
 
 
 def _own_texts(name: str, found: Iterable[str]) -> list[str]:

@@ -72,8 +72,8 @@ class Workplace:
 
     def _take_up(self, saved: dict[str, Any]) -> None:
         was, now = saved["identity"], json.loads(json.dumps(self.state.identity))
-        for key in sorted(now):
-            before, after = was.get(key), now[key]
+        for key in sorted(now.keys() & was.keys()):  # an older version noted fewer
+            before, after = was[key], now[key]
             if before != after:
                 if isinstance(before, list) and isinstance(after, list):  # of many what differs
                     pairs = itertools.zip_longest(before, after, fillvalue="none")

@@ -129,10 +129,10 @@ class Harness:
                 batch_size=batch_size,
                 trust_remote_code=False,
             )
-        if self._model.eot_token_id is None:
+        if self._model.prefix_token_id is None:
             raise UsageError(
-                f"{folder} has no eos_token, which the harness begins and ends a text with: name "
-                "the one of the training data in its tokenizer_config.json."
+                f"{folder} has neither bos_token nor eos_token, which the harness begins a text "
+                "with: name the end token of the training data in its tokenizer_config.json."
             )
 
     def score(self, task: Task, shots: int, limit: int | None) -> TaskScore:

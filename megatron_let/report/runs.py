@@ -72,7 +72,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last evaluation was made after the last training step."""
-        return bool(self.evaluations) and self.final.iteration >= (self.train_iters or 0)
+        trained = bool(self.train_iters and self.evaluations)
+        return trained and self.final.iteration >= self.train_iters
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(iteration, value) of one logged training quantity; empty where it was not logged."""

@@ -56,8 +56,7 @@ class SelectConfig:
             raise UsageError(
                 f"--output {self.output} exists, and nothing is overwritten. Choose another file."
             )
-        if not self.output.parent.is_dir():
-            raise UsageError(f"--output {self.output}: its folder does not exist. Create it first.")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def number_of_candidates(config: SelectConfig, args: Namespace, available: int) -> int:

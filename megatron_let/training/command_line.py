@@ -223,7 +223,7 @@ def _data_prefixes(args: Namespace) -> list[str]:
                     f"{prefix} has the weight {weight}: give one above 0, or leave it out."
                 )
     whole = blend or (per_split or (None, None))[1]
-    if args.full_validation and whole and whole[1]:
+    if args.full_validation and whole and whole[1] and len(whole[0]) > 1:
         raise UsageError(
             "--full-validation evaluates each set by itself, without weights: give the training "
             "data with theirs by --train-data-path, and the sets alone by --valid-data-path."
@@ -249,8 +249,9 @@ def _check_data_paths(args: Namespace) -> None:
 
 def _check_needed(args: Namespace) -> None:
     """Numbers that Megatron computes with although they have no default."""
+    steps = args.train_samples if args.train_iters is None else args.train_iters
     for flag, meaning, value in (
-        ("--train-iters", "number of training steps", args.train_iters or args.train_samples),
+        ("--train-iters", "number of training steps", steps),
         ("--lr", "peak learning rate", args.lr),
         ("--eval-interval", "steps between two evaluations", args.eval_interval),
     ):

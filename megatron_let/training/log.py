@@ -67,10 +67,10 @@ class RunLog(Listener):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 record_start(path.parent, args)
+                if args.iteration:
+                    take_over(Path(args.load) / path.name, path)
             except OSError as error:  # it is no reason not to train
-                say(f"> this start is not recorded: {error}")
-            if args.iteration:
-                take_over(Path(args.load) / path.name, path)
+                say(f"> not all of this start is recorded: {error}")
         self._iteration = args.iteration
         self.file = MetricsFile(path, args.iteration)
         self._interval = Interval(dict(self.file.totals))

@@ -93,7 +93,8 @@ def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any])
         method.check_checkpoint(saved)
         if not args.finetune:  # that is a run of its own, which takes the weights only
             _check_ours(args, saved, method)
-            _check_steps(args, saved, step_of(chosen))
+            if not args.skip_train:
+                _check_steps(args, saved, step_of(chosen))
         check_flags(args, saved)
         if not args.finetune and os.environ.get("RANK", "0") == "0":
             _tell_changes(args, saved)
@@ -173,12 +174,14 @@ def _check_steps(args: Namespace, saved: Namespace, step: int) -> None:
         samples += get_current_running_global_batch_size()
         steps += 1
     if steps not in (0, step):
-        before = saved.step_batch_size_schedule or f"0:{saved.global_batch_size}"
+        before = vars(saved).get("step_batch_size_schedule") or f"0:{saved.global_batch_size}"
+        evaluated = vars(saved).get("eval_global_batch_size") or saved.global_batch_size
         raise UsageError(
             f"The checkpoint in {args.load} has seen {samples} samples in {step} steps, which are "
             f"{steps} by this command's batches, so that --train-samples would end elsewhere. "
-            "Resume with the checkpoint's batch size, or have another one from here on: "
-            f"--step-batch-size-schedule {before},{samples * args.seq_length}:SIZE"
+            "Resume with the checkpoint's batch size, or have another one from here on, by "
+            f"--step-batch-size-schedule {before},{samples * args.seq_length}:SIZE "
+            f"--eval-global-batch-size {evaluated} in the place of --global-batch-size."
         )
 
 

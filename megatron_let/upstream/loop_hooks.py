@@ -7,7 +7,7 @@ their signatures. Listeners are called in the order in which they were given.
 import contextlib
 import functools
 import inspect
-import json
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -87,8 +87,21 @@ class Listener:
         """The run ends, by its last step or, where Megatron stops it before, by `sys.exit`."""
 
     def state(self) -> dict[str, Any]:
-        """Numbers, texts, lists and dicts by texts of them, to be carried by each checkpoint."""
+        """Numbers, texts, lists and dicts of them, to be carried by each checkpoint."""
         return {}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists for arrays; TypeError if it holds what is no data."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        return value.tolist()
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise TypeError(f"it holds a {type(value).__name__}")
+    return value
 
 
 class LoopHooks:
@@ -145,15 +158,15 @@ class LoopHooks:
 
     def _states(self) -> dict[str, Any]:
         """What the listeners keep, made plain: no checkpoint with anything else would load."""
-        plain = {}
+        states = {}
         for listener in self.listeners:
-            name, state = type(listener).__name__, listener.state()
+            name = type(listener).__name__
             try:
-                plain[name] = json.loads(json.dumps(state, default=lambda array: array.tolist()))
-            except (AttributeError, TypeError, ValueError) as error:
+                states[name] = _plain(listener.state())
+            except TypeError as error:
                 if torch.distributed.get_rank() == 0:
                     say(f"> the state of {name} is no plain data and is not saved: {error}")
-        return {name: state for name, state in plain.items() if state}
+        return {name: state for name, state in states.items() if state}
 
     def _tell(self, event: str, *values: Any) -> None:
         for listener in self.listeners:
@@ -186,7 +199,8 @@ class LoopHooks:
     def _save(self, save_checkpoint: Callable[..., None], *given: Any, **named: Any) -> None:
         step, chunks, optimizer = given[:3]
         is_lasting, args = not named.get("non_persistent_ckpt"), self.args
-        is_own = args.load == args.save and args.non_persistent_ckpt_type is None
+        load, save = (folder and os.path.realpath(folder) for folder in (args.load, args.save))
+        is_own = load == save and args.non_persistent_ckpt_type is None
         if is_lasting and is_own and step == args.iteration >= args.train_iters:
             return  # a complete run, started again: a kill would leave half of its last checkpoint
         folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))

@@ -262,10 +262,14 @@ def test_a_folder_gives_each_text_once(
     shutil.copy(source, tmp_path / "elsewhere" / "b.jsonl")
     os.symlink(tmp_path / "elsewhere", folder / "linked")
     os.symlink(folder, folder / "back")
+    (folder / "shown").mkdir()
+    shutil.copy(source, folder / "shown" / "c.jsonl")
+    os.symlink(folder / "shown", folder / "later.partial" / ".cache")
     os.symlink(source, folder / "z.jsonl")
     os.link(source, folder / "y.jsonl")
     capsys.readouterr()
-    assert sources.expand([str(folder)]) == [source, str(folder / "linked" / "b.jsonl")]
+    others = [str(folder / name) for name in ("linked/b.jsonl", "shown/c.jsonl")]
+    assert sources.expand([str(folder)]) == [source, *others]
     said = capsys.readouterr().err.splitlines()
     assert [re.sub(r".*: left out (.*), such.*", r"\1", line) for line in said] == [
         "3 (hidden)",

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_let.data import preprocess as module
 from megatron_let.data import sources, stream
-from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.data.preprocess import WAYS, PreprocessConfig, preprocess
 from tests.unit.data.test_preprocess import make_records, save_tokenizer
 
 SUBSETS = ["Pile-CC", "Wikipedia (en)", "Books3"]
@@ -184,6 +184,11 @@ def test_another_run_does_not_go_on(
     interrupted(config, monkeypatch)
     with pytest.raises(ValueError, match=message):
         preprocess(PreprocessConfig(**config | change))
+    file = tmp_path / "out" / "pile.partial" / "state.json"
+    state = json.loads(file.read_text())
+    for name in WAYS:  # which an older version did not note
+        del state["identity"][name]
+    file.write_text(json.dumps(state))
     preprocess(PreprocessConfig(**config))
 
 

@@ -94,7 +94,7 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     shutil.copy(folder / "one" / "tokenizer.json", tmp_path / "endless")
     named = {key: value for key, value in config.items() if not key.endswith("os_token")}
     (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(named))
-    with pytest.raises(UsageError, match="endless has no eos_token"):
+    with pytest.raises(UsageError, match="endless has neither bos_token nor eos_token"):
         Harness(tmp_path / "endless", "auto", "cpu", 1)
     shutil.copytree(folder / "data" / "baber", tmp_path / "baber")
     with pytest.raises(UsageError, match="lacks 7 data sets") as error:

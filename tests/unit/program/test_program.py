@@ -57,6 +57,13 @@ def test_a_comment_begins_at_a_word(tmp_path):
     assert expanded([f"@{run}"]) == ["--save", "/runs/a#1", "--note", "a # b", "c # d#e"]
 
 
+def test_what_only_looks_as_if_a_shell_would_change_it(tmp_path):
+    run = tmp_path / "run.flags"
+    run.write_text("--a C:\\\\\n--pat a\\$b\n--name \"it's\" --other 'a$b'\n")
+    words = ["--a", "C:\\", "--pat", "a$b", "--name", "it's", "--other", "a$b"]
+    assert expanded([f"@{run}"]) == words
+
+
 def test_files_of_other_systems_and_lines_that_go_on(tmp_path):
     run = tmp_path / "run.flags"
     run.write_bytes(b"\xef\xbb\xbf# all \\\r\n--bf16\r\n--data-path a \\\r\n  b\r\n")

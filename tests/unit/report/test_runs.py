@@ -26,6 +26,11 @@ def test_reads_every_field(write, lines):
     assert read_run(folder / "metrics.jsonl", label="let, weight 3").label == "let, weight 3"
 
 
+def test_a_folder_that_was_only_evaluated_is_no_finished_run(write, lines):
+    start, valid, _ = lines
+    assert not read_run(write(start(train_iters=None), valid(0, 5.0))).finished
+
+
 def test_resume_drops_what_the_earlier_attempt_did_after_the_checkpoint(write, lines):
     start, valid, train = lines
     run = read_run(
