@@ -157,7 +157,7 @@ def test_a_run_given_in_samples_takes_its_steps_by_the_same_batches(batch, sched
         _check_steps(now, Namespace(**before), LAST)
     except UsageError as error:
         assert f"which are {steps} by this command's" in str(error)
-        assert str(error).endswith("--step-batch-size-schedule 0:8,512:SIZE")
+        assert "--step-batch-size-schedule 0:8,512:SIZE --eval-gl" in str(error)
     else:
         assert steps is None
     finally:
