@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE
 from megatron_let.training.metrics import read_records
 
@@ -108,6 +109,8 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
             train=tuple(r for r in records if r["kind"] == "train"),
             evaluations=tuple(_evaluation(r) for r in records if r["kind"] == "valid"),
         )
+    except UsageError:
+        raise
     except KeyError as error:
         raise ValueError(f"{file}: a record lacks {error}, which this version needs") from error
     except (TypeError, ValueError) as error:
@@ -131,7 +134,7 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         else:
             latest[kind, iteration] = record
     if start is None:
-        raise ValueError(f"{file} has no start line: it was not written by pretrain_let.py")
+        raise UsageError(f"{file} has no start line: it was not written by pretrain_let.py")
     return start, [latest[key] for key in sorted(latest)]
 
 
