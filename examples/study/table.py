@@ -183,7 +183,7 @@ WIDTHS = tuple(
     for name, label, flags in (
         ("linear", "LET, a learned map", f"{AS_AUTO} --let-resize linear"),
         ("cka", "LET, CKA", f"--guidance auto --method-module {WIDTHLESS} --let-loss cka"),
-        ("cca", "LET, CCA", f"--guidance auto --method-module {WIDTHLESS} --let-loss cca"),
+        ("cca", "LET, CCA", "--guidance auto --let-loss cca"),
     )
 )
 """Instead of interpolating the teacher's features, likewise with nothing tuned."""

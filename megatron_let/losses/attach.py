@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_let.losses.table import Loss
+from megatron_let.losses.table import OF_ALL_TOKENS, Loss
 
 
 def interpolate(states_SBH: torch.Tensor, width: int) -> torch.Tensor:
@@ -71,6 +71,8 @@ class Target:
     scale: torch.Tensor | None
     """Factor of the summed loss: weight x loss scale / (tokens x micro-batches); None: the loss is
     recorded, and nothing is added."""
+    group: torch.distributed.ProcessGroup | None = None
+    """The ranks that hold the other parts, for losses of all tokens together."""
 
 
 class _AddGradient(torch.autograd.Function):
@@ -152,7 +154,7 @@ class Alignment(Queue[Target]):
         if self.targets:
             target = self.targets.popleft()
             leaf = activation_SBH.detach().requires_grad_()
-            total = (self._loss(leaf, resize(target.states_SBT)) * target.mask_SB).sum()
+            total = (self._losses_SB(leaf, resize, target) * target.mask_SB).sum()
             self.micro_batches += 1
             self.add(loss=total, tokens=target.mask_SB.sum())
             scale = 0.0 if target.scale is None else target.scale
@@ -160,3 +162,10 @@ class Alignment(Queue[Target]):
             if target.scale is not None:
                 return _AddGradient.apply(self, activation_SBH, gradient, *weights, *others)
         return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
+
+    def _losses_SB(
+        self, activation_SBH: torch.Tensor, resize: Resize, target: Target
+    ) -> torch.Tensor:
+        if self._loss in OF_ALL_TOKENS:
+            return self._loss(activation_SBH, target.states_SBT, target.mask_SB, target.group)
+        return self._loss(activation_SBH, resize(target.states_SBT))

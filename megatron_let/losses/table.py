@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
+from megatron_let.losses.canonical import cca
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[..., torch.Tensor]
 """Of the student's states `[S, B, H]` and the teacher's, resized to `[S, B, H]`: `[S, B]`."""
 
 
@@ -21,7 +22,10 @@ def cosine(student_SBH: torch.Tensor, teacher_SBH: torch.Tensor) -> torch.Tensor
     return 1.0 - F.cosine_similarity(student_SBH.float(), teacher_SBH.float(), dim=-1)
 
 
-LOSSES: dict[str, Loss] = {"cosine": cosine}
+LOSSES: dict[str, Loss] = {"cosine": cosine, "cca": cca}
+OF_ALL_TOKENS = {cca}
+"""Losses of a micro-batch's tokens together: given the teacher's states as they are, `[S, B, T]`,
+the mask `[S, B]` and the group of the ranks which hold the micro-batch, too."""
 
 
 def add_loss(name: str, loss: Loss) -> None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Resize, Target
-from megatron_let.losses.table import LOSSES
+from megatron_let.losses.table import LOSSES, OF_ALL_TOKENS
 from megatron_let.methods.balance import Balance
 from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.signal import Signal
@@ -27,6 +28,10 @@ from megatron_let.methods.table import LET_GRADIENT_RATIO, LET_LAYER, LET_STOP_S
 from megatron_let.teacher.load import TeacherConfig
 from megatron_let.upstream.aligned_layer import aligned_block_spec
 from megatron_let.upstream.batch import TEACHER_INDEX, Batch
+
+TOKENS_PER_FEATURE = 2
+"""That a loss of all tokens together takes: with as many tokens as features all that is said can be
+read off anything, with twice as many half of it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class LetFlags(Flags):
     there, constant: full weight during the whole run."""
 
     let_loss: str = field(default="cosine", metadata={"argparse_meta": {"choices": LOSSES}})
-    """How far the student's states are from the teacher's; --method-module may add a loss."""
+    """How far the student's states are from the teacher's: cosine of each token, or cca, of all
+    tokens of a micro-batch together, which asks for no width. --method-module may add a loss."""
 
     let_resize: Literal["interpolate", "linear"] = "interpolate"
     """How a teacher's states of another width are brought to the student's: interpolate along the
@@ -106,7 +112,11 @@ class Let(Signal):
                 f"{teacher.name}, which has layers 1 to {teacher.num_layers}. Leave it out."
             )
         super().__init__(args, teacher)
-        self.queue = self.alignment = Alignment(LOSSES[self.flags.let_loss])
+        loss = LOSSES[self.flags.let_loss]
+        self.queue = self.alignment = Alignment(loss)
+        self._is_of_all_tokens = loss in OF_ALL_TOKENS
+        if self._is_of_all_tokens:
+            self._check_tokens_of_a_micro_batch()
         self._transformer: TransformerConfig
         self._balance: Balance | None = None
         if self.flags.let_weight_rule == "ratio":
@@ -136,6 +146,23 @@ class Let(Signal):
                 "(the paper's is 0.1), or --method baseline."
             )
         _resolve_stop(args)
+
+    def _check_tokens_of_a_micro_batch(self) -> None:
+        args, name = self.args, f"--let-loss {self.flags.let_loss}"
+        if self.flags.let_resize != "interpolate":
+            raise UsageError(
+                f"--let-resize {self.flags.let_resize} has no effect with {name}, which compares "
+                "states of any widths. Leave it out."
+            )
+        tokens = args.micro_batch_size * args.seq_length
+        width = max(args.hidden_size, self.teacher_config.width(self.teacher_layer()))
+        if tokens < TOKENS_PER_FEATURE * width:
+            raise UsageError(
+                f"{name} finds a likeness in anything if a micro-batch has few tokens: "
+                f"--micro-batch-size {args.micro_batch_size} x --seq-length {args.seq_length} are "
+                f"{tokens} for {width} features, and it takes {TOKENS_PER_FEATURE} each. Use a "
+                "larger micro-batch, or --let-loss cosine."
+            )
 
     def weight_at(self, step: int) -> float:
         """lambda(s)."""
@@ -187,6 +214,11 @@ class Let(Signal):
 
         model_config.transformer_layer_spec = spec
 
+    def flops_per_token(self) -> float:
+        """Of the products of all features, in both passes."""
+        width = self._transformer.hidden_size + self.teacher_config.width(self.teacher_layer())
+        return 6.0 * width**2 if self._is_of_all_tokens else 0.0
+
     # --- during the run -----------------------------------------------------------------------
 
     def slices_sequence(self) -> bool:
@@ -196,6 +228,9 @@ class Let(Signal):
     def push(self, batches: list[Batch], states_SBD: list[torch.Tensor]) -> None:
         """Queue the teacher's states for layer K, and what their loss is multiplied by."""
         weight = self._lambda(states_SBD[0].device) if self._balance else self.weight
+        group = mpu.get_context_parallel_group()
+        if self.slices_sequence():
+            group = mpu.get_tensor_and_context_parallel_group()
         for batch, states_SBT in zip(batches, states_SBD, strict=True):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
             scale = weight * self._loss_scale(mask_SB.sum())
@@ -206,7 +241,8 @@ class Let(Signal):
             if self.is_translated:
                 self.alignment.add(all_tokens=mask_SB.sum())
                 mask_SB = mask_SB * self._has_target_SB(batch[TEACHER_INDEX])
-            self.alignment.push(Target(states_SBT, mask_SB, None if self.is_control else scale))
+            target = Target(states_SBT, mask_SB, None if self.is_control else scale, group)
+            self.alignment.push(target)
 
     def _has_target_SB(self, index_BS: torch.Tensor) -> torch.Tensor:
         """Which of this rank's tokens have one; they weigh what they would among others."""
@@ -265,9 +301,10 @@ class Let(Signal):
         weight = f"weight {flags.let_weight}"
         if self._balance is not None:
             weight += f", then by the gradients ({flags.let_gradient_ratio} of the LM loss's),"
+        loss = "" if flags.let_loss == "cosine" else f"{flags.let_loss}, "
         return (
             f"LET: layer {flags.let_layer} of {self.args.num_layers} with the teacher's layer "
-            f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, {weight} "
+            f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, {loss}{weight} "
             f"{course}"
         )
 

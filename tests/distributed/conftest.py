@@ -17,7 +17,7 @@ STUDENT = "--group-query-attention --num-query-groups 2 --untie-embeddings-and-o
 SHAPES = (
     "--group-query-attention --num-query-groups --untie-embeddings-and-output-weights "
     "--num-experts --moe- --calculate-per-token-loss --reset- --vocab-size --make-vocab- "
-    "--tokenizer-"
+    "--tokenizer- --hidden-size --kv-channels"
 ).split()
 
 Gradients = dict[tuple[str, str], np.ndarray]
@@ -104,7 +104,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def contract(teacher: str) -> Check:
+def narrow_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For losses that take more tokens than features."""
+    return str(save_tiny_teacher(tmp_path_factory.mktemp("teacher"), width=16))
+
+
+@pytest.fixture(scope="session")
+def contract(teacher: str, narrow_teacher: str) -> Check:
     """Return the check of one layout."""
     references: dict[tuple[object, ...], Gradients] = {}
 
@@ -115,12 +121,14 @@ def contract(teacher: str) -> Check:
         precision: list[str],
         resize: str,
         cp: int,
+        loss: str,
     ) -> Gradients:
-        key = (layer, batch, *shape, *precision, resize, cp)
+        key = (layer, batch, *shape, *precision, resize, cp, loss)
+        model = narrow_teacher if loss == "cca" else teacher
         if key not in references:
             [references[key]] = run_distributed(
                 "tests.distributed.contract:reference_gradients",
-                *(1, shape, batch, WEIGHT, layer, teacher, precision, resize, cp),
+                *(1, shape, batch, WEIGHT, layer, model, precision, resize, cp, loss),
             )
         return references[key]
 
@@ -133,7 +141,9 @@ def contract(teacher: str) -> Check:
         student: str = STUDENT,
         function: str = CONTRACT,
     ) -> Agreement:
-        let = f"--method let --teacher-model {teacher} --let-layer {layer} --let-decay constant"
+        loss = "cca" if "--let-loss cca" in flags else "cosine"
+        model = narrow_teacher if loss == "cca" else teacher
+        let = f"--method let --teacher-model {model} --let-layer {layer} --let-decay constant"
         words = f"{student} {flags} {let}".split()
         weights = {"let_weight": WEIGHT}
         actual = layout_gradients(world_size, words, batch, weights, fault, function=function)
@@ -141,6 +151,6 @@ def contract(teacher: str) -> Check:
         resize = "linear" if "--let-resize linear" in flags else "interpolate"
         cp = 2 if "--context-parallel-size 2" in flags else 1
         shape = shape_flags(words)
-        return agreement(actual, reference(layer, batch, shape, precision, resize, cp))
+        return agreement(actual, reference(layer, batch, shape, precision, resize, cp, loss))
 
     return check

@@ -301,6 +301,7 @@ def reference_gradients(
     precision: list[str],
     resize: str,
     context_parallel: int = 1,
+    loss: str = "cosine",
 ) -> Gradients:
     """Gradients of the two terms of `mean over micro-batches of (lm + weight * let) / tokens`.
 
@@ -336,7 +337,12 @@ def reference_gradients(
             resized = target @ parameters[name].T
         else:
             resized = interpolate(target, hidden.size(-1))
-        aligned = 1 - F.cosine_similarity(hidden, resized, dim=-1)
+        if loss == "cca":
+            counts_SB = (batch["loss_mask"] * has_target_BS).T > 0
+            alike = canonical_likeness(hidden[counts_SB], target[counts_SB])
+            aligned = (1 - alike).float().expand(hidden.shape[:2])
+        else:
+            aligned = 1 - F.cosine_similarity(hidden, resized, dim=-1)
         for own in parts_of_a_sequence(context_parallel):
             mask = batch["loss_mask"][:, own]
             means = len(batches) * context_parallel
@@ -354,6 +360,19 @@ def reference_gradients(
             value = torch.zeros_like(parameter) if value is None else value
             gradients[part, name] = value.numpy()
     return gradients
+
+
+def canonical_likeness(student_NH: torch.Tensor, teacher_NT: torch.Tensor) -> torch.Tensor:
+    """Mean squared canonical correlation, a thousandth of each variance added; float64."""
+    sides = []
+    for states in (student_NH.double(), teacher_NT.double()):
+        centred = states - states.mean(dim=0)
+        sides.append(centred / centred.norm(dim=0))
+    student, teacher = sides
+    own = [side.T @ side + 1e-3 * torch.eye(side.size(1), dtype=side.dtype) for side in sides]
+    both = student.T @ teacher
+    product = torch.linalg.solve(own[0], both) @ torch.linalg.solve(own[1], both.T)
+    return product.trace() / min(both.shape)
 
 
 def parts_of_a_sequence(ranks: int) -> list[list[int]]:

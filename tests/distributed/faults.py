@@ -3,6 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -201,6 +202,22 @@ def _gate_of_the_next_token(method: Any, chunks: list[Any]) -> None:
         chunk.compute_language_model_loss = wrong(chunk.compute_language_model_loss)
 
 
+def _seen_as(**changes: Callable[[Any], Any]) -> Fault:
+    """A loss of all tokens together gets another target than the queue's."""
+
+    def inject(method: Any, chunks: list[Any]) -> None:
+        alignment = method.signals[0].alignment
+        right = alignment._losses_SB
+
+        def losses_SB(activation: torch.Tensor, resize: Any, target: Any) -> torch.Tensor:
+            other = {name: change(target) for name, change in changes.items()}
+            return right(activation, resize, dataclasses.replace(target, **other))
+
+        alignment._losses_SB = losses_SB
+
+    return inject
+
+
 DISTILLATION_FAULTS: dict[str, Fault] = {
     "gate_left_out": _gate_left_out,
     "gate_of_the_next_token": _gate_of_the_next_token,
@@ -225,4 +242,6 @@ FAULTS: dict[str, Fault] = {
     "view_from_the_last_layer": _view_from_the_last_layer,
     "rows_of_another_rank": _rows_of_another_rank,
     "documents_ignored": _documents_ignored,
+    "statistics_of_the_slice": _seen_as(group=lambda _: SimpleNamespace(size=lambda: 1)),
+    "statistics_of_masked_tokens": _seen_as(mask_SB=lambda t: torch.ones_like(t.mask_SB)),
 }

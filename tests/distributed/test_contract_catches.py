@@ -10,6 +10,7 @@ TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 CP2 = "--context-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
+CCA = "--let-loss cca --hidden-size 8 --kv-channels 4"
 PP2_FULL = f"{PP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 # fault: world size, flags, aligned layer of 4, global batch size (micro-batches of 2)
@@ -30,6 +31,8 @@ CASES = {
     "tokens_of_the_whole_sequence": (2, CP2, 2, 8),
     "contiguous_context_slices": (2, CP2, 2, 8),
     "documents_ignored": (1, "--reset-position-ids --reset-attention-mask", 2, 8),
+    "statistics_of_the_slice": (2, f"{TP2_SP} {CCA}", 2, 8),
+    "statistics_of_masked_tokens": (1, CCA, 2, 8),
 }
 # These do not get as far as a wrong gradient: replicas disagree, or Megatron stops.
 LOUD = {

@@ -141,6 +141,32 @@ def test_weight_by_the_gradients(ranks, flags, batch, contract):
     assert twin.part_error > 100 * PART_TOLERANCE
 
 
+CCA = "--let-loss cca --hidden-size 8 --kv-channels 4"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, f"{RECOMPUTE} uniform"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, f"{PP2} --calculate-per-token-loss"),
+        (2, "--context-parallel-size 2 --calculate-per-token-loss"),
+        (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
+    ],
+    ids=["full_recompute", "tp2_sp", "pp2_per_token", "cp2_per_token", "cp2_tp2_sp", "tp2"],
+)
+def test_loss_of_all_tokens_together(ranks, flags, contract):
+    """Whose statistics the ranks share that hold a micro-batch, with uneven masks.
+
+    It is far larger than the language model's here, and inverts float32 matrices of 10 to 24
+    tokens: the total gets the part's tolerance.
+    """
+    worst = contract(ranks, f"{flags} {CCA}", 2, 8)
+    assert worst.part_error <= PART_TOLERANCE
+    assert worst.total_error <= PART_TOLERANCE
+
+
 def test_batch_size_that_grows(contract):
     """Two micro-batches in the first step, four from 1000 tokens on."""
     flags = f"{PP2} --tensor-model-parallel-size 2 --train-samples 1000"

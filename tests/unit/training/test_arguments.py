@@ -32,6 +32,14 @@ MISTAKES = {
         f"{CONSTANT} --teacher-model TMP/t5",
         "TMP/t5 is a T5ForConditionalGeneration, not a causal language model. Choose",
     ),
+    "few tokens for a loss of all together": (
+        f"{CONSTANT} --let-loss cca",
+        "--micro-batch-size 2 x --seq-length 16 are 32 for 48 features, and it takes 2 each. Use",
+    ),
+    "a map for a loss that asks for none": (
+        f"{CONSTANT} --let-loss cca --let-resize linear",
+        "--let-resize linear has no effect with --let-loss cca",
+    ),
     "a ratio without its rule": (
         f"{CONSTANT} --let-gradient-ratio 2",
         "--let-gradient-ratio 2.0 has no effect without --let-weight-rule ratio",
