@@ -106,6 +106,7 @@ def parse_arguments() -> Namespace:
     choice.check_flags(flags)
     _check_data_paths(flags)
     _check_needed(flags)
+    _check_tokenizer_is_given(flags)
     _check_shards(flags)
     defaults = tracker_defaults(flags) | {"tokenizer_type": "GPT2BPETokenizer"}
     if flags.full_validation:
@@ -273,6 +274,20 @@ def _check_needed(args: Namespace) -> None:
         raise UsageError(
             f"--save {args.save} needs --save-interval, the steps between two checkpoints: add "
             f"for example --save-interval {args.train_iters or 1000}."
+        )
+
+
+def _check_tokenizer_is_given(args: Namespace) -> None:
+    """Megatron would look on the net for what is not there."""
+    files = {name: vars(args)[name] for name in ("vocab_file", "merge_file") if vars(args)[name]}
+    for name, path in files.items():
+        if not Path(path).is_file():
+            raise UsageError(f"{arguments.flag(name, path)} is no file.")
+    is_given = args.tokenizer_model or files or "Null" in (args.tokenizer_type or "")
+    if not (is_given or args.use_checkpoint_args):
+        raise UsageError(
+            "Add the tokenizer: --tokenizer-type HuggingFaceTokenizer --tokenizer-model with its "
+            "folder or hub id, or --vocab-file and --merge-file of GPT-2's."
         )
 
 

@@ -27,6 +27,14 @@ MISTAKES = {
         f"{CONSTANT} --teacher-model TMP/nowhere",
         "--teacher-model TMP/nowhere: there is no such folder.*hub id",
     ),
+    "no tokenizer": (
+        f"{PLAIN} --tokenizer-type GPT2BPETokenizer",
+        "Add the tokenizer: .*--tokenizer-model with its folder",
+    ),
+    "a tokenizer's file that is missing": (
+        f"{PLAIN} --tokenizer-type GPT2BPETokenizer --vocab-file TMP/none",
+        "--vocab-file TMP/none is no file",
+    ),
     "no model in the folder": (f"{CONSTANT} --teacher-model TMP/empty", "TMP/empty .*config.json"),
     "not a causal language model": (
         f"{CONSTANT} --teacher-model TMP/t5",
