@@ -25,9 +25,8 @@ from megatron_let.planning import shapes
 from megatron_let.planning.huggingface import TEACHERS, folder_shape, teacher_shape
 from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import RUNTIME_BYTES
-from megatron_let.planning.plan import Plan, plan
+from megatron_let.planning.plan import Plan, plan, search
 from megatron_let.planning.run import Gpu, RunShape
-from megatron_let.planning.search import search
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.text import page, ranking
 from megatron_let.program import expanded
@@ -72,10 +71,12 @@ def _add_student_flags(group: _ArgumentGroup) -> None:
     vocabulary.add_argument("--padded-vocab-size", type=int, metavar="N", help="rows, as they are")
     divisor = "default: %(default)s"
     add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help=divisor)
-    for name in (
-        "untie-embeddings-and-output-weights swiglu qk-layernorm disable-bias-linear add-qkv-bias"
-    ).split():
-        add(f"--{name}", action="store_true")
+    untie = "--untie-embeddings-and-output-weights"
+    add(untie, action="store_const", const=False, dest="tied")
+    add("--swiglu", action="store_const", const=True, dest="gated")
+    add("--qk-layernorm", action="store_const", const=True, dest="qk_norm")
+    add("--disable-bias-linear", action="store_true")
+    add("--add-qkv-bias", action="store_const", const=True, dest="qkv_bias")
     add("--normalization", choices=["LayerNorm", "RMSNorm"])
     add("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
 
@@ -95,24 +96,22 @@ def _add_method_flags(group: _ArgumentGroup) -> None:
 def _add_layout_flags(group: _ArgumentGroup) -> None:
     add = group.add_argument
     add("--gpus", type=int, required=True, metavar="N")
-    for short, long in (
-        ("--tp", "--tensor-model-parallel-size"),
-        ("--pp", "--pipeline-model-parallel-size"),
-        ("--cp", "--context-parallel-size"),
-        ("--vpp", "--num-virtual-stages-per-pipeline-rank"),
-    ):
-        add(short, long, type=int, default=1, metavar="N", dest=short[2:])
+    size = partial(add, type=int, default=1, metavar="N")
+    size("--tp", "--tensor-model-parallel-size", dest="tp")
+    size("--pp", "--pipeline-model-parallel-size", dest="pp")
+    size("--cp", "--context-parallel-size", dest="cp")
+    size("--vpp", "--num-virtual-stages-per-pipeline-rank", dest="vpp")
     for end in ("first", "last"):
         flag, field = f"--decoder-{end}-pipeline-num-layers", f"{end}_stage_layers"
         add(flag, type=int, metavar="N", dest=field)
-    switch = BooleanOptionalAction
-    add("--sequence-parallel", action=switch, help="default: if --tp is above 1")
-    add("--distributed-optimizer", action=switch, default=True)
-    add("--flash-attention", action=switch, default=True)
+    yes_or_no = partial(add, action=BooleanOptionalAction)
+    yes_or_no("--sequence-parallel", help="default: if --tp is above 1")
+    yes_or_no("--distributed-optimizer", default=True)
+    yes_or_no("--flash-attention", default=True)
     add("--recompute", choices=["none", "selective", "full"], default="none")
-    add("--search", action="store_true", help="rank all layouts and micro-batches that fit")
-    dry = "and run the best ones dry; needs flags behind --"
-    add("--dry-run", action="store_true", help=dry)
+    switch = partial(add, action="store_true")
+    switch("--search", help="rank all layouts and micro-batches that fit")
+    switch("--dry-run", help="and run the best ones dry; needs flags behind --")
 
 
 def _add_run_flags(group: _ArgumentGroup) -> None:
@@ -149,7 +148,7 @@ def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
     Left out are those that change neither size nor cost, and for a search those of the layout.
     Raises UsageError for one that changes them in a way that is not known here.
     """
-    words = [part for word in flags for part in _parted(word)]
+    words = [part for word in flags for part in word.split("=", 1 if word.startswith("--") else 0)]
     given = {word for word in words if word.startswith("--")}
     values = dict(zip(words, words[1:], strict=False))
     for name in sorted(filter(UNPLANNED, given)):
@@ -168,10 +167,6 @@ def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
     unwanted = {flag for flag in given if flag not in known or (search and LAYOUT_FLAGS(flag))}
     kept = without(words, unwanted.__contains__)
     return [*found, *(RENAMED.get(word, word) for word in kept)]
-
-
-def _parted(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--") else [word]
 
 
 def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Part:
@@ -208,23 +203,14 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
         if vocab_size is None:
             raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
         rows = padded(vocab_size)
-    return shapes.student_shape(args.student, vocab_size=rows, changes=_changes(args))
-
-
-def _changes(args: Namespace) -> dict[str, Any]:
-    """The flags as fields of `ModelShape`; None where a flag was not given."""
-    changes: dict[str, Any] = {name: getattr(args, name) for name in shapes.SIZES}
-    changes["gated"] = args.swiglu or None
-    changes["qk_norm"] = args.qk_layernorm or None
-    if args.untie_embeddings_and_output_weights:
-        changes["tied"] = False
+    names = (*shapes.SIZES, "gated", "tied", "qk_norm", "qkv_bias")
+    changes: dict[str, Any] = {name: getattr(args, name) for name in names}
     if args.normalization is not None:
         changes["rms_norm"] = args.normalization == "RMSNorm"
     if args.disable_bias_linear:
-        changes |= shapes.NO_BIAS
-    if args.add_qkv_bias:
-        changes["qkv_bias"] = True
-    return changes | {"position_rows": _position_rows(args)}
+        changes |= shapes.NO_BIAS | {"qkv_bias": bool(args.qkv_bias)}
+    changes["position_rows"] = _position_rows(args)
+    return shapes.student_shape(args.student, vocab_size=rows, changes=changes)
 
 
 def _position_rows(args: Namespace) -> int | None:

@@ -121,8 +121,14 @@ def _fields(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     context = config["max_position_embeddings"]
     if model_type == "gpt2":
         config["intermediate_size"] = config.get("intermediate_size") or 4 * hidden_size
-    if model_type == "opt":
-        _refuse_unusual_opt(config)
+    # opt-350m normalizes after each block and projects its states.
+    usual = {"word_embed_proj_dim": hidden_size, "do_layer_norm_before": True}
+    for key, value in usual.items() if model_type == "opt" else ():
+        if config.get(key, value) != value:
+            raise UsageError(
+                f"An OPT with {key} {config[key]} is not known on paper (opt-350m has that). "
+                "Choose another size, such as opt-125m."
+            )
     style, switches = ARCHITECTURES[model_type]
     sizes = {
         "num_layers": config["num_hidden_layers"],
@@ -143,14 +149,3 @@ def _fields(config: dict[str, Any], model_type: str) -> dict[str, Any]:
         if switch in config
     }
     return style | given | sizes | {"kv_channels": width}
-
-
-def _refuse_unusual_opt(config: dict[str, Any]) -> None:
-    # opt-350m normalizes after each block and projects its states.
-    usual = {"word_embed_proj_dim": config["hidden_size"], "do_layer_norm_before": True}
-    for key, value in usual.items():
-        if config.get(key, value) != value:
-            raise UsageError(
-                f"An OPT with {key} {config[key]} is not known on paper (opt-350m has that). "
-                "Choose another size, such as opt-125m."
-            )

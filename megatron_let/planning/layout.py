@@ -4,16 +4,9 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_let.errors import UsageError
-
-
-class Place(NamedTuple):
-    """Where a layer lives."""
-
-    stage: int
-    chunk: int  # virtual chunk on the stage, 0 without virtual stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +72,20 @@ class Layout:
 
     def split(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each stage; raises UsageError where Megatron would refuse this split."""
-        layers = self._split_or_none(num_layers)
-        if layers is None:
-            chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""
-            ends = f" with {self.split_flags}" if self.split_flags else ""
-            raise UsageError(
-                f"{num_layers} layers do not divide over {self.pp} pipeline stages{chunks}{ends}. "
-                f"{self._way_out(num_layers)}"
-            )
-        return layers
+        if (layers := self._split_or_none(num_layers)) is not None:
+            return layers
+        chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""
+        ends = f" with {self.split_flags}" if self.split_flags else ""
+        way_out = "Use fewer stages or chunks, or another number of layers."
+        possible = [(max(layout.split(num_layers)), layout) for layout in self.splits(num_layers)]
+        if possible:
+            _, evenest = min(possible, key=lambda pair: (pair[0], len(pair[1].split_flags)))
+            flags = f"use {evenest.split_flags}" if evenest.split_flags else "split evenly"
+            way_out = f"Change --pp, or {flags}."
+        raise UsageError(
+            f"{num_layers} layers do not divide over {self.pp} pipeline stages{chunks}{ends}. "
+            f"{way_out}"
+        )
 
     def _split_or_none(self, num_layers: int) -> tuple[int, ...] | None:
         first, last = (
@@ -101,13 +99,6 @@ class Layout:
         fits = sum(stages) == num_layers and min(stages) > 0
         return stages if fits and not any(layers % self.vpp for layers in stages) else None
 
-    def _way_out(self, num_layers: int) -> str:
-        possible = [(max(layout.split(num_layers)), layout) for layout in self.splits(num_layers)]
-        if not possible:
-            return "Use fewer stages or chunks, or another number of layers."
-        _, evenest = min(possible, key=lambda pair: (pair[0], len(pair[1].split_flags)))
-        return f"Change --pp, or {f'use {f}' if (f := evenest.split_flags) else 'split evenly'}."
-
     def splits(self, num_layers: int) -> Iterator["Layout"]:
         """Every split that Megatron takes, those with fewer flags first."""
         sizes = range(self.vpp, num_layers, self.vpp)
@@ -120,11 +111,11 @@ class Layout:
             if layout._split_or_none(num_layers) is not None:
                 yield layout
 
-    def place(self, num_layers: int, layer: int) -> Place:
-        """Where the layer with the global number `layer`, counted from 1, lives."""
+    def place(self, num_layers: int, layer: int) -> tuple[int, int]:
+        """The stage of a layer, counted from 1, and its virtual chunk there (0 without those)."""
         assert 1 <= layer <= num_layers
         chunk_layers = [layers // self.vpp for layers in self.split(num_layers)]
         # The chunks of a round lie stage after stage, round after round.
         ends = list(accumulate(chunk_layers))
         chunk, index = divmod(layer - 1, ends[-1])
-        return Place(bisect_right(ends, index), chunk)
+        return bisect_right(ends, index), chunk

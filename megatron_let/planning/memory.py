@@ -1,10 +1,8 @@
 """Bytes that each rank of a pipeline stage holds at its fullest moment, during the guidance.
 
-bf16 training with fp32 main gradients and Adam. Weights, gradients and optimizer are Megatron's
-bytes per parameter (`theoretical_memory_usage.py`, with which a test compares them). The
-activations are counted tensor by tensor after Korthikanti et al. (arXiv 2205.05198) for the
-stage's own layers, with SwiGLU and grouped queries, with and without sequence parallelism,
-recomputation and flash attention; Megatron's report covers a part of these.
+bf16 training with fp32 main gradients and Adam. A parameter takes the bytes of Megatron's
+`theoretical_memory_usage.py`, with which tests compare; activations are counted tensor by tensor
+after Korthikanti et al. (arXiv 2205.05198), for more layouts than that report covers.
 """
 
 from dataclasses import astuple, dataclass
@@ -107,35 +105,28 @@ def attention_score_bytes(student: ModelShape, layout: Layout, run: RunShape) ->
 def _activation_bytes(stage: int, student: ModelShape, layout: Layout, run: RunShape) -> float:
     layer = layer_activation_bytes(student, layout, run)
     scores = attention_score_bytes(student, layout, run)
-    layer_input = BF16_BYTES * run.tokens_per_rank(layout) * student.hidden_size
+    tokens = run.tokens_per_rank(layout)
+    layer_input = BF16_BYTES * tokens * student.hidden_size
+    # Attention that is run again makes new queries and keys if they are rotated; the values are a
+    # view of the joint projection, which stays whole.
+    is_rotated = layout.flash_attention and not student.position_rows
+    rotated = BF16_BYTES * tokens * (student.query_size + student.key_value_size / 2) / layout.tp
     # What a layer keeps of each micro-batch in flight, and of the one being recomputed.
     waiting, working = {
         "none": (layer + scores, 0.0),
-        "selective": (layer + _rotated_bytes(student, layout, run), scores),
+        "selective": (layer + rotated * is_rotated, scores),
         "full": (layer_input / layout.sequence_shards, layer + scores),
     }[layout.recompute]
     chunk_layers = layout.split(student.num_layers)[stage] / layout.vpp
     total = _in_flight(stage, layout, run) * chunk_layers * waiting + working
     if stage == 0:
         embedding = TOKEN_ID_BYTES + student.hidden_size * run.dropout / layout.sequence_shards
-        in_flight = _in_flight(stage, layout, run, chunk=0)
-        total += in_flight * run.tokens_per_rank(layout) * embedding
+        total += _in_flight(stage, layout, run, chunk=0) * tokens * embedding
     if stage == layout.pp - 1:
         norm = 2 * BF16_BYTES * student.hidden_size / layout.sequence_shards
         logits = LOGIT_BYTES * student.vocab_size / layout.tp
-        total += run.tokens_per_rank(layout) * (norm + logits)
+        total += tokens * (norm + logits)
     return total
-
-
-def _rotated_bytes(student: ModelShape, layout: Layout, run: RunShape) -> float:
-    """What attention that is run again needs besides: queries and keys, rotated.
-
-    The values are a view of the joint projection, which stays whole.
-    """
-    if student.position_rows or not layout.flash_attention:
-        return 0.0
-    width = student.query_size + student.key_value_size / 2
-    return BF16_BYTES * run.tokens_per_rank(layout) * width / layout.tp
 
 
 def _in_flight(stage: int, layout: Layout, run: RunShape, chunk: int | None = None) -> int:
@@ -149,10 +140,11 @@ def _teacher_bytes(
     """(weights, what it computes and what waits) of the teacher on one rank of a stage."""
     if teacher is None:
         return 0.0, 0.0
-    owner = layout.place(student.num_layers, run.let_layer) if run.guidance.aligns else None
-    aligned_chunk = owner.chunk if owner is not None and owner.stage == stage else None
+    owner = chunk = None
+    if run.guidance.aligns:
+        owner, chunk = layout.place(student.num_layers, run.let_layer)
     distils = run.guidance.distils and stage == layout.pp - 1
-    if aligned_chunk is None and not distils:
+    if stage != owner and not distils:
         return 0.0, 0.0
     # The widest layer of the forward pass over the rows of one rank; nothing is kept.
     at_once = micro_batches_at_once(run.micro_batch_size, layout.sharing)
@@ -160,10 +152,10 @@ def _teacher_bytes(
     widest = max(attention, teacher.mlp_matrices * teacher.ffn_hidden_size)
     per_token = at_once / layout.tp * BF16_BYTES * (2 * teacher.hidden_size + widest)
     per_token *= run.teacher_row / run.seq_length
-    if aligned_chunk is not None:
+    if stage == owner:
         # The alignment gradient is computed in the forward pass, so only it waits for backward;
         # with full recomputation it is the states that wait, for the forward pass inside backward.
-        in_flight = _in_flight(stage, layout, run, aligned_chunk)
+        in_flight = _in_flight(stage, layout, run, chunk)
         states, gradients = at_once, in_flight
         if layout.recompute == "full":
             states, gradients = in_flight + at_once - 1, 1

@@ -1,7 +1,8 @@
-"""A plan: does it fit, what does the teacher cost, which split of the layers is best."""
+"""Does a run fit, what does its teacher cost, and which split of the layers, or layout, is best?"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_let.errors import UsageError
 from megatron_let.planning.layout import Layout
@@ -11,6 +12,10 @@ from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime, split_time
 
 WORTH_A_FLAG = 0.005  # a split that saves less than this share of the run is not worth another flag
+SHARDS = (1, 2, 4, 8)  # tensor parallelism stays inside a node
+ROWS = (1, 2, 4, 8, 16)
+CHUNKS = (1, 2, 4)
+MOST_FOUND = 5
 
 
 @dataclass(frozen=True)
@@ -99,16 +104,13 @@ def plan(
         given if split == layout else split_time(student, teacher, split, run, gpu)
         for split in fitting or splits
     ]
-    suggested = min(times, key=lambda t: t.run_seconds * (1 + WORTH_A_FLAG * _changes(t, given)))
-    fits = bool(fitting)
+
+    def price(time: SplitTime) -> float:
+        changes = max(1, time.layout.split_flags.count("--")) * (time.layers != given.layers)
+        return time.run_seconds * (1 + WORTH_A_FLAG * changes)
+
+    suggested, fits = min(times, key=price), bool(fitting)
     return Plan(student, teacher, layout, run, gpu, memory[layout], given, suggested, fits)
-
-
-def _changes(time: SplitTime, given: SplitTime) -> int:
-    """How many flags set a split apart from the given one; none if the layers lie alike."""
-    if time.layers == given.layers:
-        return 0
-    return max(1, time.layout.split_flags.count("--"))
 
 
 def _fits(memory: tuple[StageMemory, ...], gpu: Gpu) -> bool:
@@ -163,3 +165,51 @@ def _check_shards(student: ModelShape, layout: Layout, run: RunShape) -> None:
         raise UsageError(
             f"--num-query-groups {groups} must be a multiple or a divisor of --tp {layout.tp}."
         )
+
+
+def search(
+    student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape, gpu: Gpu
+) -> list[Plan]:
+    """Return the best plans for so many GPUs, the fastest first.
+
+    TP, PP, VPP, rows of a micro-batch and recomputation are tried; the rest is as given. Of equal
+    times the one with fewer ranks to talk to, and more rows at once, comes first. Raises UsageError
+    if nothing fits; if nothing is possible, with what Megatron would say to the plainest layout.
+    """
+    plans: list[Plan] = []
+    refusals: list[UsageError] = []
+    for split, rows in candidates(student, layout, run):
+        try:
+            own = replace(run, micro_batch_size=rows)
+            plans.append(plan(student, teacher, split, own, gpu, ()))
+        except UsageError as refusal:
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
+    best: dict[Layout, Plan] = {}  # each with its best rows
+    for one in sorted((one for one in plans if one.fits), key=_rank):
+        best.setdefault(one.layout, one)
+    if not best:
+        least = min(one.memory[one.fullest_stage].total for one in plans) / GIB
+        raise UsageError(
+            f"No layout of {layout.gpus} GPUs with {gpu.memory_gib:g} GiB holds it: the smallest "
+            f"needs {least:.1f}, with full recomputation. Use more GPUs, or a smaller student."
+        )
+    return list(best.values())[:MOST_FOUND]
+
+
+def candidates(student: ModelShape, layout: Layout, run: RunShape) -> Iterator[tuple[Layout, int]]:
+    """All layouts, and rows of a micro-batch, that divide."""
+    even = replace(layout, sequence_parallel=None, first_stage_layers=None, last_stage_layers=None)
+    for tp, pp, vpp in product(SHARDS, range(1, student.num_layers + 1), CHUNKS):
+        if layout.gpus // layout.cp % (tp * pp) == 0 and (pp > 1 or vpp == 1):
+            for recompute in ("none", "full"):
+                own = replace(even, tp=tp, pp=pp, vpp=vpp, recompute=recompute)
+                yield from ((own, rows) for rows in ROWS)
+
+
+def _rank(one: Plan) -> tuple[float, ...]:
+    layout = one.layout
+    # Of equal work the sum differs in the last digits.
+    seconds = float(f"{one.given.run_seconds:.6g}")
+    return seconds, layout.tp, layout.pp, layout.vpp, -one.run.micro_batch_size

@@ -46,17 +46,16 @@ class RunShape:
                 f"{self.method}: it is the length of the rows of a teacher with another tokenizer, "
                 "at least 1, which --method let takes."
             )
-        if self.guidance.aligns:
-            self._check_stop("--let-stop-step", self.let_stop_step)
-        if self.guidance.distils and self.kd_stop_step is not None:
-            self._check_stop("--kd-stop-step", self.kd_stop_step)
-
-    def _check_stop(self, flag: str, step: int) -> None:
-        if not 1 <= step <= self.train_iters:
-            raise UsageError(
-                f"{flag} {step} is outside the run of {self.train_iters} steps. Choose 1 to "
-                f"{self.train_iters}."
-            )
+        stops = {
+            "--let-stop-step": self.let_stop_step if self.guidance.aligns else None,
+            "--kd-stop-step": self.kd_stop_step if self.guidance.distils else None,
+        }
+        for flag, step in stops.items():
+            if step is not None and not 1 <= step <= self.train_iters:
+                raise UsageError(
+                    f"{flag} {step} is outside the run of {self.train_iters} steps. Choose 1 to "
+                    f"{self.train_iters}."
+                )
 
     @property
     def guidance(self) -> table.MethodRow:

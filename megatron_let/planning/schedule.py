@@ -1,9 +1,7 @@
-"""Megatron's pipeline schedules, played through without communication.
+"""Megatron's pipeline schedules, (interleaved) 1F1B, played through without communication.
 
-1F1B, and interleaved 1F1B if a stage has several virtual chunks: which pass a stage runs when, how
-many micro-batches wait for their backward pass, and how long a step takes for stages of different
-speed. With equal stages that is the textbook's bubble; with a teacher on one stage no simple
-formula holds.
+With equal stages a step takes what the textbook says; with a teacher on one stage no simple formula
+holds.
 """
 
 from collections import deque

@@ -177,11 +177,7 @@ def student_shape(
             )
         sizes = dict(zip(SIZES, STUDENTS[name], strict=False))
         values = {"name": name + " changed" * bool(given), **LLAMA_STYLE, **sizes}
-    return ModelShape(vocab_size=vocab_size, **_completed(values | given))
-
-
-def _completed(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what Megatron derives from other sizes."""
+    values |= given
     missing = {"num_layers", "hidden_size", "num_attention_heads"} - values.keys()
     if missing:
         flags = " ".join("--" + name.replace("_", "-") for name in sorted(missing))
@@ -195,11 +191,12 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
             "one of them, or give the width of a head with --kv-channels."
         )
     gated_ffn = int(4 * hidden * 2 / 3 / 64) * 64
-    return {
+    derived = {  # as Megatron does
         "kv_channels": hidden // heads if heads else 0,
         "num_query_groups": heads,
         "ffn_hidden_size": gated_ffn if values.get("gated") else 4 * hidden,
-    } | values
+    }
+    return ModelShape(vocab_size=vocab_size, **derived | values)
 
 
 def padded_vocab_size(vocab_size: int, *, tp: int, divisible_by: int = 128) -> int:

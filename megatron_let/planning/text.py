@@ -132,9 +132,17 @@ def _time(plan: Plan) -> list[str]:
     gpu, times = plan.gpu, {"as given": plan.given}
     if plan.suggested.layers != plan.given.layers:
         times["suggested"] = plan.suggested
-    rows = [
-        ["layers per stage", "plain step", "guided step", "overhead", "whole run", "overhead"],
-        *(_time_row(f"{_layers(time)} {name}", time) for name, time in times.items()),
+    rows = [["layers per stage", "plain step", "guided step", "overhead", "whole run", "overhead"]]
+    rows += [
+        [
+            f"{_layers(time)} {name}",
+            f"{time.plain_seconds:.3f} s",
+            f"{time.guided_seconds:.3f} s",
+            f"+{100 * time.guided_overhead:.1f} %",
+            f"{time.run_seconds / SECONDS_PER_DAY:.3f} days",
+            f"+{100 * time.run_overhead:.1f} %",
+        ]
+        for name, time in times.items()
     ]
     if plan.teacher is None:
         rows = [[*row[:2], row[4]] for row in rows]
@@ -149,17 +157,6 @@ def _time(plan: Plan) -> list[str]:
             floor += "; after the stop: 0 %"
         lines.append(floor)
     return lines + _advice(plan)
-
-
-def _time_row(label: str, time: SplitTime) -> list[str]:
-    return [
-        label,
-        f"{time.plain_seconds:.3f} s",
-        f"{time.guided_seconds:.3f} s",
-        f"+{100 * time.guided_overhead:.1f} %",
-        f"{time.run_seconds / SECONDS_PER_DAY:.3f} days",
-        f"+{100 * time.run_overhead:.1f} %",
-    ]
 
 
 def _layers(time: SplitTime) -> str:

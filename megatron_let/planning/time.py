@@ -1,14 +1,13 @@
 """Time of a step from the work of its pipeline stages.
 
-Work is counted in FLOPs of one micro-batch and of all ranks of a stage that share it; they pass it
-at the given share of their peak, whatever the layout. The schedule adds what unequal stages and the
-pipeline's bubble cost. Communication is part of that share.
+Work is FLOPs of one micro-batch, of all ranks of a stage that share it; they pass it at the given
+share of their peak, of which communication is a part, whatever the layout.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_let.planning.layout import Layout, Place
+from megatron_let.planning.layout import Layout
 from megatron_let.planning.run import Gpu, Phase, RunShape
 from megatron_let.planning.schedule import Durations, step_duration
 from megatron_let.planning.shapes import FORWARD_AND_BACKWARD, ModelShape
@@ -69,17 +68,6 @@ def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Duration
     return Durations(passes(layer, head), passes((backward + again) * layer, backward * head))
 
 
-def teacher_places(
-    student: ModelShape, layout: Layout, run: RunShape, phase: Phase
-) -> tuple[Place, ...]:
-    """The chunks that run the teacher in a phase; a stage that needs it twice runs it once."""
-    places = {layout.pp - 1: Place(layout.pp - 1, layout.vpp - 1)} if phase.distils else {}
-    if phase.aligns:
-        owner = layout.place(student.num_layers, run.let_layer)
-        places[owner.stage] = owner
-    return tuple(places[stage] for stage in sorted(places))
-
-
 def split_time(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape, gpu: Gpu
 ) -> SplitTime:
@@ -89,16 +77,24 @@ def split_time(
     counted = student.training_flops_per_token(run.seq_length) * run.tokens_per_step
     plain = student_work(student, layout, run)
 
+    def teacher_chunks(phase: Phase) -> dict[int, int]:
+        """The stages that run the teacher, each in which chunk; once, if it is needed twice."""
+        chunks: dict[int, int] = {}
+        if phase.aligns:
+            chunks.update([layout.place(student.num_layers, run.let_layer)])
+        if phase.distils:
+            chunks.setdefault(layout.pp - 1, layout.vpp - 1)
+        return chunks
+
     def work(phase: Phase) -> Durations:
         if teacher is None:
             return plain
         tokens = run.tokens_per_micro_batch
         share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.sharing)
         per_token = teacher.states_flops_per_token(run.seq_length, run.teacher_row)
-        states = tokens * per_token * share * layout.sharing
         forward = [list(chunks) for chunks in plain.forward]
-        for stage, chunk in teacher_places(student, layout, run, phase):
-            forward[stage][chunk] += states
+        for stage, chunk in teacher_chunks(phase).items():
+            forward[stage][chunk] += tokens * per_token * share * layout.sharing
         if phase.distils:
             forward[-1][-1] += tokens * teacher.head_flops_per_token
         return Durations(tuple(map(tuple, forward)), plain.backward)
@@ -108,11 +104,10 @@ def split_time(
         return step_duration(durations, run.micro_batches(layout)) / rate
 
     phases = run.phases()
-    places = teacher_places(student, layout, run, phases[0])
     return SplitTime(
         layout=layout,
         layers=layout.split(student.num_layers),
-        teacher_stages=tuple(place.stage for place in places),
+        teacher_stages=tuple(teacher_chunks(phases[0])),
         plain_work=plain.stages,
         guided_work=work(phases[0]).stages,
         phase_steps=tuple(phase.steps for phase in phases),

@@ -6,9 +6,8 @@ import pytest
 
 from megatron_let.errors import UsageError
 from megatron_let.planning.layout import Layout
-from megatron_let.planning.plan import plan
+from megatron_let.planning.plan import candidates, plan, search
 from megatron_let.planning.run import Gpu
-from megatron_let.planning.search import candidates, search
 from megatron_let.planning.shapes import student_shape
 
 
