@@ -67,7 +67,8 @@ def world_size(options: Namespace) -> int:
 
     Raises UsageError if the layout does not divide them.
     """
-    model = _ranks_of_a_stage(options) * options.pipeline_model_parallel_size
+    stage = options.tensor_model_parallel_size * options.context_parallel_size
+    model = stage * options.pipeline_model_parallel_size
     world = model if options.dry_run_world_size is None else options.dry_run_world_size
     if world < 1 or world % model:
         raise UsageError(
@@ -77,15 +78,13 @@ def world_size(options: Namespace) -> int:
     return world
 
 
-def _ranks_of_a_stage(options: Namespace) -> int:
-    return options.tensor_model_parallel_size * options.context_parallel_size
-
-
 def ranks(options: Namespace, world: int) -> list[int]:
     """The ranks to run; raises UsageError if they are no numbers of ranks."""
     stages = options.pipeline_model_parallel_size
     if options.dry_run_ranks == "one-per-stage":
-        step = _ranks_of_a_stage(options) if options.use_tp_pp_dp_mapping else world // stages
+        step = world // stages
+        if options.use_tp_pp_dp_mapping:
+            step = options.tensor_model_parallel_size * options.context_parallel_size
         return [stage * step for stage in range(stages)]
     words = options.dry_run_ranks.split(",")
     if not all(word.isdecimal() and int(word) < world for word in words):
@@ -97,7 +96,7 @@ def ranks(options: Namespace, world: int) -> list[int]:
 
 
 def refuse_unseen(options: Namespace) -> None:
-    """Raise UsageError if there is anything of `UNSEEN`, or no GPU to fit."""
+    """Raise UsageError if there is anything of `UNSEEN`, or no memory to fit."""
     if not 0 < options.dry_run_gpu_memory < float("inf"):
         raise UsageError(f"--dry-run-gpu-memory {options.dry_run_gpu_memory} must be positive.")
     plain = parse([])

@@ -16,16 +16,16 @@ from typing import Any
 from megatron.core import mpu
 
 from megatron_let.dry_run.flags import AS_IF, RESULT
-from megatron_let.dry_run.found import Found
-from megatron_let.upstream.dry import kernels, real, without_contents
-from megatron_let.upstream.table import Redirect, alike, instead
-from megatron_let.upstream.watch import Watch, bytes_of
+from megatron_let.dry_run.screen import Found
+from megatron_let.upstream.dry import Watch, bytes_of, kernels, real, without_contents
+from megatron_let.upstream.table import Redirect, alike, around, instead
 
 STEPS = 2  # the first one makes the optimizer's state; the second one is shown
 FILES = "save load pretrained_checkpoint init_from non_persistent_save_interval"
 """Arguments that name what is read or written."""
 _HOST, _RUN = "megatron_let.teacher.host", "megatron_let.training.run"
-_LINE, _DATASETS = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
+_LINE, _GPT = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
+_DATASETS = f"{_GPT}.GPTDataset {_GPT}.MockGPTDataset"
 _LOSS, _ROWS = "megatron_let.losses.distilled_cross_entropy", "megatron_let.translation"
 _CHECKS = "check_weights check_states check_documents"
 _UNREAD, _COUNTED = "no weights are read", "the teacher's FLOPs are counted"
@@ -55,15 +55,14 @@ class DryRank:
     def _redirects(self) -> list[Redirect]:
         return [
             *(kernels(self.watch) if AS_IF in sys.argv else []),
-            Redirect(_LINE, "parse_arguments", self._alone, "nothing is read or written"),
+            Redirect(_LINE, "parse_arguments", _alone, "nothing is read or written"),
             Redirect(_LINE, "tracker_defaults", instead(lambda flags: {}), "nothing is written"),
-            Redirect(_LINE, "model_config", self._local, "its own layers, once all is checked"),
-            Redirect(f"{_DATASETS}.GPTDataset", "__getitem__", real, "reads"),
-            Redirect(f"{_DATASETS}.MockGPTDataset", "__getitem__", real, "reads"),
+            Redirect(_LINE, "model_config", _local, "its own layers, once all is checked"),
+            *alike(_DATASETS, "__getitem__", real, "reads"),
             Redirect(f"{_ROWS}.run", "measure", real, "reads"),
             *alike(f"{_ROWS}.rows.Translated", "__init__ __getitem__", real, "reads"),
             Redirect(_RUN, "check_loss_mask", real, "looks at the data"),
-            Redirect(_HOST, "load_causal_lm", self._untrained, _UNREAD),
+            Redirect(_HOST, "load_causal_lm", around(self._untrained), _UNREAD),
             Redirect(_HOST, "fingerprint", instead(lambda model: "dry run"), _UNREAD),
             *alike(_HOST, _CHECKS, instead(lambda *args: True), _UNREAD),
             Redirect(f"{_HOST}.TeacherHost", "score", instead(_unscored), _UNREAD),
@@ -73,30 +72,10 @@ class DryRank:
             Redirect("megatron.training.training", "train_step", self._step, "no hook there"),
         ]
 
-    def _alone(self, parse: Callable[[], Namespace]) -> Callable[[], Namespace]:
-        def parsed() -> Namespace:
-            args = parse()
-            args.exit_interval = STEPS
-            for name in FILES.split():
-                setattr(args, name, None)
-            return args
-
-        return parsed
-
-    def _local(self, model_config: Callable[..., Any]) -> Callable[..., Any]:
-        def made(args: Namespace, method: Any) -> Any:
-            args.transformer_impl = "local"
-            return model_config(args, method)
-
-        return made
-
-    def _untrained(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        def loaded(*args: Any, untrained: bool) -> Any:
-            model = load(*args, untrained=True)
-            self._weights = [weakref.ref(one) for one in model.parameters()]
-            return model
-
-        return loaded
+    def _untrained(self, load: Callable[..., Any], *args: Any, untrained: bool) -> Any:
+        model = load(*args, untrained=True)
+        self._weights = [weakref.ref(one) for one in model.parameters()]
+        return model
 
     @contextlib.contextmanager
     def _teacher(self) -> Iterator[None]:
@@ -135,6 +114,21 @@ class DryRank:
         found.reads = watch.reads
         counts = watch.collectives.items()
         found.collectives = [(*key, number, watch.collective_bytes[key]) for key, number in counts]
+
+
+@around
+def _alone(parse: Callable[[], Namespace]) -> Namespace:
+    args = parse()
+    args.exit_interval = STEPS
+    for name in FILES.split():
+        setattr(args, name, None)
+    return args
+
+
+@around
+def _local(model_config: Callable[..., Any], args: Namespace, method: Any) -> Any:
+    args.transformer_impl = "local"
+    return model_config(args, method)
 
 
 def _unscored(host: Any, train_dataset: Any) -> None:

@@ -1,10 +1,10 @@
-"""What a dry run found, on one screen of at most 100 columns."""
+"""What the ranks of a dry run found, and all of it on one screen of at most 100 columns."""
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from megatron_let.dry_run.flags import world_size
-from megatron_let.dry_run.found import Found
 from megatron_let.planning.memory import GIB, RUNTIME_BYTES
 
 MIB, TERA = 2**20, 1e12
@@ -14,6 +14,32 @@ UNSEEN = (
     "It can't see numbers, speed, the order in which ranks meet. Transformer\n"
     "Engine's kernels are counted by what they keep (docs/benchmarks.md: how near)."
 )
+
+
+@dataclass
+class Found:
+    """What one rank holds, in bytes, and does in its second step."""
+
+    rank: int
+    stage: int
+    parameters: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0  # and what else there is before a step
+    teacher: int = 0
+    step: int = 0  # at the step's fullest moment, beside what was there before
+    flops: float = 0.0
+    teacher_flops: float = 0.0
+    reads: int = 0
+    """How often the host asks for contents of a tensor, which waits for a GPU if it lies there."""
+    collectives: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """Group, kind, number and bytes of each kind."""
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment of a step."""
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.step
 
 
 def screen(found: Sequence[Found], options: Namespace, said: Sequence[str]) -> str:

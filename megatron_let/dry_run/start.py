@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_let.dry_run import flags
-from megatron_let.dry_run.found import Found
-from megatron_let.dry_run.screen import screen
+from megatron_let.dry_run.screen import Found, screen
 from megatron_let.errors import UsageError
 from megatron_let.program import COMMAND, environment
 
@@ -26,7 +25,13 @@ def begin() -> None:
     In the process of one of its ranks torch is prepared instead; Megatron must not be there yet.
     """
     if flags.RESULT in os.environ:
-        _prepare_rank()
+        from megatron_let.training.ignored_flags import NEEDS_GPU
+        from megatron_let.upstream import cpu, dry
+
+        # What these would do is not seen.
+        sys.argv = flags.without(sys.argv, flags.named(NEEDS_GPU))
+        cpu.activate()
+        dry.before_megatron()
         return
     try:
         if os.environ.get("RANK", "0") == "0":  # one says it for all that torchrun has started
@@ -37,16 +42,6 @@ def begin() -> None:
         print(f"pretrain_let.py: error: {error}", file=sys.stderr)
         sys.exit(error.status)
     sys.exit()
-
-
-def _prepare_rank() -> None:
-    from megatron_let.training.ignored_flags import NEEDS_GPU
-    from megatron_let.upstream import cpu, dry
-
-    # What these would do is not seen.
-    sys.argv = flags.without(sys.argv, flags.named(NEEDS_GPU))
-    cpu.activate()
-    dry.before_megatron()
 
 
 def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:

@@ -28,8 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_let.upstream import cpu, dry
+from megatron_let.upstream.dry import ITEM, SHAPED_BY_CONTENTS, Watch
 from megatron_let.upstream.table import Redirect, alike, apply, instead
-from megatron_let.upstream.watch import ITEM, SHAPED_BY_CONTENTS, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ def place() -> str:
     """Where in Megatron or in ours the program is, innermost first."""
     own = ("/megatron/", "/megatron_let/", "/tests/")
     frames = [f for f in traceback.extract_stack() if any(part in f.filename for part in own)]
-    ours = [f for f in frames if not f.filename.endswith(("fake_cuda.py", "watch.py"))]
+    ours = [f for f in frames if not f.filename.endswith(("fake_cuda.py", "dry.py"))]
     return " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in ours[::-1][:3])
 
 

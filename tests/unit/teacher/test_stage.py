@@ -15,7 +15,7 @@ from megatron_let.teacher import stage
 from megatron_let.teacher.load import fingerprint, load_causal_lm, read_teacher_config
 from megatron_let.teacher.stage import UNASKED, Teacher, near_random
 from megatron_let.teacher.work import window_ends
-from megatron_let.upstream.watch import ITEM
+from megatron_let.upstream.dry import ITEM
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 from tests.support.zoo import tiny_model
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_let.upstream.watch import Watch, bytes_of
+from megatron_let.upstream.dry import Watch, bytes_of
 
 
 @pytest.fixture
