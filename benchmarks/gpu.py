@@ -44,9 +44,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import gpu_report  # noqa: E402
 from benchmarks.recipes import default_teacher, planned, recipe_flags, without  # noqa: E402
 from megatron_let.data.indexed import PairWriter, write_index  # noqa: E402
-from megatron_let.planning.huggingface import TEACHERS  # noqa: E402
 from megatron_let.planning.memory import RUNTIME_BYTES  # noqa: E402
 from megatron_let.planning.plan import Plan  # noqa: E402
+from megatron_let.planning.shapes import TEACHERS  # noqa: E402
 
 IN_TURNS = ("baseline", "let", "salt")
 CYCLES = 5

@@ -39,7 +39,7 @@ def recipe_flags(
 
 
 def default_teacher(size: str) -> str:
-    """The name of a recipe's own teacher, one of `planning.huggingface.TEACHERS`."""
+    """The name of a recipe's own teacher, one of `planning.shapes.TEACHERS`."""
     found = re.search(r"^default_teacher=(\S+)", _script(size).read_text(), re.MULTILINE)
     assert found is not None
     return found[1]

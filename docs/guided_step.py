@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_let.planning.schedule import Pass, passes  # noqa: E402
+from megatron_let.planning.time import Pass, passes  # noqa: E402
 
 PP, MICRO_BATCHES = 4, 6
 TEXT = """

@@ -9,7 +9,7 @@ Behind -- stand the flags of a run; what would change size or cost and is not kn
 """
 
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -22,11 +22,9 @@ from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE, LET_LAYER, LET_STOP_STEP, MAIN, METHODS
 from megatron_let.planning import shapes
-from megatron_let.planning.huggingface import TEACHERS, folder_shape, teacher_shape
-from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import RUNTIME_BYTES
 from megatron_let.planning.plan import Plan, plan, search
-from megatron_let.planning.run import Gpu, RunShape
+from megatron_let.planning.run import Gpu, Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.text import page, ranking
 from megatron_let.program import expanded
@@ -53,24 +51,17 @@ UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
 def build_parser() -> ArgumentParser:
     """Return the command line; flags that Megatron has too are spelled as there."""
     parser = tool_parser(__doc__, "plan", allow_abbrev=False)
-    _add_student_flags(parser.add_argument_group("student"))
-    _add_method_flags(parser.add_argument_group("method"))
-    _add_layout_flags(parser.add_argument_group("layout"))
-    _add_run_flags(parser.add_argument_group("run"))
-    return parser
 
-
-def _add_student_flags(group: _ArgumentGroup) -> None:
-    add = group.add_argument
+    group = parser.add_argument_group("student")
+    add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
     student = f"{', '.join(shapes.STUDENTS)}, which the flags below override; or a folder"
     add("--student", metavar="NAME", help=student)
     for name in (*shapes.SIZES, "max_position_embeddings"):
-        add("--" + name.replace("_", "-"), type=int, metavar="N")
-    vocabulary = group.add_mutually_exclusive_group()
-    vocabulary.add_argument("--vocab-size", type=int, metavar="N", help="default: the teacher's")
-    vocabulary.add_argument("--padded-vocab-size", type=int, metavar="N", help="rows, as they are")
-    divisor = "default: %(default)s"
-    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help=divisor)
+        number("--" + name.replace("_", "-"))
+    rows = partial(group.add_mutually_exclusive_group().add_argument, type=int, metavar="N")
+    rows("--vocab-size", help="default: the teacher's")
+    rows("--padded-vocab-size", help="rows, as they are")
+    number("--make-vocab-size-divisible-by", default=128, help="default: %(default)s")
     untie = "--untie-embeddings-and-output-weights"
     add(untie, action="store_const", const=False, dest="tied")
     add("--swiglu", action="store_const", const=True, dest="gated")
@@ -80,64 +71,59 @@ def _add_student_flags(group: _ArgumentGroup) -> None:
     add("--normalization", choices=["LayerNorm", "RMSNorm"])
     add("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
 
-
-def _add_method_flags(group: _ArgumentGroup) -> None:
-    add = group.add_argument
+    group = parser.add_argument_group("method")
+    add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
     add("--method", choices=list(METHODS), default=MAIN, help="default: %(default)s")
-    teacher = f"{', '.join(TEACHERS)}, or a model's folder"
+    teacher = f"{', '.join(shapes.TEACHERS)}, or a model's folder"
     add("--teacher", metavar="NAME_OR_FOLDER", help=teacher)
     row = "tokens that a teacher with another tokenizer reads for a row (default: the row's)"
-    add("--teacher-seq-length", type=int, metavar="N", help=row)
+    number("--teacher-seq-length", help=row)
     add("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
-    add("--let-stop-step", type=int, metavar="N", help=f"default: {LET_STOP_STEP}")
-    add("--kd-stop-step", type=int, metavar="N", help="default: 17.3 %% of the run")
+    number("--let-stop-step", help=f"default: {LET_STOP_STEP}")
+    number("--kd-stop-step", help="default: 17.3 %% of the run")
 
-
-def _add_layout_flags(group: _ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--gpus", type=int, required=True, metavar="N")
-    size = partial(add, type=int, default=1, metavar="N")
-    size("--tp", "--tensor-model-parallel-size", dest="tp")
-    size("--pp", "--pipeline-model-parallel-size", dest="pp")
-    size("--cp", "--context-parallel-size", dest="cp")
-    size("--vpp", "--num-virtual-stages-per-pipeline-rank", dest="vpp")
-    for end in ("first", "last"):
-        flag, field = f"--decoder-{end}-pipeline-num-layers", f"{end}_stage_layers"
-        add(flag, type=int, metavar="N", dest=field)
-    yes_or_no = partial(add, action=BooleanOptionalAction)
-    yes_or_no("--sequence-parallel", help="default: if --tp is above 1")
-    yes_or_no("--distributed-optimizer", default=True)
-    yes_or_no("--flash-attention", default=True)
+    group = parser.add_argument_group("layout")
+    add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
+    number("--gpus", required=True)
+    number("--tp", "--tensor-model-parallel-size", default=1, dest="tp")
+    number("--pp", "--pipeline-model-parallel-size", default=1, dest="pp")
+    number("--cp", "--context-parallel-size", default=1, dest="cp")
+    number("--vpp", "--num-virtual-stages-per-pipeline-rank", default=1, dest="vpp")
+    number("--decoder-first-pipeline-num-layers", dest="first_stage_layers")
+    number("--decoder-last-pipeline-num-layers", dest="last_stage_layers")
+    switch = BooleanOptionalAction
+    add("--sequence-parallel", action=switch, help="default: if --tp is above 1")
+    add("--distributed-optimizer", action=switch, default=True)
+    add("--flash-attention", action=switch, default=True)
     add("--recompute", choices=["none", "selective", "full"], default="none")
-    switch = partial(add, action="store_true")
-    switch("--search", help="rank all layouts and micro-batches that fit")
-    switch("--dry-run", help="and run the best ones dry; needs flags behind --")
+    add("--search", action="store_true", help="rank all layouts and micro-batches that fit")
+    dry = "and run the best ones dry; needs flags behind --"
+    add("--dry-run", action="store_true", help=dry)
 
-
-def _add_run_flags(group: _ArgumentGroup) -> None:
+    group = parser.add_argument_group("run")
     passes = "share of the peak at which a stage's work passes, bubble left out"
-    for name, type_, default, what in (
-        ("--seq-length", int, 2048, "tokens"),
-        ("--micro-batch-size", int, 4, "rows"),
-        ("--global-batch-size", int, 512, "rows of a step"),
-        ("--mfu", float, Gpu.mfu, passes),
-        ("--gpu-peak-tflops", float, Gpu.peak_tflops, "A100, bf16; H100: 989"),
-        ("--gpu-memory-gib", float, Gpu.memory_gib, "of one GPU"),
+    for name, default, what in (
+        ("--seq-length", 2048, "tokens"),
+        ("--micro-batch-size", 4, "rows"),
+        ("--global-batch-size", 512, "rows of a step"),
+        ("--mfu", Gpu.mfu, passes),
+        ("--gpu-peak-tflops", Gpu.peak_tflops, "A100, bf16; H100: 989"),
+        ("--gpu-memory-gib", Gpu.memory_gib, "of one GPU"),
     ):
-        text = f"{what} (default: {default:g})"
+        text, kind = f"{what} (default: {default:g})", type(default)
         field = name.removeprefix("--").removeprefix("gpu-").replace("-", "_")
-        group.add_argument(name, type=type_, default=default, metavar="N", help=text, dest=field)
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--train-iters", type=int, metavar="N", help="steps")
-    tokens = "default: 20e9, the paper's"
-    length.add_argument("--train-tokens", type=float, default=20e9, metavar="N", help=tokens)
+        group.add_argument(name, type=kind, default=default, metavar="N", help=text, dest=field)
+    length = partial(group.add_mutually_exclusive_group().add_argument, metavar="N")
+    length("--train-iters", type=int, help="steps")
+    length("--train-tokens", type=float, default=20e9, help="default: 20e9, the paper's")
     group.add_argument("--dropout", action="store_true", help="the run has dropout")
+    return parser
 
 
 def parts(args: Namespace) -> tuple[ModelShape, ModelShape | None, Layout, RunShape, Gpu]:
     """Return what the command line asks to plan, as `planning.plan.plan` takes it."""
     _refuse_without_effect(args)
-    teacher = None if args.teacher is None else teacher_shape(args.teacher)
+    teacher = None if args.teacher is None else shapes.teacher_shape(args.teacher)
     student, args.train_iters = _student(args, teacher), _train_iters(args)
     return student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args)
 
@@ -195,7 +181,7 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
         shapes.padded_vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
     )
     if args.student is not None and Path(args.student).is_dir():
-        found = folder_shape(args.student)
+        found = shapes.folder_shape(args.student)
         return replace(found, vocab_size=padded(found.vocab_size), context=None)
     rows = args.padded_vocab_size
     if rows is None:

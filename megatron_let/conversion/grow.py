@@ -25,7 +25,7 @@ from megatron_let.conversion.safetensors_files import (
 )
 from megatron_let.conversion.verify import TEXT, compare, text_ids
 from megatron_let.errors import UsageError
-from megatron_let.planning.huggingface import from_hf_config
+from megatron_let.planning.shapes import from_hf_config
 from megatron_let.teacher.load import DTYPES
 
 MODEL_TYPES = ("llama", "qwen2")

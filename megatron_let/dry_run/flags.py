@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.huggingface import TEACHERS
+from megatron_let.planning.shapes import TEACHERS
 
 RESULT = "MEGATRON_LET_DRY_RUN"
 """In the environment of a process that is one rank: the file for what it found."""

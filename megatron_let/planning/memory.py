@@ -7,10 +7,9 @@ after Korthikanti et al. (arXiv 2205.05198), for more layouts than that report c
 
 from dataclasses import astuple, dataclass
 
-from megatron_let.planning.layout import Layout
-from megatron_let.planning.run import RunShape
-from megatron_let.planning.schedule import most_waiting
+from megatron_let.planning.run import Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.time import most_waiting
 from megatron_let.teacher.work import logits_at_once, micro_batches_at_once
 
 GIB = 2**30

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import GIB, StageMemory, stages_memory
-from megatron_let.planning.run import Gpu, RunShape
+from megatron_let.planning.run import Gpu, Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime, split_time
 

@@ -7,10 +7,8 @@ counted over the whole square, as it is computed on CPU, not over half of it.
 
 import pytest
 
-from megatron_let.planning.huggingface import teacher_shape
-from megatron_let.planning.layout import Layout
-from megatron_let.planning.run import RunShape
-from megatron_let.planning.shapes import LLAMA_STYLE, student_shape
+from megatron_let.planning.run import Layout, RunShape
+from megatron_let.planning.shapes import LLAMA_STYLE, student_shape, teacher_shape
 from megatron_let.teacher.work import window_ends
 from tests.support.testing import ARCHITECTURES, run_distributed, save_tiny_teacher
 from tests.unit.planning import megatron_report

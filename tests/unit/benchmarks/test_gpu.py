@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.recipes import recipe_flags, without
-from megatron_let.planning.huggingface import TEACHERS
+from megatron_let.planning.shapes import TEACHERS
 
 HERE = {"device": "a device", "commit": "abc1234", "bytes": 0, "Transformer Engine": None}
 

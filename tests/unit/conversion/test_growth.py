@@ -17,7 +17,7 @@ from megatron_let.conversion import growth as module
 from megatron_let.conversion.grow import TOLERANCE, grow_model, streamed_logits
 from megatron_let.conversion.growth import Axis, Grown, Growth, grown_config
 from megatron_let.errors import UsageError
-from megatron_let.planning.huggingface import from_hf_config
+from megatron_let.planning.shapes import from_hf_config
 from tests.unit.conversion.hf_models import write_tokenizer
 
 VOCAB = 128

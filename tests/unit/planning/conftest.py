@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_let.planning.huggingface import teacher_shape
-from megatron_let.planning.layout import Layout
-from megatron_let.planning.run import RunShape
-from megatron_let.planning.shapes import ModelShape, student_shape
+from megatron_let.planning.run import Layout, RunShape
+from megatron_let.planning.shapes import ModelShape, student_shape, teacher_shape
 
 
 @pytest.fixture

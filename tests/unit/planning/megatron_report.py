@@ -7,8 +7,7 @@ product and the teacher, and count dropout masks always.
 
 from math import inf
 
-from megatron_let.planning.layout import Layout
-from megatron_let.planning.run import RunShape
+from megatron_let.planning.run import Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megatron_let.planning.huggingface import teacher_shape
-from megatron_let.planning.shapes import student_shape
+from megatron_let.planning.shapes import student_shape, teacher_shape
 from megatron_let.teacher.work import window_ends
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.huggingface import TEACHERS, from_hf_config, teacher_shape
+from megatron_let.planning.shapes import TEACHERS, from_hf_config, teacher_shape
 
 # As the released checkpoints have them.
 PARAMETERS = {

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.layout import Layout
+from megatron_let.planning.run import Layout
 
 
 def test_ranks():

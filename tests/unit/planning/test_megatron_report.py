@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_let.planning.layout import Layout
+from megatron_let.planning.run import Layout
 from tests.unit.planning import megatron_report as report
 
 SHORT = {"seq_length": 1024, "micro_batch_size": 2}

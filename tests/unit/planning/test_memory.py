@@ -2,8 +2,6 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_let.planning.huggingface import teacher_shape
-from megatron_let.planning.layout import Layout
 from megatron_let.planning.memory import (
     RUNTIME_BYTES,
     attention_score_bytes,
@@ -11,6 +9,8 @@ from megatron_let.planning.memory import (
     parameters_per_rank,
     stages_memory,
 )
+from megatron_let.planning.run import Layout
+from megatron_let.planning.shapes import teacher_shape
 from tests.unit.planning import megatron_report as report
 
 BATCH_TOKENS = 4 * 2048

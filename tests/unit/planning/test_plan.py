@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.huggingface import teacher_shape
-from megatron_let.planning.layout import Layout
 from megatron_let.planning.plan import plan
-from megatron_let.planning.run import Gpu
-from megatron_let.planning.shapes import student_shape
+from megatron_let.planning.run import Gpu, Layout
+from megatron_let.planning.shapes import student_shape, teacher_shape
 from megatron_let.planning.time import split_time
 
 

@@ -1,8 +1,7 @@
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.layout import Layout
-from megatron_let.planning.run import Gpu
+from megatron_let.planning.run import Gpu, Layout
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from megatron_let.planning import schedule
-from megatron_let.planning.schedule import Durations, most_waiting, passes, step_duration
+from megatron_let.planning import time as schedule
+from megatron_let.planning.time import Durations, most_waiting, passes, step_duration
 
 
 def equal(pp: int, vpp: int) -> Durations:

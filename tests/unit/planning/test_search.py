@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.planning.layout import Layout
 from megatron_let.planning.plan import candidates, plan, search
-from megatron_let.planning.run import Gpu
+from megatron_let.planning.run import Gpu, Layout
 from megatron_let.planning.shapes import student_shape
 
 

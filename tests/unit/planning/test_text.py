@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.planning.huggingface import TEACHERS
+from megatron_let.planning.shapes import TEACHERS
 
 TOOL = Path(__file__).parents[3] / "tools" / "plan.py"
 ISSUE = "--student 1.4b --teacher smollm-135m --gpus 32 --pp 4"

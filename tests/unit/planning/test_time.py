@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_let.planning.layout import Layout
-from megatron_let.planning.run import Gpu
+from megatron_let.planning.run import Gpu, Layout
 from megatron_let.planning.time import split_time, student_work
 
 LAYER, HEAD = 109_576_192, 201_326_592  # FLOPs of a forward pass per token, see test_flops.py
