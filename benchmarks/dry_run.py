@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipes import default_teacher, planned, recipe_flags, without  # noqa: E402
-from megatron_let.dry_run.screen import Found  # noqa: E402
-from megatron_let.dry_run.start import found_by  # noqa: E402
+from megatron_let.dry_run.start import Found, found_by  # noqa: E402
 from megatron_let.methods.table import METHODS  # noqa: E402
 from megatron_let.planning.memory import RUNTIME_BYTES  # noqa: E402
 

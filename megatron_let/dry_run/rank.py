@@ -16,7 +16,7 @@ from typing import Any
 from megatron.core import mpu
 
 from megatron_let.dry_run.flags import AS_IF, RESULT
-from megatron_let.dry_run.screen import Found
+from megatron_let.dry_run.start import Found
 from megatron_let.upstream.dry import Watch, bytes_of, kernels, real, without_contents
 from megatron_let.upstream.table import Redirect, alike, around, instead
 

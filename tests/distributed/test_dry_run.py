@@ -15,7 +15,7 @@ import pytest
 from benchmarks import dry_run
 from benchmarks.recipes import recipe_flags
 from megatron_let.dry_run.flags import AS_IF, RESULT
-from megatron_let.dry_run.screen import Found
+from megatron_let.dry_run.start import Found
 from megatron_let.methods.table import METHODS
 from tests.support import tokenizers_of_ours as ours
 from tests.support.testing import run_program

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_let.dry_run import flags
-from megatron_let.dry_run.screen import Found, screen
+from megatron_let.dry_run.start import Found, screen
 from megatron_let.planning.memory import GIB
 
 FOUND = [
