@@ -32,8 +32,8 @@ from megatron_let.methods.schedules import schedule_samples
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupported
 from megatron_let.training.tracking import tracker_defaults
+from megatron_let.upstream.datasets import check_whole_sets, whole_set_batches
 from megatron_let.upstream.mended import gpt_config, known_token_ids, token_ids
-from megatron_let.upstream.validation import check_whole_sets, whole_set_batches
 
 DATA_FLAGS = (
     "data_args_path per_split_data_args_path data_path train_data_path valid_data_path "

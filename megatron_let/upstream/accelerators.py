@@ -29,8 +29,7 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
 def platform_defaults() -> dict[str, Any]:
     """Defaults of Megatron's flags that this machine's packages call for; tells the user once.
 
-    What is missing changes what `WITHOUT` says; a flag on the command line still wins. On CPU no
-    package would help, so none is named.
+    On CPU no package would help, so none is named.
     """
     on_cpu = cpu.is_active()
     defaults: dict[str, Any] = {"distributed_backend": "gloo"} if on_cpu else {}

@@ -57,10 +57,7 @@ def aligned_layer_class(layer_class: type) -> type:
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
         ) -> dict[str, Any]:
-            """Save the learned map, if any, under a key of its own.
-
-            Megatron would stack it with those of other layers, which have none.
-            """
+            """Save the learned map beside the layers, which Megatron would stack it with."""
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
             weights = self.let_resize.state_dict(keep_vars=True)
             return state | make_sharded_tensors_for_checkpoint(weights, f"{prefix}let_resize.")

@@ -1,9 +1,8 @@
 """The CPU platform: unmodified Megatron-Core trains without a GPU, on gloo.
 
-Megatron calls `torch.cuda` everywhere. `activate()` redirects those calls, once, before the first
-import of Megatron (`megatron.core.jit` reads `torch.compile` then), and only where no GPU is there
-and none promised (`gpus.py`), or `--cpu` is given. A `TorchFunctionMode` would be shorter than the
-tables below, but costs 24-29 % of a tiny step; patched factories cost nothing measurable.
+Megatron calls `torch.cuda` everywhere. `activate()` redirects those calls, before the first import
+of Megatron (`megatron.core.jit` reads `torch.compile` then). A `TorchFunctionMode` would be shorter
+than the tables below, but costs 24-29 % of a tiny step; patched factories cost nothing measurable.
 """
 
 import contextlib
@@ -129,10 +128,6 @@ def _as_it_is(model: Any = None, **options: Any) -> Any:
     return (lambda function: function) if model is None else model
 
 
-def _local_processes() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 class Event(torch.cpu.Event):
     """The wall clock at the moment it was recorded."""
 
@@ -165,6 +160,7 @@ class Stream(torch.cpu.Stream):
 
 
 _itself = by(lambda self, *args, **kwargs: self)
+_processes_here = by(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 _get_rng_state = by(lambda *args, **kwargs: torch.get_rng_state())
 _set_rng_state = by(lambda new_state, *args, **kwargs: torch.set_rng_state(new_state))
 _PROPERTIES = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
@@ -190,13 +186,12 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect("torch.Tensor", "type", _type_as_cuda, "optimizers compare with torch.cuda.*Tensor"),
     Redirect("torch", "compile", by(_as_it_is), "jit_fuser: compiling costs more than it saves"),
     Redirect(_CUDA, "current_device", returns(CPU), "device= of buffers"),
-    Redirect(_CUDA, "device_count", by(_local_processes), "0 skips set-up"),
+    Redirect(_CUDA, "device_count", _processes_here, "0 skips set-up"),
     *alike(_CUDA, "set_device set_stream", returns(None), "one device, one stream"),
     Redirect(_CUDA, "get_device_capability", returns((8, 0)), "checks"),
     Redirect(_CUDA, "get_device_properties", returns(_PROPERTIES), "checks"),
     Redirect(_CUDA, "get_device_name", returns("cpu"), "logs"),
-    Redirect(_CUDA, "synchronize", returns(None), "timers, p2p, DDP"),
-    *alike(_CUDA, "empty_cache reset_peak_memory_stats", returns(None), "no caching allocator"),
+    *alike(_CUDA, "synchronize empty_cache reset_peak_memory_stats", returns(None), "no device"),
     *alike(_CUDA, _MEMORY, returns(0), "memory report"),
     Redirect(_CUDA, "memory_stats", returns({}), "memory report"),
     Redirect(_CUDA, "Event", instead(Event), "timing"),

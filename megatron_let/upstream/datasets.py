@@ -1,12 +1,19 @@
-"""Megatron's dataset of documents, which says what it cannot train on, and executes no file."""
+"""Megatron's data sets, which say what they cannot train on, execute no file, and are whole.
+
+With `--full-validation` whole sets come in batches of several rows, every row once.
+"""
 
 import importlib.util
+from argparse import Namespace
 from collections.abc import Callable
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets import gpt_dataset
+from megatron.training import get_args
 
 from megatron_let.errors import UsageError
 from megatron_let.upstream.table import Redirect, alike, around, instead
@@ -43,10 +50,72 @@ def _unless_built(compile_helpers: Callable[[], None]) -> None:
         compile_helpers()
 
 
-_UTILS = "megatron.core.datasets.utils"
-_CACHED = "megatron.core.datasets.gpt_dataset megatron.core.datasets.blended_dataset"
-PREBUILT_HELPERS = Redirect(_UTILS, "compile_helpers", _unless_built, "there is no makefile")
+def whole_set(
+    total_samples: int, data_parallel_rank: int, data_parallel_size: int
+) -> list[tuple[int | None, ...]]:
+    """Megatron's sampler of this purpose, which gives one row at a time whatever the flags say.
+
+    Every rank gives as many batches of `--eval-micro-batch-size` rows, since ranks may pass tensors
+    of one shape on, and one that came to its end before the others would begin anew. What is
+    missing is None: a row of the data set without a token that counts. (An expert's capacity, where
+    it has one, is shared by a batch: the loss then depends on the rows of each, missing ones too.)
+    """
+    rows = get_args().eval_micro_batch_size
+    own = list(range(data_parallel_rank, total_samples, data_parallel_size))
+    batches = -(-total_samples // (rows * data_parallel_size))
+    missing = batches * rows - len(own)
+    return list(batched([*own, *[None] * missing], rows))
+
+
+def whole_set_batches(args: Namespace) -> dict[str, int]:
+    """Return what Megatron's `--eval-global-batch-size` must be, of a parsed command line."""
+    rows = args.eval_micro_batch_size or args.micro_batch_size
+    # For now a multiple of what it will be; without rows Megatron says what is missing.
+    return {} if rows is None else {"eval_global_batch_size": rows * args.world_size}
+
+
+def check_whole_sets(args: Namespace) -> None:
+    """Have one micro-batch a step, since of several Megatron reads a set as often.
+
+    `args` are Megatron's, of which a checkpoint may have changed the ranks. Raises UsageError for
+    virtual stages, where Megatron takes the chunks for sets.
+    """
+    args.eval_global_batch_size = args.eval_micro_batch_size * args.data_parallel_size
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UsageError(
+            "--full-validation does not go with virtual pipeline stages: give --eval-iters "
+            "instead of it, or leave the virtual stages out."
+        )
+
+
+@around
+def _knowing_no_length(evaluate_and_print: Any, *args: Any, **kwargs: Any) -> None:
+    """A stage between the first and the last one has no set, and sends its length for None."""
+    if get_args().full_validation:
+        get_args().eval_iters = [length or 0 for length in get_args().eval_iters]
+    evaluate_and_print(*args, **kwargs)
+
+
+@around
+def _with_missing_rows(get: Any, blend: Any, index: int | None) -> Any:
+    """A blend's row that does not count, as the data sets that it is made of have one."""
+    if index is not None:
+        return get(blend, index)
+    row = get(blend, 0)
+    return row | {"loss_mask": torch.zeros_like(row["loss_mask"])}
+
+
+_DATASETS, _LOOP = "megatron.core.datasets", "megatron.training.training"
+_CACHED = f"{_DATASETS}.gpt_dataset {_DATASETS}.blended_dataset"
+_BLEND = f"{_DATASETS}.blended_dataset.BlendedDataset"
+_SAMPLERS, _SAMPLER = "megatron.training.datasets.data_samplers", "MegatronFullValidationSampler"
+PREBUILT_HELPERS = Redirect(
+    f"{_DATASETS}.utils", "compile_helpers", _unless_built, "there is no makefile"
+)
 REDIRECTS = [
     PREBUILT_HELPERS,
     *alike(_CACHED, "safe_numpy_load", instead(_load_index), "takes some pickles for arrays"),
+    Redirect(_SAMPLERS, _SAMPLER, instead(whole_set), "a row at a time"),
+    Redirect(_BLEND, "__getitem__", _with_missing_rows, "knows no missing row"),
+    Redirect(_LOOP, "evaluate_and_print_results", _knowing_no_length, "None for a length"),
 ]

@@ -83,7 +83,18 @@ def check_accelerators(argv: Sequence[str]) -> None:
     What is broken is left out, in a line. A broken Transformer Engine ends the process, unless
     someone has asked for layers without it.
     """
-    _check_transformer_engine(argv)
+    if importlib.util.find_spec("transformer_engine") is not None:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:  # a missing package, another ABI, a driver
+            if "--transformer-impl local" not in " ".join(argv).replace("=", " "):
+                sys.exit(
+                    f"{Path(sys.argv[0]).name}: error: Transformer Engine is installed and cannot "
+                    f"be loaded ({_told(error)}). Mend or uninstall it, or "
+                    "add --transformer-impl local to go on without."
+                )
+            for name in ("transformer_engine", "transformer_engine_torch"):
+                sys.modules[name] = None  # type: ignore[assignment]
     for name in ("apex", "fused_weight_gradient_mlp_cuda"):
         try:
             importlib.import_module(name)
@@ -97,19 +108,3 @@ def check_accelerators(argv: Sequence[str]) -> None:
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition('\n')[0]}"
-
-
-def _check_transformer_engine(argv: Sequence[str]) -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        return
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # a missing package, another ABI, a driver
-        if "--transformer-impl local" not in " ".join(argv).replace("=", " "):
-            sys.exit(
-                f"{Path(sys.argv[0]).name}: error: Transformer Engine is installed and cannot be "
-                f"loaded ({_told(error)}). Mend or uninstall it, or "
-                "add --transformer-impl local to go on without."
-            )
-        for name in ("transformer_engine", "transformer_engine_torch"):
-            sys.modules[name] = None  # type: ignore[assignment]

@@ -11,7 +11,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_let.data.tokenizer import TOKENIZER_TYPES
-from megatron_let.upstream import datasets, optimizers, secrets, validation
+from megatron_let.upstream import datasets, optimizers, secrets
 from megatron_let.upstream.table import Redirect, apply, around
 
 
@@ -49,7 +49,6 @@ TORCH_NORM = Redirect(_NORM, "__new__", _marking_weights, "refuses sequence para
 REDIRECTS = [
     *secrets.REDIRECTS,
     *datasets.REDIRECTS,
-    *validation.REDIRECTS,
     TORCH_NORM,
     # The builder leaves weights there that --use-cpu-initialization drew on the CPU.
     Redirect(_MODELS, "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"),

@@ -6,8 +6,8 @@ from argparse import Namespace
 import pytest
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler
 
-from megatron_let.upstream import validation
-from megatron_let.upstream.validation import WholeSet
+from megatron_let.upstream import datasets
+from megatron_let.upstream.datasets import whole_set
 
 
 def is_exact(sampler, total, ranks):
@@ -20,10 +20,10 @@ def is_exact(sampler, total, ranks):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_every_row_comes_once_and_no_rank_ends_before_the_others(monkeypatch, rows):
-    monkeypatch.setattr(validation, "get_args", lambda: Namespace(eval_micro_batch_size=rows))
+    monkeypatch.setattr(datasets, "get_args", lambda: Namespace(eval_micro_batch_size=rows))
     for ranks, total in itertools.product((1, 2, 3), range(1, 60)):
-        assert is_exact(WholeSet, total, ranks)
-        own = WholeSet(total, ranks - 1, ranks)
+        assert is_exact(whole_set, total, ranks)
+        own = whole_set(total, ranks - 1, ranks)
         assert {len(batch) for batch in own} == {rows}
         assert len(own) == len(list(own)) == -(-total // (rows * ranks))
 
