@@ -91,7 +91,6 @@ class DryRank:
             watch.flops = self._teacher_flops = 0.0
             watch.reads = 0
             watch.collectives.clear()
-            watch.collective_bytes.clear()
             result = train_step(forward, data, chunks, *args, **kwargs)
             self._note(chunks, held)
             return result
@@ -104,16 +103,13 @@ class DryRank:
         found.stage = mpu.get_pipeline_model_parallel_rank()
         found.parameters = sum(one.numel() for one in parameters)
         found.weights = bytes_of(parameters)
-        main = (getattr(one, "main_grad", None) for one in parameters)
-        found.gradients = bytes_of(one for one in main if one is not None)
-        kept = (one() for one in self._weights)
-        found.teacher = bytes_of(one for one in kept if one is not None)
+        found.gradients = bytes_of(getattr(one, "main_grad", None) for one in parameters)
+        found.teacher = bytes_of(one() for one in self._weights)
         found.optimizer = held - found.weights - found.gradients - found.teacher
         found.step = watch.peak - held
         found.flops, found.teacher_flops = watch.flops, self._teacher_flops
         found.reads = watch.reads
-        counts = watch.collectives.items()
-        found.collectives = [(*key, number, watch.collective_bytes[key]) for key, number in counts]
+        found.collectives = [(*key, *counts) for key, counts in watch.collectives.items()]
 
 
 @around

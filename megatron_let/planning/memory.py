@@ -137,13 +137,11 @@ def _teacher_bytes(
     stage: int, student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
 ) -> tuple[float, float]:
     """(weights, what it computes and what waits) of the teacher on one rank of a stage."""
-    if teacher is None:
-        return 0.0, 0.0
     owner = chunk = None
     if run.guidance.aligns:
         owner, chunk = layout.place(student.num_layers, run.let_layer)
     distils = run.guidance.distils and stage == layout.pp - 1
-    if stage != owner and not distils:
+    if teacher is None or (stage != owner and not distils):
         return 0.0, 0.0
     # The widest layer of the forward pass over the rows of one rank; nothing is kept.
     at_once = micro_batches_at_once(run.micro_batch_size, layout.sharing)

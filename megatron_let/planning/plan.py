@@ -87,11 +87,9 @@ def plan(
     gpu: Gpu | None = None,
     splits: Sequence[Layout] | None = None,
 ) -> Plan:
-    """Plan a run of a student with its padded vocabulary.
+    """Plan a run of a student with its padded vocabulary; suggest one of `splits`, else of all.
 
-    The default GPU is an A100 with 80 GiB, 0.4 of whose peak a stage's work uses. One of `splits`
-    of the layers is suggested; by default of all. Raises UsageError where Megatron would refuse the
-    layout, or the method lacks something.
+    Raises UsageError where Megatron would refuse the layout, or the method lacks something.
     """
     gpu = gpu or Gpu()
     teacher = _check(student, teacher, layout, run)
@@ -120,29 +118,6 @@ def _check(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape
 ) -> ModelShape | None:
     """Refuse what Megatron or the method would; return the teacher if the method uses one."""
-    _check_shards(student, layout, run)
-    layout.split(student.num_layers)
-    run.micro_batches(layout)
-    if not run.guidance.has_teacher:
-        return None
-    if teacher is None:
-        raise UsageError(
-            f"--method {run.method} needs a teacher. Add --teacher, or plan --method baseline."
-        )
-    if run.guidance.distils and layout.cp > 1:
-        raise UsageError(
-            f"--cp {layout.cp} is not supported with --method {run.method}, which distils. Remove "
-            "it, or plan --method let."
-        )
-    if run.guidance.aligns and not 1 <= run.let_layer <= student.num_layers:
-        raise UsageError(
-            f"--let-layer {run.let_layer} is outside the student: choose 1 to "
-            f"{student.num_layers} (an early layer is meant, such as 2 or 3)."
-        )
-    return teacher
-
-
-def _check_shards(student: ModelShape, layout: Layout, run: RunShape) -> None:
     if run.seq_length % (2 * layout.cp) and layout.cp > 1:
         raise UsageError(
             f"--seq-length {run.seq_length} does not divide into two parts for each of --cp "
@@ -164,6 +139,25 @@ def _check_shards(student: ModelShape, layout: Layout, run: RunShape) -> None:
         raise UsageError(
             f"--num-query-groups {groups} must be a multiple or a divisor of --tp {layout.tp}."
         )
+    layout.split(student.num_layers)
+    run.micro_batches(layout)
+    if not run.guidance.has_teacher:
+        return None
+    if teacher is None:
+        raise UsageError(
+            f"--method {run.method} needs a teacher. Add --teacher, or plan --method baseline."
+        )
+    if run.guidance.distils and layout.cp > 1:
+        raise UsageError(
+            f"--cp {layout.cp} is not supported with --method {run.method}, which distils. Remove "
+            "it, or plan --method let."
+        )
+    if run.guidance.aligns and not 1 <= run.let_layer <= student.num_layers:
+        raise UsageError(
+            f"--let-layer {run.let_layer} is outside the student: choose 1 to "
+            f"{student.num_layers} (an early layer is meant, such as 2 or 3)."
+        )
+    return teacher
 
 
 def search(

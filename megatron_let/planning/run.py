@@ -78,9 +78,8 @@ class Layout:
         chunks = f" of {self.vpp} virtual chunks" if self.vpp > 1 else ""
         ends = f" with {self.split_flags}" if self.split_flags else ""
         way_out = "Use fewer stages or chunks, or another number of layers."
-        possible = [(max(layout.split(num_layers)), layout) for layout in self.splits(num_layers)]
-        if possible:
-            _, evenest = min(possible, key=lambda pair: (pair[0], len(pair[1].split_flags)))
+        if possible := list(self.splits(num_layers)):
+            evenest = min(possible, key=lambda it: (max(it.split(num_layers)), len(it.split_flags)))
             flags = f"use {evenest.split_flags}" if evenest.split_flags else "split evenly"
             way_out = f"Change --pp, or {flags}."
         raise UsageError(
@@ -89,14 +88,10 @@ class Layout:
         )
 
     def _split_or_none(self, num_layers: int) -> tuple[int, ...] | None:
-        first, last = (
-            [] if layers is None else [layers]
-            for layers in (self.first_stage_layers, self.last_stage_layers)
-        )
-        middle_stages = self.pp - len(first) - len(last)
-        middle_layers = num_layers - sum(first + last)
-        middle = [middle_layers // max(1, middle_stages)] * middle_stages
-        stages = (*first, *middle, *last)
+        ends = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers}
+        given = {stage: layers for stage, layers in ends.items() if layers is not None}
+        even = (num_layers - sum(given.values())) // max(1, self.pp - len(given))
+        stages = tuple(given.get(stage, even) for stage in range(self.pp))
         fits = sum(stages) == num_layers and min(stages) > 0
         return stages if fits and not any(layers % self.vpp for layers in stages) else None
 

@@ -29,10 +29,11 @@ def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float | None] | None) -> 
     rows = [["", *heads, *(["dry run"] if dry_bytes else [])]]
     for number, one in enumerate(plans):
         layout, time = one.layout, one.given
-        cells = [layout.tp, layout.pp, layout.vpp, one.run.micro_batch_size, layout.recompute]
-        gib = [f"{one.memory[one.fullest_stage].total / GIB:.1f}", f"{time.plain_mfu:.3f}"]
-        days = f"{time.run_seconds / SECONDS_PER_DAY:.2f} days"
-        rows.append([str(number + 1), *map(str, cells), *gib, f"{time.guided_seconds:.3f} s", days])
+        cells = [number + 1, layout.tp, layout.pp, layout.vpp, one.run.micro_batch_size]
+        gib, mfu = one.memory[one.fullest_stage].total / GIB, f"{time.plain_mfu:.3f}"
+        step, days = f"{time.phase_seconds[0]:.3f} s", time.run_seconds / SECONDS_PER_DAY
+        costs = [f"{gib:.1f}", mfu, step, f"{days:.2f} days"]
+        rows.append([*map(str, cells), layout.recompute, *costs])
         if dry_bytes:
             dry = dry_bytes[number]
             rows[-1].append("-" if dry is None else f"{dry / GIB:.1f}")
@@ -137,7 +138,7 @@ def _time(plan: Plan) -> list[str]:
         [
             f"{_layers(time)} {name}",
             f"{time.plain_seconds:.3f} s",
-            f"{time.guided_seconds:.3f} s",
+            f"{time.phase_seconds[0]:.3f} s",
             f"+{100 * time.guided_overhead:.1f} %",
             f"{time.run_seconds / SECONDS_PER_DAY:.3f} days",
             f"+{100 * time.run_overhead:.1f} %",
@@ -153,7 +154,7 @@ def _time(plan: Plan) -> list[str]:
     ]
     if plan.teacher is not None:
         floor = f"Floor, were the teacher spread over all GPUs: +{100 * plan.overhead_floor:.1f} %"
-        if len(plan.given.phase_steps) > 1:
+        if len(plan.given.phase_seconds) > 1:
             floor += "; after the stop: 0 %"
         lines.append(floor)
     return lines + _advice(plan)

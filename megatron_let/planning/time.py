@@ -118,32 +118,15 @@ class SplitTime:
     teacher_stages: tuple[int, ...]  # in the run's first phase
     plain_work: tuple[float, ...]  # FLOPs of each stage for one micro-batch without the teacher
     guided_work: tuple[float, ...]  # the same in the run's first phase
-    phase_steps: tuple[int, ...]
     phase_seconds: tuple[float, ...]  # of one step in each phase of the run, the most guided first
     plain_seconds: float  # of one step without the teacher
+    run_seconds: float  # of the whole run
+    guided_overhead: float
+    """Of a step of the first phase over a plain one of the same split; 0.1 is a tenth longer."""
+    run_overhead: float  # of the whole run over a plain one of the same split
     plain_mfu: float
     """Counted FLOPs of a plain step over the peak of all GPUs: bubble, unequal stages and
     recomputation included."""
-
-    @property
-    def guided_seconds(self) -> float:
-        """Of one step of the run's first phase."""
-        return self.phase_seconds[0]
-
-    @property
-    def run_seconds(self) -> float:
-        """Of the whole run."""
-        return sum(n * s for n, s in zip(self.phase_steps, self.phase_seconds, strict=True))
-
-    @property
-    def guided_overhead(self) -> float:
-        """Of a guided step over a plain one of the same split; 0.1 is a tenth longer."""
-        return self.guided_seconds / self.plain_seconds - 1
-
-    @property
-    def run_overhead(self) -> float:
-        """Of the whole run over a plain one of the same split."""
-        return self.run_seconds / (sum(self.phase_steps) * self.plain_seconds) - 1
 
 
 def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Durations:
@@ -199,14 +182,18 @@ def split_time(
         return step_duration(durations, run.micro_batches(layout)) / rate
 
     phases = run.phases()
+    phase_seconds = tuple(seconds(work(phase)) for phase in phases)
+    run_seconds = sum(phase.steps * s for phase, s in zip(phases, phase_seconds, strict=True))
     return SplitTime(
         layout=layout,
         layers=layout.split(student.num_layers),
         teacher_stages=tuple(teacher_chunks(phases[0])),
         plain_work=plain.stages,
         guided_work=work(phases[0]).stages,
-        phase_steps=tuple(phase.steps for phase in phases),
-        phase_seconds=tuple(seconds(work(phase)) for phase in phases),
+        phase_seconds=phase_seconds,
         plain_seconds=seconds(plain),
+        run_seconds=run_seconds,
+        guided_overhead=phase_seconds[0] / seconds(plain) - 1,
+        run_overhead=run_seconds / (run.train_iters * seconds(plain)) - 1,
         plain_mfu=counted / (layout.gpus * peak * seconds(plain)),
     )

@@ -6,8 +6,7 @@ for it stands here with the reasons. `before_megatron()` comes after `cpu.activa
 
 import contextlib
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,10 +56,8 @@ class Watch(TorchDispatchMode):
         """The most of them since somebody set it."""
         self.reads = 0
         """How often the host asked for contents, which waits for a GPU."""
-        self.collectives: Counter[tuple[str, str]] = Counter()
-        """How many, by group and kind."""
-        self.collective_bytes: Counter[tuple[str, str]] = Counter()
-        """Of the largest tensor of each."""
+        self.collectives: dict[tuple[str, str], tuple[int, int]] = {}
+        """How many, and bytes of the largest tensor of each, by group and kind."""
         self._sizes: dict[int, list[int]] = {}
 
     def __torch_dispatch__(
@@ -90,9 +87,9 @@ class Watch(TorchDispatchMode):
             return
         kind = func._schema.name.removeprefix("c10d::").strip("_")
         key = group.group_desc.removesuffix("_GROUP"), kind
-        self.collectives[key] += 1
         sizes = (leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
-        self.collective_bytes[key] += max(sizes, default=0)
+        number, total = self.collectives.get(key, (0, 0))
+        self.collectives[key] = number + 1, total + max(sizes, default=0)
 
     def _note(self, tensor: FakeTensor) -> None:
         storage = tensor.untyped_storage()
@@ -114,10 +111,10 @@ def _zero(dtype: torch.dtype) -> bool | float | int:
     return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
 
 
-def bytes_of(tensors: Any) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
     """Of all the storages that some tensors lie in."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 # --- what stands in for Megatron's and torch's functions ------------------------------------------
