@@ -63,10 +63,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 
 def world_size(options: Namespace) -> int:
-    """GPUs of the run; without a word of it the fewest that the layout takes.
-
-    Raises UsageError if the layout does not divide them.
-    """
+    """GPUs of the run, by default the fewest; a UsageError if the layout does not divide them."""
     stage = options.tensor_model_parallel_size * options.context_parallel_size
     model = stage * options.pipeline_model_parallel_size
     world = model if options.dry_run_world_size is None else options.dry_run_world_size

@@ -30,17 +30,13 @@ class Plan:
     given: SplitTime  # the layout as given
     suggested: SplitTime
     """The split with the shortest run that fits; the given one if nothing is gained."""
+    fits: bool  # the layout as given, the GPUs' memory
     suggested_fits: bool
 
     @property
     def fullest_stage(self) -> int:
         """The stage whose ranks hold most."""
         return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the layout as given fits the GPUs' memory."""
-        return _fits(self.memory, self.gpu)
 
     @property
     def flags(self) -> str:
@@ -96,7 +92,8 @@ def plan(
     given = split_time(student, teacher, layout, run, gpu)
     splits = [layout, *(layout.splits(student.num_layers) if splits is None else splits)]
     memory = {split: stages_memory(student, teacher, split, run) for split in splits}
-    fitting = [split for split in splits if _fits(memory[split], gpu)]
+    fullest = {split: max(stage.total for stage in memory[split]) for split in splits}
+    fitting = [split for split in splits if fullest[split] <= gpu.memory_gib * GIB]
     times = [
         given if split == layout else split_time(student, teacher, split, run, gpu)
         for split in fitting or splits
@@ -106,12 +103,8 @@ def plan(
         changes = max(1, time.layout.split_flags.count("--")) * (time.layers != given.layers)
         return time.run_seconds * (1 + WORTH_A_FLAG * changes)
 
-    suggested, fits = min(times, key=price), bool(fitting)
-    return Plan(student, teacher, layout, run, gpu, memory[layout], given, suggested, fits)
-
-
-def _fits(memory: tuple[StageMemory, ...], gpu: Gpu) -> bool:
-    return max(stage.total for stage in memory) <= gpu.memory_gib * GIB
+    suggested, fit = min(times, key=price), (layout in fitting, bool(fitting))
+    return Plan(student, teacher, layout, run, gpu, memory[layout], given, suggested, *fit)
 
 
 def _check(

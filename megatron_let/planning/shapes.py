@@ -244,10 +244,9 @@ TEACHERS: dict[str, dict[str, Any]] = {
 
 
 def teacher_shape(name: str) -> ModelShape:
-    """Return the shape of a known teacher, or of the model in a Hugging Face folder.
+    """Return the shape of the model in a Hugging Face folder, or of a teacher of `TEACHERS`.
 
-    A teacher of `TEACHERS` may have an organisation before its name (`HuggingFaceTB/SmolLM-135M`).
-    Raises UsageError for any other name, and for parameters that are not known on paper.
+    An organisation may stand before its name. Raises UsageError for any other, and what is unknown.
     """
     if Path(name).expanduser().is_dir():
         return folder_shape(name)

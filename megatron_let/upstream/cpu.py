@@ -63,9 +63,8 @@ def _without_nccl(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 def _loader_with_generator(init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """`DataLoader.__init__` that seeds its workers from a generator of its own.
 
-    By default each iterator draws a seed from the CPU generator. That one stands in for the GPU's
-    here, so a resumed run, which makes its iterators after loading the state, would drop out
-    other activations than the uninterrupted run.
+    By default each iterator draws one from the CPU generator, which stands in for the GPU's: a
+    resumed run, which makes its iterators after loading the state, would have another dropout.
     """
     init(*args, **{"generator": torch.Generator()} | kwargs)
 

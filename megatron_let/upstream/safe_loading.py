@@ -1,9 +1,8 @@
 """No byte of a checkpoint is executed: torch's reader, and Megatron's on top of it, made safe.
 
 Two parts of a `torch_dist` checkpoint are pickles, which torch loads as the programs that they are:
-`.metadata`, and the entries that are no tensors. `install` puts loaders of data alone in their
-place. They also tell damage from any other failure: what cannot be read when tried once more, by
-itself, is damaged. `redirects` are the functions that the door stands in.
+`.metadata`, and the entries that are no tensors. The loaders in their place take data alone, and
+tell damage from any other failure: what cannot be read when tried once more, by itself, is damaged.
 """
 
 import io
