@@ -124,7 +124,15 @@ def parts(args: Namespace) -> tuple[ModelShape, ModelShape | None, Layout, RunSh
     """Return what the command line asks to plan, as `planning.plan.plan` takes it."""
     _refuse_without_effect(args)
     teacher = None if args.teacher is None else shapes.teacher_shape(args.teacher)
-    student, args.train_iters = _student(args, teacher), _train_iters(args)
+    student = _student(args, teacher)
+    if args.train_iters is None:
+        tokens_per_step = max(1, args.global_batch_size * args.seq_length)
+        if not tokens_per_step <= args.train_tokens < float("inf"):
+            raise UsageError(
+                f"--train-tokens {args.train_tokens:g} is not a run: a step alone has "
+                f"{tokens_per_step} tokens. The default is 20e9."
+            )
+        args.train_iters = int(args.train_tokens // tokens_per_step)
     return student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args)
 
 
@@ -212,27 +220,6 @@ def _position_rows(args: Namespace) -> int | None:
     return None
 
 
-def _train_iters(args: Namespace) -> int:
-    if args.train_iters is not None:
-        return args.train_iters
-    tokens_per_step = max(1, args.global_batch_size * args.seq_length)
-    if not tokens_per_step <= args.train_tokens < float("inf"):
-        raise UsageError(
-            f"--train-tokens {args.train_tokens:g} is not a run: a step alone has "
-            f"{tokens_per_step} tokens. The default is 20e9."
-        )
-    return int(args.train_tokens // tokens_per_step)
-
-
-def _check_dry_run(own: Sequence[str], flags: Sequence[str]) -> None:
-    """Raise UsageError where a dry run would not be of what is planned."""
-    if not flags:
-        raise UsageError("--dry-run needs the run's own flags, behind --.")
-    for word in (word.partition("=")[0] for word in own if word.startswith("--")):
-        if not BESIDE_A_DRY_RUN(word):
-            raise UsageError(f"{word} stands before --, where no dry run sees it: put it behind.")
-
-
 def _dry(one: Plan, flags: Sequence[str]) -> float | None:
     """Bytes of the fullest of a layout's stages, by a dry run; None where that ends in an error."""
     words = [*without(flags, LAYOUT_FLAGS), *one.flags.split()]
@@ -257,7 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not args.search:
             print(page(plan(*parts(args))))
             return
-        if args.dry_run:
-            _check_dry_run(own, flags)
+        if args.dry_run and not flags:
+            raise UsageError("--dry-run needs the run's own flags, behind --.")
+        for flag in (word.partition("=")[0] for word in own if word.startswith("--")):
+            if args.dry_run and not BESIDE_A_DRY_RUN(flag):
+                raise UsageError(
+                    f"{flag} stands before --, where no dry run sees it: put it behind."
+                )
         found = search(*parts(args))
         print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))

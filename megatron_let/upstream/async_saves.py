@@ -25,8 +25,7 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _FILES = f"{_STRATEGIES}.filesystem_async"
 _CALLER = f"{_STRATEGIES}.async_utils.PersistentAsyncCaller"
 _write = async_utils.PersistentAsyncCaller.async_loop
-CLOSE_SECONDS = 5.0
-"""Within these a writer that was asked to end is forgotten."""
+CLOSE_SECONDS = 5.0  # within these a writer that was asked to end is forgotten
 
 
 def redirects(args: Namespace, results: Any) -> list[Redirect]:

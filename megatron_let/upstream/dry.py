@@ -50,12 +50,9 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
-        self.now = 0
-        """Bytes that live."""
-        self.peak = 0
-        """The most of them since somebody set it."""
-        self.reads = 0
-        """How often the host asked for contents, which waits for a GPU."""
+        self.now = 0  # bytes that live
+        self.peak = 0  # the most of them since somebody set it
+        self.reads = 0  # how often the host asked for contents, which waits for a GPU
         self.collectives: dict[tuple[str, str], tuple[int, int]] = {}
         """How many, and bytes of the largest tensor of each, by group and kind."""
         self._sizes: dict[int, list[int]] = {}
@@ -67,7 +64,8 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ITEM and isinstance(args[0], FakeTensor) and args[0].constant is None:
             self.reads += 1
-            return _zero(args[0].dtype)
+            dtype = args[0].dtype
+            return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
         self.reads += func in SHAPED_BY_CONTENTS
         if func.namespace == "c10d":
             self._count(func, args)
@@ -105,10 +103,6 @@ class Watch(TorchDispatchMode):
         self.now -= known[0]
         if self._sizes.get(key) is known:
             del self._sizes[key]
-
-
-def _zero(dtype: torch.dtype) -> bool | float | int:
-    return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
 
 
 def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:

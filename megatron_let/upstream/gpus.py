@@ -17,8 +17,7 @@ from megatron_let.console import show
 COUNTS = "SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPUS".split()
 """What a job was given, as a number or as `a100:8`."""
 INDICES = "SLURM_JOB_GPUS SLURM_STEP_GPUS GPU_DEVICE_ORDINAL CUDA_VISIBLE_DEVICES".split()
-HIDDEN = ("", "-1", "NoDevFiles")
-"""No index, by torch and by Slurm."""
+HIDDEN = ("", "-1", "NoDevFiles")  # no index, by torch and by Slurm
 FIRST_RANK_SECONDS = 30
 """The other ranks wait: torchrun ends all with the first, which must have spoken by then."""
 

@@ -35,15 +35,11 @@ LISTENERS: list[Callable[[Namespace], "Listener"]] = []
 class Step:
     """A training step that has just been made."""
 
-    number: int
-    """As the log numbers it, from 1."""
-    losses: dict[str, torch.Tensor]
-    """Megatron's, scalars; on the last pipeline stage."""
-    grad_norm: float | None
-    """Over all ranks; None if no update was made."""
+    number: int  # as the log numbers it, from 1
+    losses: dict[str, torch.Tensor]  # Megatron's, scalars; on the last pipeline stage
+    grad_norm: float | None  # over all ranks; None if no update was made
     learning_rate: float | None
-    is_skipped: bool
-    """Megatron made no update: something was not finite."""
+    is_skipped: bool  # Megatron made no update: something was not finite
     reported: dict[str, torch.Tensor] = field(default_factory=dict)
     """Scalars of listeners, equal on all ranks, that are logged beside Megatron's losses."""
 
@@ -55,8 +51,7 @@ class Save:
     step: int
     chunks: list[torch.nn.Module]
     optimizer: Any
-    folder: Path | None
-    """None for one that does not last (`--non-persistent-save-interval`)."""
+    folder: Path | None  # None for one that does not last (`--non-persistent-save-interval`)
 
 
 class Listener:
@@ -110,10 +105,8 @@ class LoopHooks:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         self.listeners: list[Listener] = []
-        self._reported: set[str] = set()
-        """Names of what listeners reported of the last step."""
-        self._folder: Path | None = None
-        """Where the lasting checkpoint goes that is being written."""
+        self._reported: set[str] = set()  # names of what listeners reported of the last step
+        self._folder: Path | None = None  # where the lasting checkpoint goes that is being written
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
