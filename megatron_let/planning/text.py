@@ -17,9 +17,17 @@ SECONDS_PER_DAY = 86400
 
 def page(plan: Plan) -> str:
     """Return the whole plan as text."""
-    student = _model("student", plan.student, plan.student_flops_per_token, "fwd+bwd")
-    teacher = _model("teacher", plan.teacher, plan.teacher_flops_per_token, "fwd")
-    head = [*student, *teacher, *_layout(plan), *_run(plan)]
+    sections = {
+        "student": _model(plan.student, plan.student_flops_per_token, "fwd+bwd"),
+        "teacher": _model(plan.teacher, plan.teacher_flops_per_token, "fwd"),
+        "layout": _layout(plan),
+        "run": _run(plan),
+    }
+    head = [
+        f"{'' if number else label:9}{line}"
+        for label, lines in sections.items()
+        for number, line in enumerate(lines)
+    ]
     return "\n".join([*head, "", *_stages(plan), "", *_time(plan)])
 
 
@@ -43,23 +51,18 @@ def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float | None] | None) -> 
     return "\n".join([head, "", *_aligned(rows), "", left_out, "", plans[0].flags])
 
 
-def _section(label: str, *lines: str) -> list[str]:
-    return [f"{'' if number else label:9}{line}" for number, line in enumerate(lines)]
-
-
-def _model(label: str, shape: ModelShape | None, flops: float, passes: str) -> list[str]:
+def _model(shape: ModelShape | None, flops: float, passes: str) -> list[str]:
     if shape is None:
-        return _section(label, "none")
+        return ["none"]
     heads = str(shape.num_attention_heads)
     if shape.num_query_groups != shape.num_attention_heads:
         heads += f"/{shape.num_query_groups}"
-    return _section(
-        label,
+    return [
         f"{shape.name}: {shape.num_layers} layers x {shape.hidden_size}, "
         f"FFN {shape.ffn_hidden_size}{' gated' * shape.gated}, {heads} heads",
         f"vocab {shape.vocab_size}{' tied' * shape.tied}; {shape.parameters:,} parameters; "
         f"{flops / 1e9:.3g} GFLOP/token ({passes})",
-    )
+    ]
 
 
 def _layout(plan: Plan) -> list[str]:
@@ -69,12 +72,11 @@ def _layout(plan: Plan) -> list[str]:
     options = ["sequence parallel"] * (layout.sequence_shards > 1)
     options += ["flash attention" if layout.flash_attention else "no flash attention"]
     options += ["distributed optimizer"] * layout.distributed_optimizer
-    return _section(
-        "layout",
+    return [
         f"{layout.gpus} GPUs = TP {layout.tp} x PP {layout.pp}{chunks} x DP {layout.dp}; "
         f"recompute {layout.recompute}",
         ", ".join(options),
-    )
+    ]
 
 
 def _run(plan: Plan) -> list[str]:
@@ -88,14 +90,10 @@ def _run(plan: Plan) -> list[str]:
     if plan.teacher is not None:
         stages = plan.given.teacher_stages
         layer = f"layer {run.let_layer}"
-        parts = (layer, stages[0], run.let_end), ("logits", stages[-1], run.kd_end)
-        lines += [
-            f"teacher for {part} on stage {stage} until step {end} "
-            f"({100 * end / run.train_iters:.1f} % of the run)"
-            for part, stage, end in parts
-            if end
-        ]
-    return _section("run", *lines)
+        for part, stage, end in (layer, stages[0], run.let_end), ("logits", stages[-1], run.kd_end):
+            share = f"({100 * end / run.train_iters:.1f} % of the run)"
+            lines += [f"teacher for {part} on stage {stage} until step {end} {share}"] * (end > 0)
+    return lines
 
 
 def _stages(plan: Plan) -> list[str]:

@@ -203,8 +203,7 @@ TORCH_REDIRECTS: list[Redirect] = [
     Redirect(_CUDA, "set_rng_state", _set_rng_state, "RNG"),
     *alike("torch.cuda.nvtx", "range_push range_pop", returns(None), "profiling ranges"),
     Redirect(_DATA, "__init__", _loader_with_generator, "draws from dropout's generator"),
-    *alike("torch.distributed", "init_process_group new_group", _without_nccl, "names nccl"),
-    Redirect("torch.distributed", "barrier", _without_nccl, "device_ids is for nccl"),
+    *alike("torch.distributed", "init_process_group new_group barrier", _without_nccl, "for nccl"),
     Redirect(_C10D, "ProcessGroupGloo", _on_one_device, "each group has a thread that never rests"),
 ]
 
