@@ -203,21 +203,16 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
         changes["rms_norm"] = args.normalization == "RMSNorm"
     if args.disable_bias_linear:
         changes |= shapes.NO_BIAS | {"qkv_bias": bool(args.qkv_bias)}
-    changes["position_rows"] = _position_rows(args)
-    return shapes.student_shape(args.student, vocab_size=rows, changes=changes)
-
-
-def _position_rows(args: Namespace) -> int | None:
-    """Megatron learns positions by default; the presets rotate."""
+    # Megatron learns positions by default; the presets rotate.
     default = "learned_absolute" if args.student is None else "rope"
     if (args.position_embedding_type or default) == "learned_absolute":
-        return args.max_position_embeddings or args.seq_length
-    if args.max_position_embeddings is not None:
+        changes["position_rows"] = args.max_position_embeddings or args.seq_length
+    elif args.max_position_embeddings is not None:
         raise UsageError(
             "--max-position-embeddings has no effect without learned positions. Remove it, or add "
             "--position-embedding-type learned_absolute."
         )
-    return None
+    return shapes.student_shape(args.student, vocab_size=rows, changes=changes)
 
 
 def _dry(one: Plan, flags: Sequence[str]) -> float | None:

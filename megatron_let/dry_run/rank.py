@@ -86,30 +86,26 @@ class DryRank:
     def _step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         def step(forward: Any, data: Any, chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
             gc.collect()
-            watch = self.watch
+            found, watch = self.found, self.watch
             held, watch.peak = watch.now, watch.now
             watch.flops = self._teacher_flops = 0.0
             watch.reads = 0
             watch.collectives.clear()
             result = train_step(forward, data, chunks, *args, **kwargs)
-            self._note(chunks, held)
+            found.step = watch.peak - held
+            found.flops, found.teacher_flops = watch.flops, self._teacher_flops
+            found.reads = watch.reads
+            found.collectives = [(*key, *counts) for key, counts in watch.collectives.items()]
+            parameters = [one for chunk in chunks for one in chunk.parameters()]
+            found.stage = mpu.get_pipeline_model_parallel_rank()
+            found.parameters = sum(one.numel() for one in parameters)
+            found.weights = bytes_of(parameters)
+            found.gradients = bytes_of(getattr(one, "main_grad", None) for one in parameters)
+            found.teacher = bytes_of(one() for one in self._weights)
+            found.optimizer = held - found.weights - found.gradients - found.teacher
             return result
 
         return step
-
-    def _note(self, chunks: list[Any], held: int) -> None:
-        found, watch = self.found, self.watch
-        parameters = [one for chunk in chunks for one in chunk.parameters()]
-        found.stage = mpu.get_pipeline_model_parallel_rank()
-        found.parameters = sum(one.numel() for one in parameters)
-        found.weights = bytes_of(parameters)
-        found.gradients = bytes_of(getattr(one, "main_grad", None) for one in parameters)
-        found.teacher = bytes_of(one() for one in self._weights)
-        found.optimizer = held - found.weights - found.gradients - found.teacher
-        found.step = watch.peak - held
-        found.flops, found.teacher_flops = watch.flops, self._teacher_flops
-        found.reads = watch.reads
-        found.collectives = [(*key, *counts) for key, counts in watch.collectives.items()]
 
 
 @around

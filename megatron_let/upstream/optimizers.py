@@ -17,12 +17,10 @@ from megatron_let.upstream.table import Redirect, alike, around
 class TorchAdamDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
     """`DistributedOptimizer` that loads the state of PyTorch's Adam."""
 
-    def sharded_state_dict(
-        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
-    ) -> Any:
+    def sharded_state_dict(self, *args: Any, **named: Any) -> Any:
         """Upstream asserts that a step is there before it makes the state to load into."""
         _make_state(self)
-        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        return super().sharded_state_dict(*args, **named)
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Upstream gives all parameters one step tensor, which each of them would count up."""

@@ -1,11 +1,12 @@
 """No secret of a command line or an environment is printed, logged or saved."""
 
-import importlib
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
+
+from megatron.training import initialize
 
 from megatron_let.upstream.table import Redirect, around
 
@@ -48,7 +49,6 @@ def scrubbed(value: Any) -> Any:
 @around
 def _without_secrets(function: Callable[..., None], *given: Any) -> None:
     """The function, with a copy of Megatron's arguments, as its last one or as it finds them."""
-    initialize: Any = importlib.import_module("megatron.training.initialize")
     argv, get_args = sys.argv, initialize.get_args
     hidden = Namespace(**scrubbed(vars(given[-1] if given else get_args())))
     sys.argv, initialize.get_args = scrubbed(argv), lambda: hidden  # W&B looks at the one
