@@ -33,15 +33,11 @@ def interpolate(states_SBH: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class Resize(torch.nn.Module):
-    """`[S, B, T]` to `[S, B, H]`; a `linear` one owns its map, the only weights LET ever trains.
+    """`[S, B, T]` to `[S, B, H]`, of a kind: `interpolate`, which has no parameters, or `linear`.
 
-    The map starts from a generator of its own, so that a run with it and a run without draw the
-    same student weights, and every tensor-parallel rank the same map.
-
-    Args:
-        kind: `interpolate` (no parameters) or `linear` (a learned map).
-        student_width: H.
-        teacher_width: T.
+    A linear one owns its map, the only weights LET ever trains. The map starts from a generator of
+    its own, so that a run with it and a run without draw the same student weights, and every
+    tensor-parallel rank the same map.
     """
 
     def __init__(self, kind: str, student_width: int, teacher_width: int) -> None:
@@ -76,7 +72,7 @@ class Target:
 
 
 class _AddGradient(torch.autograd.Function):
-    """Identity whose backward adds a ready gradient: to the activation, and to map weights."""
+    """Identity whose backward adds a ready gradient: to the activation, and to a learned map."""
 
     @staticmethod
     def forward(
@@ -84,23 +80,22 @@ class _AddGradient(torch.autograd.Function):
         queue: "Queue[Any]",
         activation: torch.Tensor,
         gradient: torch.Tensor,
-        *weights_then_gradients: torch.Tensor,
+        weight: torch.Tensor | None,
+        weight_gradient: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ctx.queue = queue
-        ctx.num_weights = len(weights_then_gradients) // 2
-        ctx.save_for_backward(gradient, *weights_then_gradients[ctx.num_weights :])
+        ctx.save_for_backward(gradient, weight_gradient)
         return activation.view_as(activation)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
-        gradient, *weight_gradients = ctx.saved_tensors
+        gradient, weight_gradient = ctx.saved_tensors
         ctx.queue.add(
             lm_gradient_square=upstream.float().square().sum(),
             let_gradient_square=gradient.float().square().sum(),
             gradient_product=(upstream.float() * gradient.float()).sum(),
         )
-        nothing = [None] * ctx.num_weights
-        return (None, upstream + gradient, None, *weight_gradients, *nothing)
+        return None, upstream + gradient, None, weight_gradient, None
 
 
 class Queue[T]:
@@ -150,7 +145,7 @@ class Alignment(Queue[Target]):
         Without a target (an unguided step) the activation comes back as it is; a learned map then
         gets a zero gradient, since data-parallel buckets wait for every weight's.
         """
-        weights = list(resize.parameters())
+        weight = resize.weight
         if self.targets:
             target = self.targets.popleft()
             leaf = activation_SBH.detach().requires_grad_()
@@ -158,10 +153,11 @@ class Alignment(Queue[Target]):
             self.micro_batches += 1
             self.add(loss=total, tokens=target.mask_SB.sum())
             scale = 0.0 if target.scale is None else target.scale
-            gradient, *others = torch.autograd.grad(total * scale, [leaf, *weights])
+            wanted = [leaf] if weight is None else [leaf, weight]
+            gradient, *others = torch.autograd.grad(total * scale, wanted)
             if target.scale is not None:
-                return _AddGradient.apply(self, activation_SBH, gradient, *weights, *others)
-        return activation_SBH + sum(0.0 * w.sum() for w in weights) if weights else activation_SBH
+                return _AddGradient.apply(self, activation_SBH, gradient, weight, *others)
+        return activation_SBH if weight is None else activation_SBH + 0.0 * weight.sum()
 
     def _losses_SB(
         self, activation_SBH: torch.Tensor, resize: Resize, target: Target

@@ -71,46 +71,39 @@ def distilled_cross_entropy(
     on the tokens alone on which the teacher is better; the teacher's logits exist for `at_once`
     tokens at a time.
     """
-    inputs = logits_SBV, labels_SB, states_SBD, head, weight, group, at_once, gated
-    return TokenLosses(*_DistilledCrossEntropy.apply(*inputs))
-
-
-class _DistilledCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_SBV: torch.Tensor,
-        labels_SB: torch.Tensor,
-        states_SBD: torch.Tensor,
-        head: TeacherHead,
-        weight: float,
-        group: Any,
-        at_once: int,
-        gated: bool,
-    ) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
         gradient_NV = logits_SBV.detach().float().flatten(0, 1)
-        labels_N, states_ND = labels_SB.flatten(), states_SBD.flatten(0, 1)
+        inputs = gradient_NV, labels_SB.flatten(), states_SBD.flatten(0, 1)
+        chunks = zip(*(every.split(at_once) for every in inputs), strict=True)
         losses = [
-            _chunk(gradient, labels, states, head, weight, group, gated)
-            for gradient, labels, states in zip(
-                *(every.split(at_once) for every in (gradient_NV, labels_N, states_ND)), strict=True
-            )
+            _chunk(logits, labels, states, head, weight, group, gated)
+            for logits, labels, states in chunks
         ]
         parts = zip(*losses, strict=True)
         lm, kd, teacher = (torch.cat(part).view_as(labels_SB) for part in parts)
-        ctx.save_for_backward(gradient_NV)
-        ctx.dtype = logits_SBV.dtype
         is_better = _is_better(lm, teacher)
         share = weight * is_better if gated else weight
-        ctx.mark_non_differentiable(lm, kd, teacher, is_better)
-        return (1 - share) * lm + share * kd, lm, kd, teacher, is_better
+        total = (1 - share) * lm + share * kd
+    total = _WithGradient.apply(total, logits_SBV, gradient_NV)
+    return TokenLosses(total, lm, kd, teacher, is_better)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Losses per token whose gradients, one of each alone, are there already."""
 
     @staticmethod
-    def backward(ctx: Any, upstream_SB: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, total_SB: torch.Tensor, logits_SBV: torch.Tensor, gradient_NV: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gradient_NV)
+        ctx.dtype = logits_SBV.dtype
+        return total_SB
+
+    @staticmethod
+    def backward(ctx: Any, upstream_SB: torch.Tensor) -> tuple[Any, ...]:
         [gradient_NV] = ctx.saved_tensors
         gradient_NV *= upstream_SB.flatten()[:, None]
-        gradient_SBV = gradient_NV.view(*upstream_SB.shape, -1).to(ctx.dtype)
-        return gradient_SBV, *[None] * 7
+        return None, gradient_NV.view(*upstream_SB.shape, -1).to(ctx.dtype), None
 
 
 def _chunk(
