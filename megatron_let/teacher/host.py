@@ -25,7 +25,7 @@ from megatron_let.teacher.load import (
 )
 from megatron_let.teacher.probe import check_documents, check_states, check_weights
 from megatron_let.teacher.stage import Rows, Teacher, near_random, text_model
-from megatron_let.translation.run import Translation, gathered
+from megatron_let.translation.run import Translation
 from megatron_let.upstream.batch import TEACHER_INDEX, WHOLE, Batch
 
 CONTROLS = {
@@ -124,9 +124,8 @@ class TeacherHost:
 
         Where the teacher `guides` on no rank, there are none.
         """
-        if not guides:
+        if not guides or self.translation is None:
             self.translation = None
-        if self.translation is None:
             return
         known: list[Any] = [None] * torch.distributed.get_world_size()
         own = self.translation.share, self.translation.length
@@ -140,19 +139,23 @@ class TeacherHost:
         dtype = DTYPES.get(self.args.teacher_dtype, student_dtype)
         control = self.args.teacher_control
         model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
-        length = self._row_length()
+        name, context, vocab_size = self.config.name, self.config.context, self.config.vocab_size
+        length, windowed = self._row_length(), True
         try:
-            windowed = self._probe(model)
-            shuffled = control == "shuffled"
-            self.teacher = Teacher(model, self.config.context, self._layer, shuffled, windowed)
+            check_weights(model, name, self.config.revision)
+            base = text_model(model)
+            check_states(base, vocab_size, name)
+            if self.args.reset_attention_mask:
+                windowed = check_documents(base, vocab_size, min(length, context), name)
+            self.teacher = Teacher(model, context, self._layer, control == "shuffled", windowed)
         except (UsageError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # each kind of model has its own
             raise UsageError(
-                f"--teacher-model {self.config.name} cannot be a teacher ({first_line(error)})."
+                f"--teacher-model {name} cannot be a teacher ({first_line(error)})."
             ) from error
         self.facts = {
-            "name": self.config.name,
+            "name": name,
             "parameters": self.teacher.parameters,
             "stages": [mpu.get_pipeline_model_parallel_rank()],
             "fingerprint": fingerprint(model),
@@ -166,16 +169,6 @@ class TeacherHost:
         """Of a row as the teacher reads it, in its tokens."""
         length = None if self.translation is None else self.translation.length
         return length or self.args.seq_length
-
-    def _probe(self, model: Any) -> bool:
-        """Returns what `check_documents` does."""
-        name, vocab_size, base = self.config.name, self.config.vocab_size, text_model(model)
-        check_weights(model, name, self.config.revision)
-        check_states(base, vocab_size, name)
-        if not self.args.reset_attention_mask:
-            return True
-        length = min(self._row_length(), self.config.context)
-        return check_documents(base, vocab_size, length, name)
 
     def score(self, train_dataset: Any) -> None:
         """Note the model's own loss on the first micro-batch, where this rank holds the data.
@@ -205,20 +198,19 @@ class TeacherHost:
         known = [facts for facts, _ in gathered if facts]
         self.facts = {name: value for facts in known for name, value in facts.items()}
         if known:
-            self._check_loss()
+            loss = self.facts["lm_loss"]
+            if not math.isfinite(loss):
+                dtype = DTYPES.get(self.args.teacher_dtype, self.args.params_dtype)
+                raise UsageError(
+                    f"--teacher-model {self.config.name} has a loss of {loss} on the first "
+                    f"micro-batch in {dtype}: it overflows there, or is damaged. Try "
+                    "--teacher-dtype bf16 or fp32."
+                )
             self.facts["stages"] = sorted({stage for facts in known for stage in facts["stages"]})
             self.facts["chunks"] = [
                 sorted({chunk for _, every in gathered for chunk in every[i]}, key=str)
                 for i in range(len(chunks))
             ]
-
-    def _check_loss(self) -> None:
-        if not math.isfinite(loss := self.facts["lm_loss"]):
-            dtype = DTYPES.get(self.args.teacher_dtype, self.args.params_dtype)
-            raise UsageError(
-                f"--teacher-model {self.config.name} has a loss of {loss} on the first micro-batch "
-                f"in {dtype}: it overflows there, or is damaged. Try --teacher-dtype bf16 or fp32."
-            )
 
     # --- during the run -----------------------------------------------------------------------
 
@@ -240,9 +232,8 @@ class TeacherHost:
                 mpu.get_context_parallel_world_size(),
                 sliced,
             ).to(_device())
-        positions_RS = self._positions_RS[sliced]
         with self.clock.running():
-            states = states_SBD(self.teacher, rows, group, positions_RS, index_BS)
+            states = states_SBD(self.teacher, rows, group, self._positions_RS[sliced], index_BS)
         return list(states.split(self.args.micro_batch_size, dim=1))
 
     def _rows(self, wholes: Sequence[Batch]) -> Rows:
@@ -315,7 +306,8 @@ def states_SBD(
     own = torch.arange(group.rank() * share, (group.rank() + 1) * share, device=device) % number
     states_BSD = teacher.states_BSD({key: value[own] for key, value in rows.items()})
     if index_BS is not None:  # before the sequence is cut: a target may lie on another rank
-        states_BSD = gathered(states_BSD, index_BS[own])
+        places_BS1 = index_BS[own].clamp(min=0)[..., None]  # any, where there is no target
+        states_BSD = states_BSD.gather(1, places_BS1.expand(-1, -1, states_BSD.size(-1)))
     if ranks == 1:
         return states_BSD.transpose(0, 1).contiguous()
     wanted = states_BSD[:, positions_RS].transpose(0, 1).contiguous()

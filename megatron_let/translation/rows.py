@@ -1,12 +1,7 @@
 """A student's packed rows as a teacher with another tokenizer reads them.
 
-Documents are tokenized anew by the teacher's tokenizer. A student's token has a target where a
-token of the teacher ends at the same byte: then both have read the same text, and nothing of what
-comes later. A teacher's token that ends later, or a mean over those that overlap, would tell an
-early layer of the future.
-
-Where a text goes on differently, later bytes may move the teacher's cuts, and with them which
-tokens have a target; never the target of one that has it in both texts (`settled`).
+A student's token has a target where a token of the teacher ends at the same byte: then both have
+read the same text, and nothing of what comes later (docs/other_tokenizers.md).
 """
 
 import os

@@ -138,9 +138,3 @@ def build_translator(args: Namespace, source: str | Path, revision: str | None) 
         )
     own = f"--tokenizer-model {args.tokenizer_model or args.vocab_file}"
     return Translator(TokenBytes(student, own), TokenBytes(HuggingFace(found, (), True), flag))
-
-
-def gathered(states_BTD: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:
-    """The states of each of the student's tokens, `[B, S, D]`; of one without a target any."""
-    places_BS1 = index_BS.clamp(min=0)[..., None]
-    return states_BTD.gather(1, places_BS1.expand(-1, -1, states_BTD.size(-1)))

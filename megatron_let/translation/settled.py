@@ -1,11 +1,9 @@
 """Whether a text's tokens would be the same, whatever follows it.
 
-What BPE or a unigram model makes of a word up to a cut does not depend on what follows the cut. But
-byte-level tokenizers cut a text into words by a pattern that looks ahead: of three spaces the last
-belongs to the word behind them, and to the others if there is none. Two texts that begin alike may
-then be read in other tokens up to the same byte, and the teacher's states there differ: an early
-layer would be told of what is to come. So what hangs together without a space in between is
-tokenized again, ended behind each of its tokens, and must come out the same up to there.
+Byte-level tokenizers cut a text into words by a pattern that looks ahead: of three spaces the last
+belongs to the word behind them, and to the others if there is none. The teacher's states up to the
+same byte would then tell an early layer of what is to come. So what hangs together without a space
+in between is tokenized again, ended behind each of its tokens, and must come out the same.
 """
 
 import itertools
@@ -39,11 +37,11 @@ class Settled:
         """
         if len(self._known) > REMEMBERED:
             self._known.clear()
-        spans = list(self._parts(ids, words))
-        parts = [tuple(ids[start : min(end, start + TOKENS)]) for start, end in spans]
-        self._learn({part for part in parts if part not in self._known})
         found = np.zeros(len(ids), dtype=bool)
-        for (start, _), part in zip(spans, parts, strict=True):
+        for start, end in self._parts(ids, words):
+            part = tuple(ids[start : min(end, start + TOKENS)])
+            if part not in self._known:
+                self._known[part] = self._tried(part)
             found[start : start + len(part)] = self._known[part]
         return found
 
@@ -63,14 +61,12 @@ class Settled:
             cuts = [start, *inside[WORDS - 1 :: WORDS].tolist(), end]
             yield from itertools.pairwise(cuts)
 
-    def _learn(self, parts: set[tuple[int, ...]]) -> None:
-        beginnings = [part[:i] for part in sorted(parts) for i in range(1, len(part) + 1)]
+    def _tried(self, part: tuple[int, ...]) -> list[bool]:
+        beginnings = [part[: i + 1] for i in range(len(part))]
         texts = [self._teacher.join(ids).decode(errors="replace") for ids in beginnings]
         alone = self._teacher.encode_many(texts)
         # One that ends inside a character does not come out the same.
-        same = iter([tuple(a) == b for a, b in zip(alone, beginnings, strict=True)])
-        for part in sorted(parts):
-            self._known[part] = [next(same) for _ in part]
+        return [tuple(ids) == begun for ids, begun in zip(alone, beginnings, strict=True)]
 
 
 def _is_open(piece: bytes) -> bool:
