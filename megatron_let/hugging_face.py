@@ -22,8 +22,6 @@ OWN_FOLDER = "tokenizer"
 """Where a tokenizer's files lie if the model's folder would make another tokenizer of them."""
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Of the files that are read."""
-CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
-"""What a configuration calls the longest sequence."""
 SIGNS = {
     b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself, git lfs pull",
     b"<": "it is a web page, perhaps of an error",
@@ -72,7 +70,8 @@ def told(source: str | Path, failure: str = "", weights: bool = False) -> Iterat
     try:
         yield
     except Exception as error:  # each library has its own kinds
-        if "trust_remote_code" in str(error) or _names_code(Path(source)):
+        configs = (path.read_bytes() for path in Path(source).glob("*config.json"))
+        if "trust_remote_code" in str(error) or any(b'"auto_map"' in text for text in configs):
             raise remote_code(source) from error
         pickles = sorted(path.name for path in Path(source).glob("*.bin")) if weights else []
         failure = failure or f"{source} cannot be loaded."
@@ -154,7 +153,8 @@ def is_gguf(source: str | Path) -> bool:
 def context(config: Any) -> int:
     """Return the longest sequence that a model reads: `sys.maxsize` for ALiBi and recurrence."""
     config = config.get_text_config()  # of a model that sees pictures, too
-    return max(getattr(config, name, None) or 0 for name in CONTEXT_NAMES) or sys.maxsize
+    names = ("max_position_embeddings", "max_seq_len")
+    return max(getattr(config, name, None) or 0 for name in names) or sys.maxsize
 
 
 def own_folder(folder: Path) -> Path:
@@ -214,11 +214,6 @@ def _what_is_it(path: Path) -> str:
         return "it is empty"
     meanings = (meaning for sign, meaning in SIGNS.items() if start.lstrip().startswith(sign))
     return next(meanings, "it was cut off, or is damaged: download it again")
-
-
-def _names_code(folder: Path) -> bool:
-    """Whether a configuration names code that comes with the folder."""
-    return any(b'"auto_map"' in path.read_bytes() for path in folder.glob("*config.json"))
 
 
 def remote_code(source: object, way_out: str = "") -> OutsideError:

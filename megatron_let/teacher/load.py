@@ -98,18 +98,16 @@ def load_causal_lm(
     missing, or have another shape.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = (_untrained if untrained else _trained)(config, dtype)
+        shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
+        if untrained:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
+        else:
+            model = _trained(config, shape, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _untrained(config: TeacherConfig, dtype: torch.dtype) -> Any:
-    shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
-
-
-def _trained(config: TeacherConfig, dtype: torch.dtype) -> Any:
-    shape = hugging_face.load(AutoConfig, config.name, config.name, revision=config.revision)
+def _trained(config: TeacherConfig, shape: Any, dtype: torch.dtype) -> Any:
     needed = ""
     if getattr(shape, "quantization_config", None):
         needed = " They are quantized: choose the model in full precision."
@@ -160,10 +158,9 @@ def read_token_ids(name: str, revision: str | None = None) -> TokenIds | None:
     failure = f"The tokenizer of --teacher-model {name} cannot be loaded."
     try:
         tokenizer = hugging_face.load(AutoTokenizer, source, failure, revision=revision)
-    except (hugging_face.OutsideError, MachineError):
-        raise
-    except UsageError:
-        if hugging_face.has_tokenizer(Path(name)) or is_gguf(name):
+    except UsageError as error:
+        is_told = isinstance(error, (hugging_face.OutsideError, MachineError))
+        if is_told or hugging_face.has_tokenizer(Path(name)) or is_gguf(name):
             raise
         return None
     token_ids = TokenIds(tokenizer.get_vocab())

@@ -74,12 +74,7 @@ class Teacher:
         return _shuffle(states, rows["tokens"]) if self._shuffled else states
 
     def _windows(self, rows: Rows) -> torch.Tensor:
-        """Read overlapping windows at once.
-
-        The first covers the first `context` tokens. Each later one is moved on by half a context
-        and contributes its new tokens only, so that every token but the first ones is read behind
-        at least half a context of text. The last ends with the row.
-        """
+        """Read overlapping windows at once; each later one contributes its new tokens only."""
         tokens_BS = rows["tokens"]
         length = tokens_BS.size(1)
         if "attention_mask" in rows or "position_ids" in rows:

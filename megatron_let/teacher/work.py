@@ -25,8 +25,8 @@ def share_per_rank(rows_per_micro_batch: int, micro_batches: int, ranks: int) ->
 def window_ends(length: int, context: int) -> list[int]:
     """Where each of the windows ends in which a row is read; each holds `context` tokens.
 
-    A row that is not longer is read at once. Each later window is moved on by half a context, the
-    last one up to the row's end.
+    A row that is not longer is read at once. Each later window is moved on by half a context, so
+    that its new tokens are read behind at least as much text, the last one up to the row's end.
     """
     return [*range(context, length, max(1, context // 2)), length]
 
