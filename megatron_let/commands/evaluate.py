@@ -9,26 +9,22 @@ What is done of an --output is not done again.
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
 from megatron_let import hugging_face
 from megatron_let.commands import mistakes_told, number, tool_parser
-from megatron_let.data import documents, sources
+from megatron_let.data import sources
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, Harness, TaskScore, find_tasks, local_data
-from megatron_let.evaluation.results import Results, identity
 from megatron_let.upstream import gpus
 
-# The rest imports torch and transformers, which --help does without.
-if TYPE_CHECKING:
-    from megatron_let.evaluation.perplexity import Document
+# What imports torch and transformers is imported late: --help does without.
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -82,7 +78,7 @@ def _labelled(words: Sequence[str]) -> dict[str, Path]:
 
 def _evaluate_tasks(options: Namespace) -> str:
     """Score every model on every task; returns the table."""
-    from megatron_let.evaluation.tables import accuracy_table
+    from megatron_let.evaluation.results import Results, accuracy_table, identity
 
     tasks = find_tasks(options.tasks)
     if options.task_data is not None:
@@ -114,20 +110,21 @@ def _evaluate_text(options: Namespace) -> str:
     from transformers import AutoModelForCausalLM
 
     from megatron_let.conversion.tokenizer_files import load_tokenizer
-    from megatron_let.evaluation.perplexity import TextScore, score_text
-    from megatron_let.evaluation.tables import text_table
+    from megatron_let.evaluation.perplexity import TextScore, read_documents, score_text
+    from megatron_let.evaluation.results import Results, identity, text_table
 
     paths = sources.expand(options.input)
     stats = {path: Path(path).stat() for path in paths}
-    read = partial(_documents, paths, options.json_key, options.by_meta)
+    read = partial(read_documents, paths, options.json_key, options.by_meta)
     if not sum(len(document.text) for document in read()):  # a bad record is told before the work
         given = f"--input {' '.join(options.input)}"
         raise UsageError(f"{given} holds no text in --json-key {options.json_key}.")
     scores: dict[str, dict[str, TextScore]] = {}
     for label, folder in _labelled(options.models).items():
-        about: dict[str, Any] = {"model": identity(folder)}
+        model_files = identity(folder)
         context, stride = _windows(folder, options)
-        about |= {
+        about = {
+            "model": model_files,
             "input": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
             "json key": options.json_key,
             "by meta": options.by_meta,
@@ -162,19 +159,6 @@ def _windows(folder: Path, options: Namespace) -> tuple[int, int]:
     if stride > context:
         raise UsageError(f"--stride {stride} must be 1 to --context {context}, or tokens get lost.")
     return context, stride
-
-
-def _documents(paths: Sequence[str], key: str, group: str | None) -> Iterator["Document"]:
-    from megatron_let.evaluation.perplexity import Document
-
-    for index, path in enumerate(paths):
-        file = sources.InputFile(path, index, documents.columns([key], group))
-        for block in file.blocks(sources.Position(index)):
-            found = documents.parse(block, [key], group)
-            if found.skipped:
-                raise UsageError(str(found.skipped[0]))
-            for subset, text in zip(found.groups, found.texts[key], strict=True):
-                yield Document(subset, text)
 
 
 def _default_device() -> str:

@@ -10,7 +10,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,11 +197,8 @@ def _counted_cuts() -> Iterator[list[str]]:
         return not is_cut and record.levelno >= logging.ERROR
 
     names = [name for name in logging.root.manager.loggerDict if name.startswith("lm_eval")]
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addFilter(keep)
-    try:
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            logger.addFilter(keep)
+            stack.callback(logger.removeFilter, keep)
         yield cuts
-    finally:
-        for logger in loggers:
-            logger.removeFilter(keep)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_let.data import documents as records
+from megatron_let.data import sources
 from megatron_let.errors import UsageError
 
 WINDOWS_AT_ONCE = 512
@@ -27,6 +29,20 @@ class Document:
 
     subset: str
     text: str
+
+
+def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator[Document]:
+    """Read the texts under `key` in some files, by the value of `group` in "meta".
+
+    Raises UsageError for a record without one.
+    """
+    for index, path in enumerate(paths):
+        file = sources.InputFile(path, index, records.columns([key], group))
+        for block in file.blocks(sources.Position(index)):
+            found = records.parse(block, [key], group)
+            if found.skipped:
+                raise UsageError(str(found.skipped[0]))
+            yield from map(Document, found.groups, found.texts[key])
 
 
 @dataclass

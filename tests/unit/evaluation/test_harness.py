@@ -20,7 +20,7 @@ from megatron_let.evaluation.harness import (
     find_tasks,
     local_data,
 )
-from megatron_let.evaluation.tables import accuracy_table, mean_of
+from megatron_let.evaluation.results import accuracy_table, mean_of
 from megatron_let.hugging_face import context
 from tests.unit.conversion.hf_models import make_model, save_model, write_tokenizer
 from tests.unit.evaluation.task_data import QUESTIONS, write_task_data

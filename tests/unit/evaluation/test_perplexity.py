@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.perplexity import Document, TextScore, score_text, windows
-from megatron_let.evaluation.tables import text_table
+from megatron_let.evaluation.results import text_table
 from tests.unit.conversion.hf_models import make_model, write_tokenizer
 
 TOLERANCE = 1e-6  # relative, of a summed loss: float32 logits on both sides, in other batches
