@@ -4,14 +4,15 @@ A student's token has a target where a token of the teacher ends at the same byt
 read the same text, and nothing of what comes later (docs/other_tokenizers.md).
 """
 
+import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_let.data.engines import added_around
-from megatron_let.translation.settled import Settled
 from megatron_let.translation.token_bytes import TokenBytes
 from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS
 
@@ -19,6 +20,12 @@ MEASURED_ROWS, MARGIN, MULTIPLE = 64, 1.1, 16
 """A row of the teacher's is so much longer than the longest of the run's first rows."""
 NOTHING = -1
 """Index of a student's token that has no target."""
+WORDS = 16
+"""So many at most hang together: a text without spaces would for ever."""
+TOKENS = 64
+"""Of such a piece so many are tried; of what comes behind them nothing is known."""
+REMEMBERED = 1 << 17
+"""Pieces of text, most of which come again."""
 
 
 class Translator:
@@ -91,6 +98,66 @@ class Translator:
         same = len(os.path.commonprefix([joined[added:], data]))
         ends = ends - added
         return ids, words, np.where(ends <= same, ends, len(data) + 1)
+
+
+class Settled:
+    """Whether a text's tokens would be the same, whatever follows it.
+
+    Byte-level tokenizers cut a text into words by a pattern that looks ahead: of three spaces the
+    last belongs to the word behind them, and to the others if there is none. The teacher's states
+    up to the same byte would then tell an early layer of what is to come. So what hangs together
+    without a space in between is tokenized again, ended behind each of its tokens, and must come
+    out the same. What the tokenizer said is remembered.
+    """
+
+    def __init__(self, teacher: TokenBytes) -> None:
+        self._teacher = teacher
+        self._begins = np.array([piece[:1].isspace() for piece in teacher.bytes])
+        self._open = np.array([_is_open(piece) for piece in teacher.bytes])
+        self._known: dict[tuple[int, ...], list[bool]] = {}
+
+    def flags(self, ids: list[int], words: list[int | None]) -> np.ndarray:
+        """Whether tokens, each of the word of that number, are settled up to and with each."""
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        found = np.zeros(len(ids), dtype=bool)
+        for start, end in self._parts(ids, words):
+            part = tuple(ids[start : min(end, start + TOKENS)])
+            if part not in self._known:
+                self._known[part] = self._tried(part)
+            found[start : start + len(part)] = self._known[part]
+        return found
+
+    def _parts(self, ids: list[int], words: list[int | None]) -> Iterator[tuple[int, int]]:
+        """What hangs together, from its first token to behind its last."""
+        number = np.array(words)
+        new = np.flatnonzero(number[1:] != number[:-1]) + 1
+        token = np.array(ids)
+        new = new[~self._open[token[new - 1]]]
+        apart = new[self._begins[token[new]]]
+        bounds = [0, *apart.tolist(), len(ids)]
+        for start, end in itertools.pairwise(bounds):
+            if end - start <= WORDS:
+                yield start, end
+                continue
+            inside = new[new.searchsorted(start, "right") : new.searchsorted(end)]
+            cuts = [start, *inside[WORDS - 1 :: WORDS].tolist(), end]
+            yield from itertools.pairwise(cuts)
+
+    def _tried(self, part: tuple[int, ...]) -> list[bool]:
+        beginnings = [part[: i + 1] for i in range(len(part))]
+        texts = [self._teacher.join(ids).decode(errors="replace") for ids in beginnings]
+        alone = self._teacher.encode_many(texts)
+        # One that ends inside a character does not come out the same.
+        return [tuple(ids) == begun for ids, begun in zip(alone, beginnings, strict=True)]
+
+
+def _is_open(piece: bytes) -> bool:
+    """Whether what follows a token may hang together with it: white space, half a character."""
+    try:
+        return piece.decode()[-1:].isspace()
+    except UnicodeDecodeError:
+        return True
 
 
 class Translated(torch.utils.data.Dataset):

@@ -22,8 +22,7 @@ from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS, Batch
 class Translation:
     """The teacher's rows: made in the dataset's workers, and read from batches on the device.
 
-    `source` is the folder or hub id of the teacher's tokenizer. Raises UsageError if one of the two
-    tokenizers does not go with it.
+    `source` is the folder or hub id of the teacher's tokenizer.
     """
 
     def __init__(self, args: Namespace, source: str | Path, revision: str | None) -> None:
@@ -117,10 +116,7 @@ class Translation:
 
 
 def build_translator(args: Namespace, source: str | Path, revision: str | None) -> Translator:
-    """What brings the student's rows to a teacher in the folder or hub id `source`.
-
-    Raises UsageError if a tokenizer cannot be loaded, or does not keep bytes.
-    """
+    """Load both tokenizers, the teacher's from `source`; UsageError if one does not go with it."""
     # With threads of its own a tokenizer hangs in a worker that is forked later.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     names = [field.name for field in fields(TokenizerConfig)]

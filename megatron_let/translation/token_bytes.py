@@ -1,9 +1,8 @@
 """The bytes of every token of a tokenizer: what two tokenizers have in common.
 
 Byte-level BPE (GPT-2, Llama 3, Qwen, tekken) writes each byte as a letter of its own; SentencePiece
-and what follows it (Llama 2, Mistral, Gemma) a space as U+2581 and a rare byte as `<0xAB>`. Others
-do not keep a text's bytes (WordPiece loses its spaces) and are refused, as are those that change
-them: lower case, NFKC.
+and what follows it (Llama 2, Mistral, Gemma) a space as U+2581 and a rare byte as `<0xAB>`. Others,
+which do not keep a text's bytes, are refused.
 """
 
 import json
@@ -31,10 +30,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """A tokenizer and the bytes of its tokens; UsageError if those do not keep a text's.
-
-    `flag` names it in errors, with its value.
-    """
+    """A tokenizer, which `flag` names, and its tokens' bytes; UsageError if they keep no text's."""
 
     def __init__(self, tokenizer: Tokenizer, flag: str) -> None:
         self.tokenizer, fast = tokenizer, tokenizer.fast

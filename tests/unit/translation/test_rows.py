@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_let.data.tokenizer import HuggingFace, SentencePiece
 from megatron_let.errors import UsageError
-from megatron_let.translation.rows import NOTHING, Translated, Translator, cut, measure
-from megatron_let.translation.settled import TOKENS
+from megatron_let.translation.rows import NOTHING, TOKENS, Translated, Translator, cut, measure
 from megatron_let.translation.token_bytes import TokenBytes
 from megatron_let.upstream.batch import TEACHER_INDEX, TEACHER_TOKENS
 from tests.support import tokenizers_of_ours as ours
