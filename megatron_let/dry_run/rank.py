@@ -24,6 +24,7 @@ STEPS = 2  # the first one makes the optimizer's state; the second one is shown
 FILES = "save load pretrained_checkpoint init_from non_persistent_save_interval"
 """Arguments that name what is read or written."""
 _HOST, _RUN = "megatron_let.teacher.host", "megatron_let.training.run"
+_LOAD, _PROBE = "megatron_let.teacher.load", "megatron_let.teacher.probe"
 _LINE, _GPT = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
 _DATASETS = f"{_GPT}.GPTDataset {_GPT}.MockGPTDataset"
 _LOSS, _ROWS = "megatron_let.losses.distilled_cross_entropy", "megatron_let.translation"
@@ -62,9 +63,9 @@ class DryRank:
             Redirect(f"{_ROWS}.run", "measure", real, "reads"),
             *alike(f"{_ROWS}.rows.Translated", "__init__ __getitem__", real, "reads"),
             Redirect(_RUN, "check_loss_mask", real, "looks at the data"),
-            Redirect(_HOST, "load_causal_lm", around(self._untrained), _UNREAD),
-            Redirect(_HOST, "fingerprint", instead(lambda model: "dry run"), _UNREAD),
-            *alike(_HOST, _CHECKS, instead(lambda *args: True), _UNREAD),
+            Redirect(_LOAD, "load_causal_lm", around(self._untrained), _UNREAD),
+            Redirect(_LOAD, "fingerprint", instead(lambda model: "dry run"), _UNREAD),
+            *alike(_PROBE, _CHECKS, instead(lambda *args: True), _UNREAD),
             Redirect(f"{_HOST}.TeacherHost", "score", instead(_unscored), _UNREAD),
             Redirect(f"{_HOST}.Clock", "running", instead(lambda clock: self._teacher()), _COUNTED),
             # Its one product of matrices is that of the teacher's head.

@@ -111,7 +111,7 @@ def _check_tokens(scorer: str, args: Namespace) -> None:
 
 
 class Scorer:
-    """A small model that scores samples, and the parts that it has written."""
+    """A small model that scores samples."""
 
     def __init__(self, name: str, config: SelectConfig, seq_length: int) -> None:
         shape = read_teacher_config(name)
@@ -122,13 +122,6 @@ class Scorer:
         length = min(seq_length, shape.context)
         states = Teacher(self._model, shape.context).forward_flops(length, length)
         self.flops_per_sample = states + shape.head_flops_per_token * length
-
-    def parts(self, data: str, candidates: int) -> Path:
-        """Folder of the scores that are there already, for this scorer and these samples."""
-        settings = f"{self.config.top_k} {self.config.dtype} {self.context}"
-        what = f"{data} {candidates} {self.fingerprint} {settings}"
-        key = hashlib.sha256(what.encode()).hexdigest()[:12]
-        return self.config.output.with_name(f"{self.config.output.name}.parts-{key}")
 
     @torch.no_grad()
     def score(self, samples: list[dict[str, Any]]) -> np.ndarray:
@@ -149,13 +142,18 @@ class Scorer:
 
 def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarray, float]:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    folder = scorer.parts(dataset.unique_description_hash, candidates)
+    config, data = scorer.config, dataset.unique_description_hash
+    settings = f"{config.top_k} {config.dtype} {scorer.context}"
+    what = f"{data} {candidates} {scorer.fingerprint} {settings}"
+    key = hashlib.sha256(what.encode()).hexdigest()[:12]
+    # Scores that are there already, of this scorer and these samples.
+    folder = config.output.with_name(f"{config.output.name}.parts-{key}")
     folder.mkdir(parents=True, exist_ok=True)
     files = {first: folder / f"{first:012d}.npy" for first in range(0, candidates, CHUNK)}
     mine = [first for first in list(files)[rank::ranks] if not files[first].exists()]
     for first in tqdm(mine, unit=f"x{CHUNK} samples", disable=None if rank == 0 else True):
         numbers = range(first, min(first + CHUNK, candidates))
-        batches = itertools.batched(numbers, scorer.config.batch)
+        batches = itertools.batched(numbers, config.batch)
         scores = [scorer.score([dataset[number] for number in batch]) for batch in batches]
         with whole_file(files[first]) as file:
             np.save(file, np.concatenate(scores))

@@ -14,16 +14,8 @@ from megatron.training import get_tokenizer
 
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import first_line, own_folder
-from megatron_let.teacher.load import (
-    DTYPES,
-    TeacherConfig,
-    check_token_ids,
-    fingerprint,
-    load_causal_lm,
-    numbers_alike,
-    read_token_ids,
-)
-from megatron_let.teacher.probe import check_documents, check_states, check_weights
+from megatron_let.teacher import load, probe
+from megatron_let.teacher.load import DTYPES, TeacherConfig, numbers_alike
 from megatron_let.teacher.stage import Rows, Teacher, near_random, text_model
 from megatron_let.translation.run import Translation
 from megatron_let.upstream.batch import TEACHER_INDEX, WHOLE, Batch
@@ -84,7 +76,7 @@ class TeacherHost:
         teacher must have that tokenizer, or may have rows of its own.
         """
         name, revision = self.config.name, self.config.revision
-        teacher_ids = read_token_ids(name, revision)
+        teacher_ids = load.read_token_ids(name, revision)
         if student_ids and teacher_ids and not same and not numbers_alike(student_ids, teacher_ids):
             try:
                 self.translation = Translation(self.args, str(own_folder(Path(name))), revision)
@@ -98,7 +90,7 @@ class TeacherHost:
                 f"{name} reads the student's own tokens. Remove it."
             )
         elif student_ids and teacher_ids:
-            check_token_ids(student_ids, teacher_ids, name)
+            load.check_token_ids(student_ids, teacher_ids, name)
             # No text makes a special token; Gemma 3 has one more than rows.
             made = [index for token, index in student_ids.items() if token not in teacher_ids.added]
             largest = max(get_tokenizer().eod or 0, *made)
@@ -138,15 +130,15 @@ class TeacherHost:
         """Load the model on this rank's device."""
         dtype = DTYPES.get(self.args.teacher_dtype, student_dtype)
         control = self.args.teacher_control
-        model = load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
+        model = load.load_causal_lm(self.config, dtype, _device(), untrained=control == "random")
         name, context, vocab_size = self.config.name, self.config.context, self.config.vocab_size
         length, windowed = self._row_length(), True
         try:
-            check_weights(model, name, self.config.revision)
+            probe.check_weights(model, name, self.config.revision)
             base = text_model(model)
-            check_states(base, vocab_size, name)
+            probe.check_states(base, vocab_size, name)
             if self.args.reset_attention_mask:
-                windowed = check_documents(base, vocab_size, min(length, context), name)
+                windowed = probe.check_documents(base, vocab_size, min(length, context), name)
             self.teacher = Teacher(model, context, self._layer, control == "shuffled", windowed)
         except (UsageError, torch.OutOfMemoryError):
             raise
@@ -158,7 +150,7 @@ class TeacherHost:
             "name": name,
             "parameters": self.teacher.parameters,
             "stages": [mpu.get_pipeline_model_parallel_rank()],
-            "fingerprint": fingerprint(model),
+            "fingerprint": load.fingerprint(model),
             "flops_per_token": self.teacher.forward_flops(length, length) / self.args.seq_length,
         }
         if self.translation is not None:

@@ -59,7 +59,10 @@ class Teacher:
         self.parameters = sum(weight.numel() for weight in causal_lm.parameters())
         self._causal_lm = causal_lm
         self._base = text_model(causal_lm)
-        self._layers = decoder_layers(self._base)
+        # The one list of all decoder layers, whatever the architecture calls it.
+        number = self._base.config.get_text_config().num_hidden_layers
+        lists = (m for m in self._base.modules() if isinstance(m, torch.nn.ModuleList))
+        [self._layers] = [layers for layers in lists if len(layers) == number]
         self._layer = layer
         self._shuffled = shuffled
         self._pass = Recorded(partial(forward, self._base, windowed=windowed), self._layers)
@@ -102,7 +105,7 @@ class Teacher:
     def head_rows(self, first: int, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight `[number, D]` and bias of the head's rows from `first` on, zero beyond it.
 
-        Raises ValueError if the model does more to its logits than the head's matrix does.
+        Raises UsageError if the model does more to its logits than the head's matrix does.
         """
         head = self._causal_lm.get_output_embeddings()
         self._check_head_is_linear(head)
@@ -197,17 +200,6 @@ def _masks_by_kind(config: Any, forbidden: torch.Tensor, windowed: bool) -> Rows
     position = torch.arange(forbidden.size(-1), device=forbidden.device)
     sliding = forbidden | (windowed & (position[:, None] - position >= window))
     return {"sliding_attention": sliding} | ({"full_attention": forbidden} if kinds else {})
-
-
-def decoder_layers(base_model: Any) -> torch.nn.ModuleList:
-    """The one list of all decoder layers, whatever the architecture calls it."""
-    number = base_model.config.get_text_config().num_hidden_layers
-    [layers] = [
-        module
-        for module in base_model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number
-    ]
-    return layers
 
 
 def _return_states_of(layer: torch.nn.Module, base_model: torch.nn.Module) -> None:
