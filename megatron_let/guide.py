@@ -1,8 +1,4 @@
-"""LET and SALT inside a training script of your own, in eight lines (docs/extending.md).
-
-What `pretrain_let.py` adds besides (checks at a resume, `metrics.jsonl`, safe checkpoints, the CPU)
-stays behind: here a method alone comes into a script that is otherwise yours.
-"""
+"""LET and SALT inside a training script of your own, in eight lines (docs/extending.md)."""
 
 import functools
 import sys

@@ -106,11 +106,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def weight_files(source: str, revision: str | None = None) -> list[Path]:
-    """The files that transformers reads of a folder or hub id, as far as they are here.
-
-    Raises:
-        UsageError: they have an index that is none.
-    """
+    """What transformers reads of a folder or hub id, as far as it is here; UsageError, as above."""
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

@@ -1,8 +1,4 @@
-"""The paper's nine tasks by lm-evaluation-harness: one-shot accuracy (arXiv 2602.05393).
-
-The harness makes the prompts and scores them; here stand which tasks these are, where their data
-may lie without a hub, and how their accuracies are put together.
-"""
+"""The paper's nine tasks by lm-evaluation-harness: one-shot accuracy (arXiv 2602.05393)."""
 
 import functools
 import logging

@@ -32,10 +32,7 @@ class Document:
 
 
 def read_documents(paths: Sequence[str], key: str, group: str | None) -> Iterator[Document]:
-    """Read the texts under `key` in some files, by the value of `group` in "meta".
-
-    Raises UsageError for a record without one.
-    """
+    """Texts under `key`, by the value of `group` in "meta"; UsageError for a record without."""
     for index, path in enumerate(paths):
         file = sources.InputFile(path, index, records.columns([key], group))
         for block in file.blocks(sources.Position(index)):

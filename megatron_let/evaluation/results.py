@@ -48,10 +48,7 @@ class Results(dict[str, Any]):
 
 
 def identity(folder: Path) -> dict[str, list[int]]:
-    """Tell a model apart: size and time of change of its weights, configuration and tokenizer.
-
-    Raises UsageError if the folder is no exported model.
-    """
+    """Size and time of change of a model's files; UsageError if the folder is no exported model."""
     files = sorted(folder.glob("*.safetensors"))
     others = [*sorted(folder.glob("*.json")), *sorted(folder.glob("tokenizer*/*"))]
     if not files or not (folder / "config.json").is_file():

@@ -115,10 +115,7 @@ def _chunk(
     group: Any,
     gated: bool,
 ) -> torch.Tensor:
-    """Return student's loss, KL and teacher's loss of some tokens `[3, N]`.
-
-    The gradient comes in their logits' place.
-    """
+    """Student's loss, KL and teacher's loss `[3, N]`; the gradient comes in the logits' place."""
     teacher_NV = torch.nn.functional.linear(states_ND, head.weight_VD, head.bias_V)
     teacher_NV[:, head.num_tokens :] = -torch.inf
     both = logits_NV, teacher_NV, head.temperature

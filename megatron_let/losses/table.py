@@ -29,11 +29,7 @@ the mask `[S, B]` and the group of the ranks which hold the micro-batch, too."""
 
 
 def add_loss(name: str, loss: Loss) -> None:
-    """Add a loss for `--let-loss`, before the command line is parsed.
-
-    Raises:
-        UsageError: there is one of this name.
-    """
+    """Add a loss for `--let-loss`, before the command line is parsed; UsageError if it is known."""
     if name in LOSSES:
         raise UsageError(f"There is a loss {name} already: give yours another name.")
     LOSSES[name] = loss
