@@ -17,14 +17,8 @@ from tqdm import tqdm
 from megatron_let.data.indexed import whole_file
 from megatron_let.data.selection import Selection, difficulty_B, highest, number_wanted
 from megatron_let.errors import UsageError
-from megatron_let.teacher.load import (
-    DTYPES,
-    check_token_ids,
-    fingerprint,
-    load_causal_lm,
-    read_teacher_config,
-    read_token_ids,
-)
+from megatron_let.teacher import load
+from megatron_let.teacher.load import read_teacher_config, read_token_ids
 from megatron_let.teacher.stage import Teacher, logits
 from megatron_let.upstream.mended import known_token_ids
 
@@ -102,7 +96,7 @@ def _check_tokens(scorer: str, args: Namespace) -> None:
     """Raise UsageError if the scorer would read the run's tokens as others than they are."""
     student, ids = known_token_ids(args), read_token_ids(scorer)
     if student and ids:
-        check_token_ids(student, ids, scorer, "--scorer-model")
+        load.check_token_ids(student, ids, scorer, "--scorer-model")
     elif (rows := read_teacher_config(scorer).vocab_size) < (needed := get_tokenizer().vocab_size):
         raise UsageError(
             f"--scorer-model {scorer} has {rows} rows for the run's {needed} tokens: choose one "
@@ -117,8 +111,8 @@ class Scorer:
         shape = read_teacher_config(name)
         self.config, self.context = config, shape.context
         self._device = torch.device(torch.cuda.current_device())
-        self._model = load_causal_lm(shape, DTYPES[config.dtype], self._device)
-        self.fingerprint = fingerprint(self._model)
+        self._model = load.load_causal_lm(shape, load.DTYPES[config.dtype], self._device)
+        self.fingerprint = load.fingerprint(self._model)
         length = min(seq_length, shape.context)
         states = Teacher(self._model, shape.context).forward_flops(length, length)
         self.flops_per_sample = states + shape.head_flops_per_token * length
