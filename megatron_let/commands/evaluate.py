@@ -77,7 +77,6 @@ def _labelled(words: Sequence[str]) -> dict[str, Path]:
 
 
 def _evaluate_tasks(options: Namespace) -> str:
-    """Score every model on every task; returns the table."""
     from megatron_let.evaluation.results import Results, accuracy_table, identity
 
     tasks = find_tasks(options.tasks)
@@ -106,7 +105,6 @@ def _evaluate_tasks(options: Namespace) -> str:
 
 
 def _evaluate_text(options: Namespace) -> str:
-    """Score every model on the text; returns the table."""
     from transformers import AutoModelForCausalLM
 
     from megatron_let.conversion.tokenizer_files import load_tokenizer
@@ -146,7 +144,6 @@ def _evaluate_text(options: Namespace) -> str:
 
 
 def _windows(folder: Path, options: Namespace) -> tuple[int, int]:
-    """The context and stride in tokens."""
     from transformers import AutoConfig
 
     longest = hugging_face.context(hugging_face.load(AutoConfig, folder))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_let.data import documents as records
 from megatron_let.data import sources
@@ -137,17 +138,15 @@ def score_text(
 @torch.no_grad()
 def _losses(model: Any, batch: Sequence[Window]) -> list[float]:
     """The summed loss of each window, in float32 by token and float64 in sum."""
-    longest = max(len(window.ids) for window in batch)
     # Behind a window's end stands anything: no token sees what follows it.
-    rows = [window.ids + [0] * (longest - len(window.ids)) for window in batch]
-    ids_BS = torch.tensor(rows, device=model.device)
+    rows = [torch.tensor(window.ids) for window in batch]
+    ids_BS = pad_sequence(rows, batch_first=True).to(model.device)
     logits_BSV = model(ids_BS[:, :-1]).logits
     losses = []
     for row, window in enumerate(batch):
         stop = len(window.ids) - 1
         counted = slice(stop - window.scored, stop)
-        logits_SV = logits_BSV[row, counted].float()
-        targets_S = ids_BS[row, 1:][counted]
+        logits_SV, targets_S = logits_BSV[row, counted].float(), ids_BS[row, 1:][counted]
         losses_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
         losses.append(losses_S.double().sum().item())
     return losses

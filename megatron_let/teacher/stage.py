@@ -114,8 +114,8 @@ class Teacher:
         missing = number - len(weight)
         # A slice of the embedding costs nothing; one of a head of its own would keep it alive.
         if missing or not is_embedding:
-            weight = _padded(weight, missing)
-        bias = None if head.bias is None else _padded(head.bias[first : first + number], missing)
+            weight = F.pad(weight, (0, 0, 0, missing))
+        bias = None if head.bias is None else F.pad(head.bias[first : first + number], (0, missing))
         return weight, bias
 
     def _check_head_is_linear(self, head: Any) -> None:
@@ -225,11 +225,6 @@ def _shuffle(states_BSD: torch.Tensor, tokens_BS: torch.Tensor) -> torch.Tensor:
     ]
     order_BS = torch.stack(orders).to(states_BSD.device)
     return states_BSD.gather(1, order_BS[..., None].expand_as(states_BSD))
-
-
-def _padded(rows: torch.Tensor, missing: int) -> torch.Tensor:
-    """A copy with rows of zeros at the end."""
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
 def near_random(lm_loss: float, vocab_size: int) -> bool:

@@ -191,8 +191,7 @@ class Translated(torch.utils.data.Dataset):
 
 def cut(ids: np.ndarray, index_S: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """A teacher's row of just this length; zeros at its end are read by nothing before them."""
-    padded = np.zeros(length, dtype=np.int64)
-    padded[: len(ids)] = ids[:length]
+    padded = np.pad(ids[:length], (0, max(length - len(ids), 0)))
     return padded, np.where(index_S < length, index_S, NOTHING)
 
 
