@@ -1,4 +1,7 @@
-"""What a worker of preprocessing does: parse a block, tokenize it, check the tokenizer's engine."""
+"""What is asked of preprocessing, and what a worker of it does.
+
+It parses a block, tokenizes it, and checks the tokenizer's engine.
+"""
 
 import re
 from collections.abc import Iterator
@@ -11,11 +14,40 @@ from megatron_let.data.documents import Documents, Skipped, parse
 from megatron_let.data.engines import Engine, Gigatoken, Rows
 from megatron_let.data.indexed import MAX_LENGTH
 from megatron_let.data.sources import Block, Position
+from megatron_let.data.tokenizer import TokenizerConfig
 
 VERIFIED_FIRST = 100
 """Records at the start of the input that are tokenized by both engines."""
 VERIFIED_BEGINNING = 4_000
 """Characters of each that are: the input may begin with books."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(TokenizerConfig):
+    """What to tokenize and where to write it; the fields are named after the tool's flags."""
+
+    input: tuple[str, ...]
+    """Files, folders and patterns, read in this order."""
+    output_prefix: str
+    """Each key is written to PREFIX_KEY_document.bin, .idx and .json."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of the JSON objects whose texts are tokenized, each into a dataset of its own."""
+    split_by_meta: str | None = None
+    """Key in each record's "meta" whose values get datasets of their own."""
+    append_eod: bool = False
+    """End every document that is not empty with the end-of-document token."""
+    engine: str = "auto"
+    """One of ENGINES."""
+    verify_fraction: float = 0.001
+    """Of the documents behind the first ones, the part that gigatoken's tokens are compared on."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a record that is no document."""
+    max_document_mb: float = 12
+    """Million bytes of text that a document may have: tokenizing takes many times its memory."""
+    workers: int = 1
+    """Processes that tokenize, besides the one that reads and writes."""
+    log_interval: int = 100_000
+    """Documents between two progress lines."""
 
 
 class EngineDiffers(Exception):
@@ -55,26 +87,21 @@ class BlockEncoder:
     Raises `EngineDiffers`, and ValueError for a record that is no document if `on_error` is "stop".
     """
 
+    config: PreprocessConfig
     engine: Engine
-    verify_fraction: float
-    """Of the documents behind the first ones, the part that gigatoken is compared on."""
-    keys: tuple[str, ...]
-    group_key: str | None
     eod: int | None
     dtype: type[np.number]
-    on_error: Literal["stop", "skip"]
-    max_document_mb: float
-    """Of a longer text, a million bytes each, no memory could be promised."""
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode one block."""
-        documents = parse(block, self.keys, self.group_key, self.max_document_mb)
-        if documents.skipped and self.on_error == "stop":
+        config = self.config
+        documents = parse(block, config.json_keys, config.split_by_meta, config.max_document_mb)
+        if documents.skipped and config.on_error == "stop":
             raise ValueError(
                 f"{documents.skipped[0]} (--on-error skip leaves such records out and lists them)"
             )
         return EncodedBlock(
-            parts=[part for key in self.keys for part in self._parts(key, block, documents)],
+            parts=[part for key in config.json_keys for part in self._parts(key, block, documents)],
             skipped=documents.skipped,
             documents=len(documents.records),
             size=block.content.nbytes,
@@ -102,7 +129,7 @@ class BlockEncoder:
     ) -> None:
         records, texts = np.array(documents.records), documents.texts[key]
         dice = np.random.default_rng([block.end.file, block.first])
-        whole = dice.random(len(records)) < self.verify_fraction
+        whole = dice.random(len(records)) < self.config.verify_fraction
         first = (records <= VERIFIED_FIRST) & (block.end.file == 0)
         places = np.flatnonzero(whole | first).tolist()
         checked = [texts[place][: None if whole[place] else VERIFIED_BEGINNING] for place in places]

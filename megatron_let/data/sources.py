@@ -184,10 +184,10 @@ class InputFile:
         self.digest = hashlib.sha256()
 
     def blocks(self, start: Position) -> Iterator[Block]:
-        """Blocks from `start`, a position in this file, to the end; ValueError if it is damaged."""
-        read = 0
+        """Blocks behind `start`, where that lies in this file; ValueError if it is damaged."""
+        read, before = 0, start.records if start.file == self.index else 0
         for content, records in self._contents():
-            known = max(start.records - read, 0)
+            known = max(before - read, 0)
             first, read = read + known + 1, read + records
             if first > read:
                 continue
@@ -210,15 +210,10 @@ class InputFile:
         longest = self.max_mb * (1 if is_text else _LINE_FOR_A_TEXT * len(self.columns))
         for whole in (_whole_text if is_text else _whole_lines)(self._bytes(), longest * 1e6):
             if whole is None:
-                yield self._too_long(longest), 1
+                problem = f"longer than --max-document-mb {self.max_mb:g}: more than {longest:g} MB"
+                yield f"{problem} without an end, not read on; split it or raise the limit", 1
             else:  # a last line may lack its end
                 yield whole, 1 if is_text else whole.count(b"\n") + (not whole.endswith(b"\n"))
-
-    def _too_long(self, longest: float) -> str:
-        return (
-            f"longer than --max-document-mb {self.max_mb:g}: more than {longest:g} MB "
-            f"without an end, not read on; split it or raise the limit"
-        )
 
     def _bytes(self) -> Iterator[bytes]:
         """The decompressed bytes in pieces."""

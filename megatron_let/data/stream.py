@@ -3,15 +3,17 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
 from tqdm import tqdm
 
-from megatron_let.data.encode import BlockEncoder, EncodedBlock, dataset_name
-from megatron_let.data.indexed import PairWriter, commit, open_at
-from megatron_let.data.sources import Block, InputFile, Position
+from megatron_let.data.documents import columns
+from megatron_let.data.encode import BlockEncoder, EncodedBlock, PreprocessConfig, dataset_name
+from megatron_let.data.engines import make_engine
+from megatron_let.data.indexed import PairWriter, commit, open_at, token_dtype
+from megatron_let.data.sources import InputFile
+from megatron_let.data.tokenizer import Tokenizer
 from megatron_let.data.workers import map_in_order
 from megatron_let.data.workplace import Workplace
 
@@ -26,22 +28,29 @@ class Stream:
     """One attempt at all inputs, in order, from the state of the workplace on."""
 
     def __init__(
-        self, inputs: Sequence[InputFile], encoder: BlockEncoder, workplace: Workplace
+        self, config: PreprocessConfig, paths: list[str], tokenizer: Tokenizer, workplace: Workplace
     ) -> None:
-        self._inputs, self._encoder, self._workplace = inputs, encoder, workplace
+        self._config, self._workplace = config, workplace
         self._state, self._folder = workplace.state, workplace.folder
+        engine = make_engine(self._state.engine, tokenizer, tell)
+        self._state.engine = engine.name
+        eod, dtype = tokenizer.eod if config.append_eod else None, token_dtype(tokenizer.vocab_size)
+        self._encoder = BlockEncoder(config, engine, eod, dtype)
+        wanted, longest = columns(config.json_keys, config.split_by_meta), config.max_document_mb
+        self._inputs = [InputFile(path, i, wanted, longest) for i, path in enumerate(paths)]
         self._writers = {
             name: PairWriter(self._folder / name, sizes)
             for name, sizes in self._state.sizes.items()
         }
         self._skipped = open_at(self._folder / "skipped.jsonl", self._state.skipped_bytes)
 
-    def run(self, workers: int, log_interval: int) -> None:
+    def run(self) -> None:
         """Write all blocks that no commit covers."""
-        progress = _Progress(log_interval)
-        committed = time.monotonic()
+        progress = _Progress(self._config.log_interval)
+        committed, start = time.monotonic(), self._state.position
+        blocks = (block for file in self._inputs[start.file :] for block in file.blocks(start))
         try:
-            for encoded in map_in_order(self._encoder, self._blocks(), workers):
+            for encoded in map_in_order(self._encoder, blocks, self._config.workers):
                 self._write(encoded)
                 progress.update(encoded.documents, encoded.size)
                 if time.monotonic() - committed > COMMIT_SECONDS:
@@ -56,11 +65,6 @@ class Stream:
             for writer in self._writers.values():
                 writer.close()
             self._skipped.close()
-
-    def _blocks(self) -> Iterator[Block]:
-        start = self._state.position
-        for file in self._inputs[start.file :]:
-            yield from file.blocks(start if file.index == start.file else Position(file.index))
 
     def _write(self, encoded: EncodedBlock) -> None:
         # All names first: what they can raise must not leave half a block behind.
@@ -88,14 +92,14 @@ class Stream:
         if name not in self._writers:
             if len(self._writers) == MAX_DATASETS:
                 raise ValueError(
-                    f"--split-by-meta {self._encoder.group_key} has more than {MAX_DATASETS} "
+                    f"--split-by-meta {self._config.split_by_meta} has more than {MAX_DATASETS} "
                     f"values, such as {group!r}; choose a key with fewer"
                 )
             self._writers[name] = PairWriter(self._folder / name)
         before = self._state.groups.setdefault(name, group)
         if before != group:
             raise ValueError(
-                f"--split-by-meta {self._encoder.group_key} has the values {before!r} and "
+                f"--split-by-meta {self._config.split_by_meta} has the values {before!r} and "
                 f"{group!r}, which would share the name {name}; rename one"
             )
         return name
@@ -108,6 +112,11 @@ class Stream:
         state.sizes = {name: writer.commit() for name, writer in self._writers.items()}
         state.skipped_bytes = commit(self._skipped)
         self._workplace.save()
+
+
+def tell(line: str) -> None:
+    """Print a line of the program's own, above a bar if there is one."""
+    tqdm.write(f"> {line}", file=sys.stderr)
 
 
 class _Progress:
