@@ -11,8 +11,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_let.commands import inspect_data, merge_datasets
+from megatron_let.commands.merge_datasets import merge
 from megatron_let.data.inspect import check_tokens, checksum, open_pair, summary
-from megatron_let.data.merge import merge
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from megatron_let.errors import UsageError
 from tests.unit.data.test_preprocess import make_records, save_tokenizer, write_jsonl
