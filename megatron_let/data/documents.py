@@ -127,13 +127,13 @@ def _text(record: Any, key: str, max_mb: float) -> str:
     if key not in record:
         raise ValueError(f"no key {key!r}; check --json-keys")
     text = record[key]
-    if isinstance(text, bytes):  # of a binary column
-        try:
+    try:
+        if isinstance(text, UnicodeDecodeError):
+            raise text
+        if isinstance(text, bytes):  # of a binary column
             text = text.decode()
-        except UnicodeDecodeError as error:
-            text = error
-    if isinstance(text, UnicodeDecodeError):
-        raise ValueError(f"the value of {key!r} is not UTF-8: {text}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the value of {key!r} is not UTF-8: {error}") from error
     if not isinstance(text, str):
         raise ValueError(f"the value of {key!r} must be a string, found {type(text).__name__}")
     try:

@@ -108,12 +108,12 @@ class Gigatoken:
         if self._memory_at_start and self._unwatched < _UNWATCHED_CHARACTERS:
             return
         self._unwatched = 0
-        now = _resident_bytes()
+        now = psutil.Process().memory_info().rss
         self._memory_at_start = self._memory_at_start or now
         if now - self._memory_at_start > _CACHE_GROWTH_BYTES:
             del self._tokenizer
             self._tokenizer = _gigatoken(self._source)
-            self._memory_at_start = _resident_bytes()
+            self._memory_at_start = psutil.Process().memory_info().rss
 
 
 Engine = Library | Gigatoken
@@ -189,10 +189,6 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         if wrapped[start : start + len(bare)] == bare:
             return wrapped[:start], wrapped[start + len(bare) :]
     raise Unsuited("what this tokenizer adds to a text does not stand around it")
-
-
-def _resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
 
 
 def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) -> Engine:

@@ -5,6 +5,7 @@ in Python lists and cannot be resumed. Here the lengths lie on disk beside the t
 is made from them at the end. `tests/unit/data/test_indexed.py` compares the two.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,6 +79,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         yield file
         commit(file)
     partial.replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """A file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_absent(outputs: Iterable[str]) -> None:

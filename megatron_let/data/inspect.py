@@ -1,6 +1,5 @@
 """Look into .bin/.idx pairs: are they whole, how long are the documents, what do they say."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_let.data.indexed import DTYPES, HEAD, HEADER
+from megatron_let.data.indexed import DTYPES, HEAD, HEADER, sha256_file
 from megatron_let.errors import UsageError
 
 _SCANNED_BYTES = 32 * 1024**2
@@ -57,8 +56,8 @@ def open_pair(prefix: str) -> Pair:
     sizes = lengths.astype(np.int64) * pair.dtype.itemsize
     if not np.array_equal(pair.pointers, np.cumsum(sizes) - sizes):
         raise ValueError(f"{prefix}.idx has sequences that do not follow each other in the .bin")
-    ordered = len(documents) and documents[0] == 0 and (np.diff(documents) >= 0).all()
-    if not ordered or documents[-1] != len(lengths):
+    ends = [*documents[:1], *documents[-1:]]
+    if ends != [0, len(lengths)] or (np.diff(documents) < 0).any():
         raise ValueError(
             f"{prefix}.idx has documents that do not cover its {len(lengths)} sequences"
         )
@@ -139,11 +138,7 @@ def check_tokens(pair: Pair, vocab_size: int) -> None:
 
 def checksum(pair: Pair) -> dict[str, str]:
     """SHA-256 of both files, to compare copies."""
-    found = {}
-    for suffix in (".bin", ".idx"):
-        with open(pair.prefix + suffix, "rb") as file:
-            found[suffix] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {suffix: sha256_file(Path(pair.prefix + suffix)) for suffix in (".bin", ".idx")}
 
 
 def summary(pair: Pair) -> str:

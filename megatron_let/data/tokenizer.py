@@ -5,7 +5,6 @@ times as long as preprocessing 100 MB. `tests/unit/data/test_tokenizer.py` compa
 """
 
 import importlib.util
-import itertools
 import os
 import re
 import sys
@@ -22,7 +21,13 @@ TOKENIZER_TYPES = (
     "Llama2Tokenizer"
 ).split()
 
-_ALIKE = ("sep_token", "eos_token"), ("cls_token", "bos_token")
+_STAND_INS = {
+    "sep_token": "eos_token",
+    "eos_token": "sep_token",
+    "cls_token": "bos_token",
+    "bos_token": "cls_token",
+}
+"""What Megatron takes for a special token that a tokenizer has not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +57,13 @@ class HuggingFace:
     ) -> None:
         self._tokenizer = tokenizer
         self.include_special_tokens = include_special_tokens
-        further = {"additional_special_tokens": list(special_tokens)}
-        self._tokenizer.add_special_tokens(self._stand_ins() | further)
+        found = {
+            name: getattr(tokenizer, other)
+            for name, other in _STAND_INS.items()
+            if getattr(tokenizer, name) is None and getattr(tokenizer, other)
+        }
+        found["additional_special_tokens"] = list(special_tokens)
+        tokenizer.add_special_tokens(found)
         self.fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         """The compiled tokenizer of the tokenizers library, where there is one."""
         if self.fast is not None:  # of what a folder says
@@ -62,14 +72,6 @@ class HuggingFace:
         self.vocab_size = len(tokenizer)
         self.eod: int | None = tokenizer.eos_token_id
         """Id of the end-of-document token; None without one."""
-
-    def _stand_ins(self) -> dict[str, str]:
-        """The end token for an absent separator, the start for a class token, and the reverse."""
-        found = {}
-        for name, other in itertools.chain(*map(itertools.permutations, _ALIKE)):
-            if getattr(self._tokenizer, name) is None and getattr(self._tokenizer, other):
-                found[name] = getattr(self._tokenizer, other)
-        return found
 
     def ids(self) -> dict[str, int]:
         """Every token's id: what `tokenizer_fingerprint` identifies a tokenizer by."""

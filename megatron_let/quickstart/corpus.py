@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_let.data.indexed import whole_file
+from megatron_let.data.indexed import sha256_file, whole_file
 from megatron_let.errors import UsageError
 
 LARGEST_FILE_BYTES = 200_000
@@ -259,9 +259,3 @@ def _reuse(report_path: Path, max_train_bytes: int, max_valid_bytes: int) -> Cor
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
