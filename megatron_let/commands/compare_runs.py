@@ -5,7 +5,6 @@
 Every seed needs its plain run (--method baseline); the target is that run's final validation loss.
 """
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,18 +17,6 @@ from megatron_let.report.targets import compare_all, regime_sentence
 
 JUDGED_BY = ("valid_data_path", "per_split_data_args_path", "full_validation", "eval_iters")
 """Arguments that say what a validation loss is of, and the hash of the training data does not."""
-
-
-def _build_parser() -> ArgumentParser:
-    parser = tool_parser(__doc__, "compare", allow_abbrev=False)
-    add = parser.add_argument
-    save = "a run's --save; runs of one label differ in their seeds (default label: the method)"
-    add("runs", nargs="+", metavar="[LABEL=]FOLDER", help=save)
-    add("--teacher", type=Path, metavar="FOLDER", help="the teacher's own training run")
-    add("--output", type=Path, metavar="FILE", help="keep the tables there too")
-    add("--plot", type=Path, metavar="PNG", help="draw the losses")
-    add("--html", type=Path, metavar="FILE", help="write a page: curves over any axis, tables")
-    return parser
 
 
 def _read_labelled(word: str) -> Run:
@@ -55,7 +42,14 @@ def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
-    parser = _build_parser()
+    parser = tool_parser(__doc__, "compare", allow_abbrev=False)
+    add = parser.add_argument
+    save = "a run's --save; runs of one label differ in their seeds (default label: the method)"
+    add("runs", nargs="+", metavar="[LABEL=]FOLDER", help=save)
+    add("--teacher", type=Path, metavar="FOLDER", help="the teacher's own training run")
+    add("--output", type=Path, metavar="FILE", help="keep the tables there too")
+    add("--plot", type=Path, metavar="PNG", help="draw the losses")
+    add("--html", type=Path, metavar="FILE", help="write a page: curves over any axis, tables")
     options = parser.parse_args(arguments)
     with mistakes_told(parser, (ValueError, ImportError, OSError)):
         runs = [_read_labelled(word) for word in options.runs]

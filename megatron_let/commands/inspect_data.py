@@ -3,7 +3,7 @@
 megatron-let inspect data/pile_text_document --tokenizer-model path/to/tokenizer
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,20 +13,6 @@ from megatron_let.commands import mistakes_told, number, tool_parser
 from megatron_let.data import tokenizer
 from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary
-
-
-def _build_parser() -> ArgumentParser:
-    parser = tool_parser(__doc__, "inspect")
-    add, types = parser.add_argument, tokenizer.TOKENIZER_TYPES
-    add("prefix", nargs="+", help="dataset without .bin or .idx")
-    add("--tokenizer-type", choices=types, default=types[0])
-    add("--tokenizer-model", help="shows documents as text")
-    from_0 = partial(number, least=0)
-    add("--documents", type=from_0, default=2, help="documents to show (default 2)")
-    add("--seed", type=from_0, default=0, help="which ones, drawn at random (default 0)")
-    add("--vocab-size", type=number, help="default: the sidecar's, or the tokenizer's")
-    add("--checksum", action="store_true", help="print SHA-256 of the files")
-    return parser
 
 
 def _show(pair: Pair, options: Namespace) -> None:
@@ -67,7 +53,16 @@ def _show_documents(pair: Pair, reader: tokenizer.Tokenizer, options: Namespace)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a damaged dataset ends in one paragraph and exit status 2."""
-    parser = _build_parser()
+    parser = tool_parser(__doc__, "inspect")
+    add, types = parser.add_argument, tokenizer.TOKENIZER_TYPES
+    add("prefix", nargs="+", help="dataset without .bin or .idx")
+    add("--tokenizer-type", choices=types, default=types[0])
+    add("--tokenizer-model", help="shows documents as text")
+    from_0 = partial(number, least=0)
+    add("--documents", type=from_0, default=2, help="documents to show (default 2)")
+    add("--seed", type=from_0, default=0, help="which ones, drawn at random (default 0)")
+    add("--vocab-size", type=number, help="default: the sidecar's, or the tokenizer's")
+    add("--checksum", action="store_true", help="print SHA-256 of the files")
     options = parser.parse_args(arguments)
     if arguments is None:  # this process does nothing else
         tokenizer.without_models()

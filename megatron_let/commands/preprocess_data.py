@@ -6,7 +6,7 @@
 Killed, the same call goes on where it was.
 """
 
-from argparse import ArgumentParser, _ArgumentGroup
+from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from megatron_let.commands import mistakes_told, tool_parser
@@ -19,14 +19,7 @@ from megatron_let.data.tokenizer import TOKENIZER_TYPES, without_models
 def _build_parser() -> ArgumentParser:
     """Every flag is a field of `PreprocessConfig`."""
     parser = tool_parser(__doc__, "preprocess")
-    _add_data(parser.add_argument_group("input and output"))
-    _add_tokenizer(parser.add_argument_group("tokenizer"))
-    _add_work(parser.add_argument_group("work"))
-    return parser
-
-
-def _add_data(group: _ArgumentGroup) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("input and output").add_argument
     inputs = (
         f"files, folders or quoted patterns, read in this order: {', '.join(SUFFIXES)} (a .txt "
         "file is one document)"
@@ -54,9 +47,7 @@ def _add_data(group: _ArgumentGroup) -> None:
     )
     add("--max-document-mb", type=float, default=12, help=longest)
 
-
-def _add_tokenizer(group: _ArgumentGroup) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("tokenizer").add_argument
     types, default = TOKENIZER_TYPES, TOKENIZER_TYPES[0]
     add("--tokenizer-type", choices=types, default=default, help="default: %(default)s")
     model = "tokenizer folder or Hugging Face id, or SentencePiece model"
@@ -70,9 +61,7 @@ def _add_tokenizer(group: _ArgumentGroup) -> None:
     add("--tokenizer-sentencepiece-legacy", action="store_true")
     add("--trust-remote-code", action="store_true", help="run code that comes with a tokenizer")
 
-
-def _add_work(group: _ArgumentGroup) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, default=1, help="processes that tokenize (default: %(default)s)")
     engine = (
         "gigatoken, the tokenizer's own library (tokenizers), or gigatoken as long as it proves to "
@@ -86,6 +75,7 @@ def _add_work(group: _ArgumentGroup) -> None:
     add("--verify-fraction", type=float, default=0.001, help=fraction)
     lines = "documents between progress lines (default: %(default)s)"
     add("--log-interval", type=int, default=100_000, help=lines)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
