@@ -46,7 +46,9 @@ def write_page(
     for label, own in guided(comparisons).items():
         parts.append(f"<p>{html.escape(f'{display(label)}: {verdict(own, comparisons)}.')}</p>")
     parts += ["<h2>Costs and losses</h2>", f"<pre>{html.escape(tables)}</pre>"]
-    parts += ["<h2>What differs in their settings</h2>", _table(differing(runs))]
+    rows = ("".join(f"<td>{html.escape(c)}</td>" for c in row) for row in differing(runs))
+    table = "".join(f"<tr>{row}</tr>" for row in rows)
+    parts += ["<h2>What differs in their settings</h2>", f"<table>{table}</table>"]
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"<!doctype html><html lang=en>{head}<body>{''.join(parts)}</body></html>\n")
@@ -102,13 +104,12 @@ def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> An
 
 def _logged(runs: Sequence[Run]) -> Iterator[Any]:
     for key in LOGGED:
-        series = {f"{run.label}, seed {run.seed}": run.series(key) for run in runs}
-        if any(series.values()):
+        logged = [(run, points) for run in runs if (points := run.series(key))]
+        if logged:
             figure = _figure(height=260, xaxis_title="steps", yaxis_title=key)
-            for name, points in series.items():
-                if points:
-                    x, y = zip(*points, strict=True)
-                    figure.add_scatter(x=x, y=y, name=name, showlegend=True)
+            for run, points in logged:
+                x, y = zip(*points, strict=True)
+                figure.add_scatter(x=x, y=y, name=f"{run.label}, seed {run.seed}", showlegend=True)
             yield figure
 
 
@@ -128,8 +129,3 @@ def _arguments(run: Run) -> dict[str, Any]:
         return dict(json.loads(starts[-1].read_text())["arguments"])
     except (IndexError, KeyError, OSError, TypeError, ValueError):
         return {}
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

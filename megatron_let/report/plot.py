@@ -44,11 +44,10 @@ def plot_comparison(
     teacher_loss: float | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw validation loss over steps as a PNG at `path`.
+    """Draw validation loss over steps as a PNG at `path`, which is returned; folders are made.
 
-    A thin line a seed, a thick one their mean. `teacher_loss` (nats a token, same validation set)
-    is drawn as a dashed line. Returns `path`; folders are made. Raises ValueError without runs
-    and ImportError with the way out if matplotlib is missing.
+    `teacher_loss` (nats a token, same validation set) is drawn as a dashed line. Raises ValueError
+    without runs and ImportError with the way out if matplotlib is missing.
     """
     if not comparisons:
         raise ValueError("nothing to plot: give at least one plain run and one other")

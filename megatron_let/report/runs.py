@@ -1,10 +1,4 @@
-"""Read one run's `metrics.jsonl` into a typed `Run`.
-
-The file is append-only, one JSON object a line: a `start` line each time the run is started or
-resumed, `train` lines at the log interval, `valid` lines at each evaluation. Units: `flops` and
-`seconds` are cumulative from step 0; `seconds` is training time without evaluation; `lm loss` is
-nats a token.
-"""
+"""Read one run's `metrics.jsonl`, which `training.metrics` describes, into a typed `Run`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +27,7 @@ class Evaluation:
     tokens: float
     flops: float
     seconds: float
+    """Of training, as the other three from the run's first step on."""
     loss: float
     """Mean LM loss, nats a token."""
     peak_memory: float | None = None
@@ -84,9 +79,8 @@ class Run:
 def read_run(path: Path, *, label: str | None = None) -> Run:
     """Read a run from its `metrics.jsonl`, or from the folder that holds one.
 
-    `label` names the kind of run in tables and plots (default: its method); give one where two
-    kinds share a method, for example two alignment weights. Raises ValueError for a missing or
-    empty file, and for one without a start line or a value that a run must have.
+    `label` is for kinds of runs that share a method, such as two alignment weights. Raises
+    ValueError for a missing or empty file, and for one that lacks what a run must have.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
@@ -139,9 +133,8 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _evaluation(record: dict[str, Any]) -> Evaluation:
-    logged = {name: float(record[name]) for name in ("tokens", "flops", "seconds")}
-    loss, memory = float(record["lm loss"]), record.get("peak memory")
-    return Evaluation(record["iteration"], **logged, loss=loss, peak_memory=memory)
+    logged = (float(record[name]) for name in ("tokens", "flops", "seconds", "lm loss"))
+    return Evaluation(record["iteration"], *logged, record.get("peak memory"))
 
 
 def shared(runs: Sequence[Run]) -> list[list[Evaluation]]:

@@ -56,14 +56,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 def spread(values: Sequence[float | None], digits: int) -> str:
     """Mean and range over the seeds; `never` in the place of what a seed does not have."""
+    mean, ends = _mean_and_range(values, digits)
+    if len(values) == 1:
+        return mean
+    return ends if None in values or not values else f"{mean} ({ends})"
+
+
+def _mean_and_range(values: Sequence[float | None], digits: int) -> tuple[str, str]:
+    """Of all seeds; in the place of a mean how many have a value, where one has none."""
     known = [value for value in values if value is not None]
     if not known:
-        return NEVER
+        return NEVER, NEVER
     low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
     if len(known) < len(values):
-        return f"{low}-{NEVER}"
-    mean = f"{fmean(known):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({low}-{high})"
+        return f"{len(known)} of {len(values)}", f"{low}-{NEVER}"
+    return f"{fmean(known):.{digits}f}", f"{low}-{high}"
 
 
 def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...]:
@@ -79,26 +86,15 @@ def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...
 
 
 def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    losses = [c.run.final.loss for c in group]
-    reached = [c.ratio for c in group if c.ratio is not None]
-    axes = (_summarize([ratio[i] for ratio in reached], len(group)) for i in range(3))
+    loss = _mean_and_range([c.run.final.loss for c in group], 3)
+    axes = (_mean_and_range([c.ratio and c.ratio[i] for c in group], 2) for i in range(3))
     speed_ups = [c.speed_up for c in group if c.speed_up is not None]
     mean = mean_speed_up(group)  # plain steps over mean steps, as the steps column reads
     speed = "-", "-"
     if mean is not None:
         speed = f"{mean:.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
-    loss = f"{fmean(losses):.3f}", f"{min(losses):.3f}-{max(losses):.3f}"
     columns = ((label, label), ("mean", "range"), loss, *axes, speed, ("", ""))
     return list(zip(*columns, strict=True))
-
-
-def _summarize(reached: Sequence[float], seeds: int) -> tuple[str, str]:
-    """(mean, range) of one axis; a seed that never arrives has no mean, and is said."""
-    if not reached:
-        return NEVER, NEVER
-    if len(reached) < seeds:
-        return f"{len(reached)} of {seeds}", f"{min(reached):.2f}-{NEVER}"
-    return f"{fmean(reached):.2f}", f"{min(reached):.2f}-{max(reached):.2f}"
 
 
 def _legend(comparisons: Sequence[Comparison], teacher_run: Run | None) -> list[str]:

@@ -6,16 +6,12 @@ lost again does not count. With that evaluation `b` and the one before it `a`, t
 
     fraction = (loss_a - target) / (loss_a - loss_b)        0 < fraction <= 1
 
-and every axis (steps, FLOPs, seconds) is read at the same fraction between `a` and `b`. Where `b`
-is the run's first evaluation there is nothing to interpolate from: the cost is that of `b`, an
-upper bound. A run whose last evaluation lies above the target never reaches it (`None`).
-
-A ratio is that cost over the plain run's own at its final evaluation; the plain run's ratio is 1 by
-definition. FLOPs include the teacher's forward passes; what the teacher's own pre-training cost is
-not in them and is reported beside them.
+and every axis is read at that fraction between `a` and `b`; if `b` is the first evaluation, at `b`,
+an upper bound. FLOPs include the teacher's forward passes, not its own pre-training.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,8 +46,7 @@ class Comparison:
         """`to_target` over the plain run's total; None if never."""
         if self.to_target is None:
             return None
-        axes = zip(self.to_target, self.plain_total, strict=True)
-        return Cost(*(own / total for own, total in axes))
+        return Cost(*map(operator.truediv, self.to_target, self.plain_total))
 
     @property
     def speed_up(self) -> float | None:
@@ -76,9 +71,9 @@ def cost_to_target(run: Run, target_loss: float) -> Cost | None:
 
 
 def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
-    """The run's validation loss once it has spent `budget` on an axis; None if it never does.
+    """The run's validation loss, interpolated, once it has spent `budget` on a field of `Cost`.
 
-    Interpolated between two evaluations. `axis` is a field of `Cost`.
+    None if it never does.
     """
     value = getattr(budget, axis)
     points = [(getattr(_cost_at(e), axis), e.loss) for e in run.evaluations]
@@ -108,11 +103,8 @@ def compare(run: Run, plain: Run) -> Comparison:
 
 
 def mean_speed_up(group: Sequence[Comparison]) -> float | None:
-    """Plain steps over steps to target, both averaged over the seeds; None if any seed never.
-
-    This is the reciprocal of the mean ratio, not the mean of the reciprocals, so that a table's
-    two columns agree.
-    """
+    """Plain steps over steps to target, both averaged over the seeds; None if any seed never."""
+    # The reciprocal of the mean ratio, not the mean of reciprocals: a table's two columns agree.
     steps = [c.to_target.steps for c in group if c.to_target is not None]
     if len(steps) < len(group):
         return None
@@ -126,16 +118,21 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     Plain runs come first, then the labels in the order given, seeds ascending. Raises ValueError
     if a seed has no plain run, or two runs share label and seed.
     """
-    _refuse_twins(runs)
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        # A label cannot make a second plain run of a seed: which of them would be the target?
+        key = (BASELINE if run.method == BASELINE else run.label, run.seed)
+        if (twin := seen.setdefault(key, run)) is not run:
+            also = "" if key[0] == BASELINE else ", or give them labels of their own"
+            both = f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}"
+            raise ValueError(f"{both}: leave one out{also}")
     plain_by_seed = {run.seed: run for run in runs if run.method == BASELINE}
     labels = [run.label for run in runs]
     in_order = sorted(runs, key=lambda r: (r.method != BASELINE, labels.index(r.label), r.seed))
     for run in in_order:
         if run.seed not in plain_by_seed:
-            missing = f"--method baseline --seed {run.seed}"
-            raise ValueError(
-                f"{run.path} has seed {run.seed}, and no plain run has: add the run with {missing}"
-            )
+            problem = f"{run.path} has seed {run.seed}, and no plain run has"
+            raise ValueError(f"{problem}: add the run with --method baseline --seed {run.seed}")
     return [compare(run, plain_by_seed[run.seed]) for run in in_order]
 
 
@@ -152,24 +149,10 @@ def guided(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     return by_label([c for c in comparisons if c.run.method != BASELINE])
 
 
-def _refuse_twins(runs: Sequence[Run]) -> None:
-    seen: dict[tuple[str, int], Run] = {}
-    for run in runs:
-        # A label cannot make a second plain run of a seed: which of them would be the target?
-        key = (BASELINE if run.method == BASELINE else run.label, run.seed)
-        twin = seen.setdefault(key, run)
-        if twin is not run:
-            also = "" if key[0] == BASELINE else ", or give them labels of their own"
-            both = f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}"
-            raise ValueError(f"{both}: leave one out{also}")
-
-
 def _check_like_with_like(run: Run, plain: Run) -> None:
     if not plain.finished:
-        reached = f"last evaluated at step {plain.final.iteration} of {plain.train_iters}"
-        raise ValueError(
-            f"the plain run {plain.path} was {reached}: let it finish, its end is the target"
-        )
+        was = f"was last evaluated at step {plain.final.iteration} of {plain.train_iters}"
+        raise ValueError(f"the plain run {plain.path} {was}: let it finish, its end is the target")
     if not math.isfinite(plain.final.loss):
         raise ValueError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
     for fact in ("seed", "data", "train_iters", "tokens_per_step", "student_parameters"):
@@ -200,10 +183,7 @@ def verdict(group: Sequence[Comparison], comparisons: Sequence[Comparison]) -> s
 
 
 def regime_sentence(plain: Run, teacher_loss: float) -> str:
-    """Say whether the plain student stays worse than its teacher or passes it, and where.
-
-    `teacher_loss` must come from the validation set that the plain run was evaluated on.
-    """
+    """Say whether the plain student stays worse than its teacher, on one text, or passes it."""
     passed = cost_to_target(plain, teacher_loss)
     what = "stays worse than its teacher"
     if passed is not None:
