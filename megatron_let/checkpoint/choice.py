@@ -53,9 +53,8 @@ def check_flags(args: Namespace) -> None:
 def choose(args: Namespace, load: str, damaged: dict[Path, str]) -> Path | None:
     """Return the checkpoint in `load` that a run goes on from; None if it starts from scratch.
 
-    `load` is `--load` or `--pretrained-checkpoint`. `damaged` are checkpoints that are known to be,
-    with why; what is found is added. One that was asked for by name, or is another run's, must be
-    whole: else a `UsageError`, as where there is none to go on from.
+    To `damaged`, checkpoints with what is wrong, is added what is found. One that was asked for by
+    name, or is another run's, must be whole: else a `UsageError`, as where there is none.
     """
     folder, problems = Path(load), []
     for step, path in _candidates(args, folder):
@@ -85,7 +84,6 @@ def choose(args: Namespace, load: str, damaged: dict[Path, str]) -> Path | None:
 
 
 def _candidates(args: Namespace, load: Path) -> list[tuple[int, Path]]:
-    """The checkpoints that may be loaded with their steps, the newest first."""
     folders = iteration_folders(load)
     tracked, found = read_tracker(load), list(folders.items())
     is_load = args.load is not None and load == Path(args.load)
@@ -139,8 +137,7 @@ def refuse_overwriting(args: Namespace, start: int, damaged: dict[Path, str]) ->
 def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
     """Once a whole checkpoint is loaded: say what was wrong, and mend what is this run's own.
 
-    A damaged one is renamed, so that it is neither loaded nor overwritten; the tracker is written
-    in one go, as Megatron does not.
+    A damaged one is renamed, so that it is neither loaded nor overwritten.
     """
     load = used.parent
     step = RELEASE if used.name == "release" else step_of(used)
@@ -169,10 +166,9 @@ def _free_name(path: Path) -> Path:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Say what is wrong with one `torch_dist` checkpoint; None if nothing is.
+    """Say what is wrong with a checkpoint's sizes, or what a run reads first; None if nothing is.
 
-    Sizes are compared, and what a run reads first is read; `sums.py` compares whole files. A file
-    that is there and cannot be read now is a `MachineError`, no damage.
+    A file that is there and cannot be read now is a `MachineError`, no damage.
     """
     if not is_finished(folder):
         return "it is half-written: metadata.json is missing or damaged"

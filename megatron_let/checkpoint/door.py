@@ -1,8 +1,4 @@
-"""The one way by which a checkpoint comes into a run: which one, and how it is read.
-
-Megatron's own ways (its tracker, the older formats, whatever a file makes of itself) are replaced
-from the parsing of the command line on, so that every flag that loads leads through here.
-"""
+"""The one way by which a checkpoint comes into a run, in the place of all of Megatron's own."""
 
 import functools
 import traceback
@@ -44,10 +40,8 @@ class Door:
         apply(safe_loading.redirects(self._load_base, self._holds, self._load))
 
     def tell(self, on_load: Callable[[Namespace], None]) -> None:
-        """Have a method told the arguments of the checkpoint that was loaded, on every rank.
-
-        The door stays in Megatron, and must not keep a run's objects there.
-        """
+        """Have a method told the arguments of the checkpoint that was loaded, on every rank."""
+        # The door stays in Megatron, and must not keep a run's objects there.
         self._on_load = weakref.WeakMethod(on_load)
 
     def settle(self, args: Namespace) -> None:
@@ -67,7 +61,7 @@ class Door:
         self._args = args
 
     def _decide(self, args: Namespace) -> tuple[Path | None, bool, str | None]:
-        """Return the checkpoint, whether its weights alone are taken, and which folder gave it."""
+        """What is chosen, whether its weights alone are taken, and which folder gave it."""
         chosen, finetune, origin = None, args.finetune, args.load
         if args.load is not None:
             chosen = choose(args, args.load, self._damaged)
@@ -105,14 +99,16 @@ class Door:
         if not rank0:
             return safe_loading.whole_state(folder, step_of(folder), args, states)
         found = safe_loading.common_state(folder, step_of(folder))
-        _check_spec(args, found[0])
+        saved = getattr(found[0].get("args"), "spec", None)
+        if args.use_checkpoint_args and saved not in (None, args.spec):
+            raise UsageError(
+                f"The checkpoint's --spec {saved} names code, which --use-checkpoint-args would "
+                "import and call. If you trust it, give the same --spec on the command line."
+            )
         return found
 
     def saved_args(self, args: Namespace) -> Namespace | None:
-        """Return the arguments in the checkpoint that a run goes on from, None without one.
-
-        Every rank reads them: they are in the small part that holds no tensors.
-        """
+        """Return the arguments in the checkpoint that a run goes on from, None without one."""
         state, _, is_release, _ = self._load_base(args.load, args, rank0=True)
         return None if is_release or not state else state.get("args")
 
@@ -152,13 +148,3 @@ def _agreed(ranks: int, find: Callable[[], Any]) -> list[Any]:
         if isinstance(found, UsageError):
             raise found
     return every
-
-
-def _check_spec(args: Namespace, state: dict[str, Any]) -> None:
-    """What a run imports is for its command line to say, not for a checkpoint."""
-    saved = getattr(state.get("args"), "spec", None)
-    if args.use_checkpoint_args and saved not in (None, args.spec):
-        raise UsageError(
-            f"The checkpoint's --spec {saved} names code, which --use-checkpoint-args would import "
-            "and call. If you trust it, give the same --spec on the command line."
-        )

@@ -17,13 +17,11 @@ from megatron_let.upstream.loop_hooks import Listener, Save, Step
 
 
 class FiniteCheck(Listener):
-    """Ends the run where an update, or what is to be saved, is not finite.
-
-    `count_bad_losses` tells how many of the step's losses are not, on this rank; it waits.
-    """
+    """Ends the run where an update, or what is to be saved, is not finite."""
 
     def __init__(self, count_bad_losses: Callable[[], int]) -> None:
         self._count_bad_losses = count_bad_losses
+        """Of the step, on this rank; it waits."""
 
     def after_step(self, step: Step) -> None:
         """Look at the norm of the gradients that the update was made from."""
@@ -48,14 +46,13 @@ class FiniteCheck(Listener):
         bad = ""
         if not math.isfinite(largest):
             bad = next((n for n, tensor in saved if not tensor.isfinite().all()), "a weight")
-        found = ((rank, name) for rank, name in enumerate(gathered(bad)) if name)
-        rank, name = next(found, (0, ""))
-        if name:
-            end_run(
-                f"step {save.step}: {name.replace('module.', '')} on rank {rank} is not finite, so "
-                "the step is not saved: start again to go on from the newest checkpoint, perhaps "
-                "with a smaller --lr."
-            )
+        for rank, name in enumerate(gathered(bad)):
+            if name:
+                end_run(
+                    f"step {save.step}: {name.replace('module.', '')} on rank {rank} is not "
+                    "finite, so the step is not saved: start again to go on from the newest "
+                    "checkpoint, perhaps with a smaller --lr."
+                )
 
 
 def _optimizer_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:

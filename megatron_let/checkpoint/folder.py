@@ -53,10 +53,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
-    """Return the folder of one checkpoint below `load` (`--save` of the run).
-
-    It is that of iteration `step`, or the newest that has all its bytes.
-    """
+    """Return the checkpoint of iteration `step` below `load`, or the newest with all its bytes."""
     folders = [*iteration_folders(load).values()][::-1] + [load / "release"]
     if step is not None:
         folders = [load / f"iter_{step:07d}"]

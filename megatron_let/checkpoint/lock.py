@@ -38,10 +38,7 @@ def save_folder(argv: Sequence[str]) -> Path | None:
 
 @contextlib.contextmanager
 def one_run_in(save: Path | None) -> Iterator[None]:
-    """Hold the lock of `save` on rank 0, as long as the context or the process lasts.
-
-    It is a `MachineError` if another run holds it, or the folder cannot be written.
-    """
+    """Hold the lock of `save` on rank 0; `MachineError` if it is another run's or not writable."""
     if save is None or os.environ.get("RANK", "0") != "0":
         yield
         return

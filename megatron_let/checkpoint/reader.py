@@ -1,8 +1,7 @@
 """Reads Megatron's `torch_dist` checkpoints: on CPU, in one process, without Megatron.
 
-The format is layout-free: it tells where in the whole tensor each saved piece belongs, so the
-parallel layout of the run does not matter. Nothing that a file names is imported or called:
-tensors are read with `weights_only`, and the two pickles of the format by restricted loaders.
+The format tells where in the whole tensor each saved piece belongs, whatever the run's layout was.
+Nothing that a file names is imported or called.
 """
 
 import io
@@ -37,10 +36,7 @@ DAMAGED = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, 
 
 
 class Checkpoint:
-    """One `torch_dist` checkpoint; tensors are read one at a time, or a slice of one.
-
-    What cannot be read, `.metadata` or a file of a tensor, is told by a `UsageError`.
-    """
+    """One `torch_dist` checkpoint; what cannot be read of it is told by a `UsageError`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +112,6 @@ class Checkpoint:
             return load_inert(io.BytesIO(self._mapped(MetadataIndex(name))))
 
     def _piece(self, item: ReadItem) -> torch.Tensor:
-        """Return what an item reads of a saved piece of a tensor."""
         stored = self._metadata.storage_data[item.storage_index]
         with self._told(item.storage_index.fqn):
             entry = self._mapped(item.storage_index)

@@ -29,10 +29,7 @@ class Retention(Listener):
         self._pool = ThreadPoolExecutor(1)  # the interpreter waits for it at its end
 
     def after_save(self, folder: Path) -> None:
-        """Remove, in a thread, what a new checkpoint has made superfluous.
-
-        A folder that cannot be removed is told of, and the run goes on.
-        """
+        """Remove, in a thread, what a new checkpoint has made superfluous."""
         if self._keep_last is not None and os.environ.get("RANK", "0") == "0":
             self._pool.submit(self._remove, step_of(folder), self._keep_last)
 

@@ -56,7 +56,7 @@ class Sums(Listener):
 
 
 def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Compare files with their sums, where there are any: this rank's share of them.
+    """Say which of this rank's share of the files are not what their sums are of, if any.
 
     A file that is there and cannot be read now is a `MachineError`, no damage.
     """
