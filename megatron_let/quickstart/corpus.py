@@ -1,10 +1,4 @@
-"""Real text: Python sources, of the pinned wheels (wheels.py) or of what is installed.
-
-Packages become `train.jsonl` and `valid.jsonl`, one `{"text": ..., "meta": {"package": ...,
-"path": ...}}` a line. Nothing is redistributed. From the wheels every machine gets the same bytes;
-without `roots` the running interpreter's standard library and environment are read, for a smoke
-that needs no network.
-"""
+"""Real text: Python sources, of the pinned wheels (wheels.py) or of what is installed."""
 
 import hashlib
 import json
@@ -79,8 +73,9 @@ def build_corpus(
 ) -> CorpusReport:
     """Write `train.jsonl`, `valid.jsonl` and, last, `corpus.json` into `output_dir`.
 
-    A complete corpus with the same parameters is reused as it is. Raises ValueError if the folder
-    holds one with other parameters or edited files, or if there is too little text to split.
+    Their lines are `{"text": ..., "meta": {"package": ..., "path": ...}}`. Without `roots` what is
+    installed is read. A corpus with the same parameters is reused. Raises ValueError for one with
+    others or edited files, and for too little text to split.
     """
     report_path = output_dir / "corpus.json"
     if report_path.exists():
@@ -116,9 +111,8 @@ def find_sources(roots: Iterable[Path], ending: str = ".py") -> list[Source]:
 def split_by_package(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
     """(train, valid): whole packages, about 5 % of the bytes in valid, neither ever empty.
 
-    Files of one package share names and idioms: split by file, a model would recite its training
-    set. In the order of the sha256 of their names packages join valid while they fit into the 5 %;
-    if none does, the smallest one goes there. ValueError if there are fewer than two packages.
+    Split by file, a model would recite its training set. In the order of the sha256 of their names
+    packages join valid while they fit; if none does, the smallest. ValueError for fewer than two.
     """
     sizes: Counter[str] = Counter()
     for source in sources:
@@ -144,9 +138,8 @@ def split_by_package(sources: Sequence[Source]) -> tuple[list[Source], list[Sour
 class Deduplicator:
     """Keeps documents, but for exact and near duplicates of those kept so far.
 
-    Near: the sets of distinct stripped lines have a Jaccard similarity of at least 0.8. That is
-    computed, not estimated as with MinHash, and it sees vendored and lightly edited copies, which
-    are what packages hold.
+    Near: the sets of distinct stripped lines have a Jaccard similarity of at least 0.8, which sees
+    the vendored and lightly edited copies that packages hold.
     """
 
     def __init__(self) -> None:
@@ -159,7 +152,8 @@ class Deduplicator:
         digest = _sha256(text)
         if digest in self._digests:
             return "exact"
-        lines = _line_set(text)
+        distinct = {line.strip().encode() for line in text.splitlines()} - {b""}
+        lines = frozenset(hashlib.blake2b(line, digest_size=8).digest() for line in distinct)
         # Prefix filter: in any one order of all lines, two sets with Jaccard >= t must share a line
         # among the first len - ceil(t * len) + 1 of each. Taking one more costs nothing and is safe
         # against rounding. The order is that of the hashes.
@@ -180,11 +174,6 @@ def _are_near(ours: frozenset[bytes], theirs: frozenset[bytes]) -> bool:
         return False
     shared = len(ours & theirs)
     return shared >= NEAR_DUPLICATE_JACCARD * (small + large - shared)
-
-
-def _line_set(text: str) -> frozenset[bytes]:
-    lines = {line.strip().encode() for line in text.splitlines()} - {b""}
-    return frozenset(hashlib.blake2b(line, digest_size=8).digest() for line in lines)
 
 
 def read_source(path: Path) -> str | None:

@@ -1,18 +1,12 @@
 """Show on a laptop that a small teacher saves a larger student steps: `make quickstart`.
 
-1. corpus: Python sources of pinned wheels (--fast: of what is installed), split by package
-2. a BPE tokenizer, and Megatron's .bin/.idx files
-3. a small teacher, trained plainly and exported to a Hugging Face folder
-4. for each seed: a plain student, a LET student on the same batches from the same weights, and a
-   student that is the teacher, grown to its shape, trained on
-5. the report: table, picture, and a sample from the LET student
-
 Every stage is kept under runs/quickstart; a second call goes on where the first one stopped. All of
 it runs on the CPU, GPUs or not: the models are small, and the processes share one machine.
 """
 
 import argparse
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -121,12 +115,9 @@ class Quickstart:
     def __init__(
         self, recipe: Recipe, folder: Path, regime: str, processes: int, on_gpu: bool = False
     ) -> None:
-        self.recipe = recipe
-        self.folder = folder
-        self.results = folder / regime
+        self.recipe, self.folder, self.results = recipe, folder, folder / regime
         self.teacher_model = recipe.teachers[regime]
-        self.processes = processes
-        self.on_gpu = on_gpu
+        self.processes, self.on_gpu = processes, on_gpu
 
     def data(self) -> None:
         """Build corpus, tokenizer and datasets."""
@@ -165,13 +156,6 @@ class Quickstart:
         """Train a student with a teacher's help, into a folder of that name."""
         recipe, save = self.recipe, self.results / f"{name}-{seed}"
         return self.train(recipe.student, save, seed, recipe.evaluations, flags)
-
-    def grown(self, seed: int, small: Path) -> Run:
-        """Train a student that begins as a teacher in its shape."""
-        # RMSNorm averages over the new features too, which are zero.
-        epsilon = 1e-5 * self.teacher_model.hidden / self.recipe.student.hidden
-        flags = f"--method baseline --init-from {small} --norm-epsilon {epsilon:.8g}"
-        return self.guided("growth", seed, flags)
 
     def train(self, model: Model, save: Path, seed: int, evaluations: int, extra: str = "") -> Run:
         """Train one model, or go on with it; returns its record."""
@@ -256,7 +240,17 @@ def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
 
 def main() -> None:
     """Run the quickstart; a mistake of the user ends in one paragraph."""
-    options = _parse()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
+    regimes = "behind: the teacher stays better than the plain student; pass: it is overtaken"
+    parser.add_argument("--regime", choices=tuple(FULL.teachers), default="behind", help=regimes)
+    seeds, processes = "students of each kind (default 1)", "data-parallel processes (default 2)"
+    parser.add_argument("--seeds", type=int, choices=range(1, 10), default=1, help=seeds)
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=2, help=processes)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    options = parser.parse_args()
+    if re.search(r"\s", str(options.output)):
+        parser.error(f"--output {options.output}: choose a path without blanks")
     for package in ("matplotlib", "plotly"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"The report at the end needs {package}: pip install 'megatron_let[plot]'")
@@ -267,13 +261,11 @@ def main() -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    """Run all stages."""
     folder = options.output / ("fast" if options.fast else "full")
     recipe = FAST if options.fast else FULL
     quickstart = Quickstart(recipe, folder, options.regime, options.processes)
     folder.mkdir(parents=True, exist_ok=True)
-    stages = 2 + 3 * options.seeds + 1
-    number = iter(range(1, stages + 1))
+    number, stages = itertools.count(1), 2 + 3 * options.seeds + 1
 
     print(f"[{next(number)}/{stages}] data: Python sources", flush=True)
     quickstart.data()
@@ -287,7 +279,10 @@ def _run(options: argparse.Namespace) -> None:
         print(f"[{next(number)}/{stages}] LET student, seed {seed}", flush=True)
         runs.append(quickstart.guided("let", seed, let))
         print(f"[{next(number)}/{stages}] the teacher grown to a student, seed {seed}", flush=True)
-        runs.append(quickstart.grown(seed, exported))
+        # RMSNorm averages over the new features too, which are zero.
+        epsilon = 1e-5 * quickstart.teacher_model.hidden / recipe.student.hidden
+        grown = f"--method baseline --init-from {exported} --norm-epsilon {epsilon:.8g}"
+        runs.append(quickstart.guided("growth", seed, grown))
     print(f"[{next(number)}/{stages}] report", flush=True)
     quickstart.report(runs, teacher)
     from megatron_let.conversion.to_hf import sample
@@ -296,21 +291,6 @@ def _run(options: argparse.Namespace) -> None:
     student = quickstart.export(results / "let-1", results / "let-hf")
     print(f"\nThe LET student, exported to {student}, goes on from {PROMPT!r}:\n")
     print("  " + sample(student, PROMPT).replace("\n", "\n  "))
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
-    regimes = "behind: the teacher stays better than the plain student; pass: it is overtaken"
-    parser.add_argument("--regime", choices=tuple(FULL.teachers), default="behind", help=regimes)
-    seeds, processes = "students of each kind (default 1)", "data-parallel processes (default 2)"
-    parser.add_argument("--seeds", type=int, choices=range(1, 10), default=1, help=seeds)
-    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=2, help=processes)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-    options = parser.parse_args()
-    if re.search(r"\s", str(options.output)):
-        parser.error(f"--output {options.output}: choose a path without blanks")
-    return options
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""Train the quickstart's tokenizer: byte-level BPE, as GPT-2's, on the corpus's training split.
-
-The result is a folder that `transformers.AutoTokenizer.from_pretrained` loads and Megatron's
-`--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER` takes. Every byte is a token, so
-no text is ever unknown and decoding gives back exactly what was encoded.
-"""
+"""Train the quickstart's tokenizer: byte-level BPE, as GPT-2's, on the corpus's training split."""
 
 import hashlib
 import json
@@ -21,9 +16,9 @@ def train_tokenizer(
 ) -> Path:
     """Train on the first `max_bytes` (UTF-8) of text in `train_jsonl`; returns `output_dir`.
 
-    The vocabulary has exactly `vocab_size` entries, `<|endoftext|>` (id 0) among them. The folder
-    appears complete or not at all, and one made from the same text and parameters is reused. Raises
-    ValueError if the folder holds anything else, or the text is too small for the vocabulary.
+    The vocabulary has `vocab_size` entries, `<|endoftext|>` (id 0) and every byte among them. A
+    folder made from the same text and parameters is reused. Raises ValueError if it holds anything
+    else, or the text is too small for the vocabulary.
     """
     digest = hashlib.sha256()
     for text in _texts(train_jsonl, max_bytes):

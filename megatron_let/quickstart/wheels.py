@@ -1,8 +1,4 @@
-"""Fetch the pinned wheels whose text the quickstart and the study train on.
-
-`wheels.txt` beside this file names each with its version and SHA-256, which pip checks. Wheels are
-archives: their text is unpacked, nothing is installed or run.
-"""
+"""Fetch the pinned wheels whose text is trained on: unpacked, nothing is installed or run."""
 
 import shutil
 import subprocess
@@ -13,6 +9,7 @@ from pathlib import Path
 from megatron_let.conversion.output import complete_or_absent
 
 WHEELS = Path(__file__).with_name("wheels.txt")
+"""Names with versions and SHA-256 sums, which pip checks."""
 TEXT = Path("runs/text")
 """Where they are kept, once for all examples, in the folder where they were called."""
 ENDINGS = (".py", "README.md")
@@ -31,7 +28,12 @@ def fetch_wheels(
     if not sources.exists():
         with complete_or_absent(sources) as partial:
             downloads = partial / "wheels"
-            _download(wheels, downloads)
+            pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
+            # The same files for every platform and Python that asks.
+            wanted = "--no-deps --only-binary :all: --platform any --python-version 3.14".split()
+            command = [*pip, *wanted, "--require-hashes", "-r", str(wheels), "-d", str(downloads)]
+            if subprocess.run(command).returncode:
+                sys.exit(f"The wheels of {wheels} are not all there; pip says why above.")
             for wheel in downloads.glob("*.whl"):
                 with zipfile.ZipFile(wheel) as archive:
                     # A lone module beside a package is of the same project: not split from it.
@@ -39,12 +41,3 @@ def fetch_wheels(
                     archive.extractall(partial / wheel.name.split("-")[0].lower(), names)
             shutil.rmtree(downloads)
     return sorted(sources.iterdir())
-
-
-def _download(wheels: Path, folder: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
-    # The same files for every platform and Python that asks.
-    wanted = "--no-deps --only-binary :all: --platform any --python-version 3.14".split()
-    command = [*pip, *wanted, "--require-hashes", "-r", str(wheels), "-d", str(folder)]
-    if subprocess.run(command).returncode:
-        sys.exit(f"The wheels of {wheels} are not all there; pip says why above.")
