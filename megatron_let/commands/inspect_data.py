@@ -11,7 +11,6 @@ import numpy as np
 
 from megatron_let.commands import mistakes_told, number, tool_parser
 from megatron_let.data import tokenizer
-from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import Pair, check_tokens, checksum, open_pair, summary
 
 
@@ -27,28 +26,25 @@ def _show(pair: Pair, options: Namespace) -> None:
     if options.checksum:
         for suffix, digest in checksum(pair).items():
             print(f"sha256 {digest}  {pair.prefix}{suffix}")
-    if reader is not None:
-        _show_documents(pair, reader, options)
+    if reader is None:
+        return
+    full = np.flatnonzero(np.diff(pair.documents))
+    wanted = min(options.documents, len(full))
+    for index in sorted(np.random.default_rng(options.seed).choice(full, wanted, replace=False)):
+        ids = pair.document(int(index))
+        text = reader.detokenize(ids[:100].tolist())
+        print(f"\ndocument {index:,} ({len(ids):,} tokens): {text}")
 
 
 def _reader(pair: Pair, options: Namespace) -> tokenizer.Tokenizer:
     kind, model = options.tokenizer_type, options.tokenizer_model
     config = tokenizer.TokenizerConfig(tokenizer_type=kind, tokenizer_model=model)
     reader = tokenizer.load_tokenizer(config)
-    own = tokenizer_fingerprint(reader.ids())
+    own = tokenizer.tokenizer_fingerprint(reader.ids())
     if (made_with := pair.sidecar.get("tokenizer_fingerprint", own)) != own:
         other = f"another tokenizer (fingerprint {made_with[:12]}) than --tokenizer-model {model}"
         print(f"\nWARNING: made with {other} ({own[:12]}): the text may not be what it was")
     return reader
-
-
-def _show_documents(pair: Pair, reader: tokenizer.Tokenizer, options: Namespace) -> None:
-    full = np.flatnonzero(np.diff(pair.documents))
-    number = min(options.documents, len(full))
-    for index in sorted(np.random.default_rng(options.seed).choice(full, number, replace=False)):
-        ids = pair.document(int(index))
-        text = reader.detokenize(ids[:100].tolist())
-        print(f"\ndocument {index:,} ({len(ids):,} tokens): {text}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

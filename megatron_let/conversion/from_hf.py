@@ -24,7 +24,7 @@ from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import SafetensorsReader
 from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer
 from megatron_let.conversion.write_checkpoint import write_checkpoint
-from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import TOKENIZER_FILES, bars_on_a_terminal_only, has_tokenizer
 from megatron_let.methods.table import BASELINE

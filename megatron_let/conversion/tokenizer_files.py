@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megatron_let import hugging_face
-from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import OWN_FOLDER, TOKENIZER_FILES, own_folder
 

@@ -1,7 +1,4 @@
-"""What is asked of preprocessing, and what a worker of it does.
-
-It parses a block, tokenizes it, and checks the tokenizer's engine.
-"""
+"""What is asked of preprocessing, and what a worker of it does with a block."""
 
 import re
 from collections.abc import Iterator
@@ -24,24 +21,18 @@ VERIFIED_BEGINNING = 4_000
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(TokenizerConfig):
-    """What to tokenize and where to write it; the fields are named after the tool's flags."""
+    """What to tokenize and where to write it; the fields are the tool's flags (`--help`)."""
 
     input: tuple[str, ...]
-    """Files, folders and patterns, read in this order."""
     output_prefix: str
-    """Each key is written to PREFIX_KEY_document.bin, .idx and .json."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of the JSON objects whose texts are tokenized, each into a dataset of its own."""
     split_by_meta: str | None = None
     """Key in each record's "meta" whose values get datasets of their own."""
     append_eod: bool = False
-    """End every document that is not empty with the end-of-document token."""
     engine: str = "auto"
-    """One of ENGINES."""
     verify_fraction: float = 0.001
     """Of the documents behind the first ones, the part that gigatoken's tokens are compared on."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about a record that is no document."""
     max_document_mb: float = 12
     """Million bytes of text that a document may have: tokenizing takes many times its memory."""
     workers: int = 1

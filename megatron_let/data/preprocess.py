@@ -1,8 +1,7 @@
-"""Tokenize texts into the .bin/.idx pairs that Megatron trains on.
+"""Tokenize texts into .bin/.idx pairs, byte for byte those of Megatron's own preprocess_data.py.
 
-The pairs are byte-identical with those of Megatron's own tools/preprocess_data.py. The order of
-the documents is that of the inputs, whatever the number of workers. Reading and writing happen
-in `stream`; `encode` runs in the workers; `workplace` makes a killed run go on.
+Reading and writing happen in `stream`; `encode` runs in the workers; `workplace` makes a killed run
+go on.
 """
 
 import json
@@ -17,20 +16,18 @@ import numpy as np
 from megatron_let import __version__
 from megatron_let.data.encode import EngineDiffers, PreprocessConfig, dataset_name
 from megatron_let.data.engines import ENGINES
-from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.indexed import ENDINGS, check_absent, token_dtype, write_index
 from megatron_let.data.sources import expand
 from megatron_let.data.stream import Stream, tell
-from megatron_let.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_let.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_let.data.workplace import Workplace
 
 
 def preprocess(config: PreprocessConfig) -> list[str]:
     """Tokenize `config.input`; return the path, without suffix, of each dataset written.
 
-    Beside each .bin/.idx pair a .json file says what made it. Killed and called again, it goes on
-    where it was. Nothing appears at the final paths before everything has succeeded. Raises
-    ValueError for anything the caller can put right, as docs/data.md lists it.
+    Nothing appears at the final paths before everything has succeeded. Raises ValueError for
+    anything the caller can put right, as docs/data.md lists it.
     """
     _check(config)
     paths = expand(config.input)
@@ -39,7 +36,10 @@ def preprocess(config: PreprocessConfig) -> list[str]:
     identity = _identity(config, paths, ids)
     with closing(Workplace(config.output_prefix, identity, config.engine)) as workplace:
         if not workplace.state.moves:
-            check_absent(_known_outputs(config))
+            names = [f"{dataset_name('', key)}{end}" for key in config.json_keys for end in ENDINGS]
+            if config.split_by_meta is not None:  # its datasets are not known yet
+                names = [f"{key}_blend.txt" for key in config.json_keys]
+            check_absent(f"{config.output_prefix}_{name}" for name in names)
             _check_tokenizer(config, tokenizer, ids)
             _tokenize(config, paths, tokenizer, workplace)
             _complete(config, paths, tokenizer, workplace)
@@ -93,13 +93,6 @@ def left_out(prefix: str) -> str:
         names = ", ".join(files[:3]) + ", ..." * (len(files) > 3)
         said.append(f"{len(files):,} of {len(about['inputs']):,} files gave no text ({names})")
     return "But: " * bool(said) + ", ".join(said)
-
-
-def _known_outputs(config: PreprocessConfig) -> list[str]:
-    names = [dataset_name("", key) + ending for key in config.json_keys for ending in ENDINGS]
-    if config.split_by_meta is not None:  # its datasets are not known yet
-        names = [f"{key}_blend.txt" for key in config.json_keys]
-    return [f"{config.output_prefix}_{name}" for name in names]
 
 
 WAYS = (

@@ -4,7 +4,9 @@ They are written anew, since Megatron's cannot be imported without all of Megatr
 times as long as preprocessing 100 MB. `tests/unit/data/test_tokenizer.py` compares the two.
 """
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -48,8 +50,7 @@ class TokenizerConfig:
 class HuggingFace:
     """A `PreTrainedTokenizerBase`, as Megatron's `HuggingFaceTokenizer` sets it up.
 
-    It gets further `special_tokens`; with `include_special_tokens`, `tokenize` adds what the
-    tokenizer itself puts around a text, such as BOS.
+    With `include_special_tokens`, `tokenize` adds what it puts around a text itself, such as BOS.
     """
 
     def __init__(
@@ -149,6 +150,17 @@ class SentencePiece:
 
 Tokenizer = HuggingFace | SentencePiece
 """What preprocessing asks of a tokenizer; the names of its methods are Megatron's."""
+
+
+def tokenizer_fingerprint(token_to_id: dict[str, int]) -> str:
+    """Return the SHA-256 (64 hex digits) of a tokenizer's complete token -> id map.
+
+    It is the same exactly for tokenizers that give every token the same id, whatever their maps'
+    order, or the size of a padded embedding. Hugging Face's map is `tokenizer.get_vocab()`.
+    """
+    # ASCII escapes keep the text well defined even for tokens that are not valid Unicode.
+    canonical = json.dumps(sorted(token_to_id.items()), ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -23,8 +23,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_let.checkpoint import choice
 from megatron_let.data.checked import check_ids
-from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.inspect import first_tokens
+from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method

@@ -23,7 +23,7 @@ from megatron_let.conversion.configs import (
 )
 from megatron_let.conversion.families import FAMILIES
 from megatron_let.conversion.to_hf import export, sample
-from megatron_let.data.fingerprint import tokenizer_fingerprint
+from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from tests.unit.conftest import VOCAB_SIZE, MadeCheckpoint
 

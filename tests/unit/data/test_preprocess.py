@@ -25,9 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import megatron_let
 from megatron_let.data import sources
 from megatron_let.data.engines import Gigatoken, Rows
-from megatron_let.data.fingerprint import tokenizer_fingerprint
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
-from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
+from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 EOD = "<|endoftext|>"
