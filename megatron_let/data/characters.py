@@ -60,7 +60,7 @@ class Screen:
         self, ours: Encode, theirs: Encode, normalizer: Any, added_tokens: Sequence[str]
     ) -> None:
         self._ours, self._theirs = ours, theirs
-        self._normalizer = normalizer
+        self._normalized = str if normalizer is None else normalizer.normalize_str
         self._joined = set() if normalizer is None else _joined_to_others()
         self._added = re.compile("|".join(map(re.escape, added_tokens)) or r"(?!)")
         self._traits = np.zeros(0x110000, np.uint8)
@@ -81,20 +81,18 @@ class Screen:
 
     def _is_normalized(self, text: str) -> bool:
         """Whether a text is in its form; of characters that are not active each part is."""
-        points = _code_points(text)
+        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
         active = self._traits[points] & _ACTIVE != 0
         with_the_one_before = active.copy()
         with_the_one_before[:-1] |= active[1:]
         part = points[with_the_one_before].tobytes().decode("utf-32-le")
         return self._normalized(part) == part
 
-    def _normalized(self, text: str) -> str:
-        return text if self._normalizer is None else self._normalizer.normalize_str(text)
-
     def _traits_of(self, text: str) -> np.ndarray:
         """Those of its characters that are not ASCII."""
         units = np.frombuffer(text.encode(), np.uint8)
-        points = _code_points(units[units >= 0x80].tobytes().decode())
+        others = units[units >= 0x80].tobytes().decode()
+        points = np.frombuffer(others.encode("utf-32-le"), "<u4")
         traits = self._traits[points]
         if not traits.all():
             self._learn(np.unique(points[traits == 0]))
@@ -129,7 +127,3 @@ def _joined_to_others() -> set[str]:
     made = {whole: part for whole, part in zip(characters, parts, strict=True) if whole != part}
     behind = {character for part in made.values() for character in part[1:]}
     return behind | {whole for whole, part in made.items() if part[0] in behind}
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), "<u4")

@@ -54,8 +54,8 @@ def parse(
 ) -> Documents:
     """Read the records of `block`, whose texts are the values of `keys`.
 
-    The value of `group_key` in a record's "meta" groups the documents; None groups none. A text of
-    more than `max_mb` million bytes is none.
+    They are grouped by the value of `group_key` in their "meta". A text of more than `max_mb`
+    million bytes is none.
     """
     found = Documents(texts={key: [] for key in keys})
     if block.kind == "damage":

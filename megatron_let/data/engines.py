@@ -56,11 +56,10 @@ class Library:
 
 
 class Gigatoken:
-    """gigatoken, on one thread: preprocessing spreads over processes.
+    """gigatoken, on one thread; `Unsuited` where it is not installed or not for this tokenizer.
 
     Its Unicode tables are newer than those of the tokenizer's own library. The library's normalizer
     is used therefore, and texts with a character that gigatoken cuts differently go to the library.
-    Raises `Unsuited` where it is not installed, or does not know this kind of tokenizer.
     """
 
     name = "gigatoken"
@@ -100,10 +99,7 @@ class Gigatoken:
         return np.concatenate([self._prefix, ids, self._suffix], dtype=np.uint32, casting="unsafe")
 
     def _bound_memory(self, characters: int) -> None:
-        """Start anew before the table of words seen has taken too much memory.
-
-        It never forgets a word, and text such as hashes or logs never runs out of new ones.
-        """
+        """Start anew before the table of words seen, which forgets none, takes too much memory."""
         self._unwatched += characters
         if self._memory_at_start and self._unwatched < _UNWATCHED_CHARACTERS:
             return
@@ -139,10 +135,7 @@ def _check_features(source: dict[str, Any]) -> None:
 
 
 def _take_out_unicode_form(source: dict[str, Any], backend: Any) -> Any:
-    """Leave a Unicode normalizer out of a tokenizer.json, and return it; None without one.
-
-    Raises Unsuited for others that were not proven to be the same in gigatoken.
-    """
+    """Leave a Unicode normalizer out, and return it; None without one, Unsuited if not proven."""
     outer = source["normalizer"] or {"normalizers": []}
     kinds = {part["type"] for part in outer.get("normalizers", [outer])}
     if kinds <= _PROVEN_NORMALIZERS:
@@ -192,10 +185,7 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) -> Engine:
-    """The engine of that name, one of `ENGINES`; `tell` gets to know why `auto` fell back.
-
-    Raises Unsuited where gigatoken was asked for by name and cannot do it.
-    """
+    """The engine of that name; `tell` is told why `auto` fell back, else it raises Unsuited."""
     if name == "tokenizers":
         return Library(tokenizer)
     try:

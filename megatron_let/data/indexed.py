@@ -1,8 +1,7 @@
 """Write Megatron's .bin/.idx pairs as a stream that can be cut off and taken up again.
 
 The bytes are those of Megatron's `IndexedDatasetBuilder`, which keeps the length of every document
-in Python lists and cannot be resumed. Here the lengths lie on disk beside the tokens, and the index
-is made from them at the end. `tests/unit/data/test_indexed.py` compares the two.
+in Python lists. Here they lie on disk beside the tokens, and the index is made from them.
 """
 
 import hashlib
@@ -29,10 +28,9 @@ _CHUNK = 1 << 20
 
 
 class PairWriter:
-    """One dataset in the making: its tokens and the lengths of its documents.
+    """Writes `prefix`.bin and `prefix`.lengths, the tokens and the documents' lengths.
 
-    Writes `prefix`.bin and `prefix`.lengths, behind what they were when `commit` returned
-    `committed`; None starts anew.
+    Begins behind what they were when `commit` returned `committed`; None starts anew.
     """
 
     def __init__(self, prefix: Path, committed: Mapping[str, int] | None = None) -> None:

@@ -73,10 +73,7 @@ def number_wanted(args: Namespace) -> int:
 
 
 class SelectedFirst(torch.utils.data.Dataset):
-    """A training stream whose first `number` samples are replaced by the selected ones.
-
-    Where `samples` are fewer they come again.
-    """
+    """A training stream whose first `number` are `samples` of it, again and again if fewer."""
 
     def __init__(self, dataset: Any, samples: np.ndarray, number: int) -> None:
         self.dataset, self.samples, self.number = dataset, samples, number

@@ -39,12 +39,10 @@ _LINE_FOR_A_TEXT = 8
 
 @dataclass(frozen=True)
 class Position:
-    """How far the inputs have been read: everything before it has been."""
+    """How far the inputs have been read: all files before `file`, and `records` records of it."""
 
     file: int = 0
-    """Index in the list of inputs."""
     records: int = 0
-    """Lines or rows of that file."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,7 @@ class Block:
     first: int
     """Number of its first record in the file, from 1."""
     content: Any
-    """Bytes of whole lines or of a whole text, `[size]`; a `pyarrow.RecordBatch` of rows.
-
-    In the place of records that cannot be read, what is wrong with them.
-    """
+    """Bytes `[size]` of whole lines, of a text, or of what is wrong; a `pyarrow.RecordBatch`."""
     end: Position
     """Where the next block begins."""
 
@@ -67,9 +62,8 @@ class Block:
 def expand(inputs: Sequence[str]) -> list[str]:
     """Files that `inputs` name: a file itself, a folder's or a pattern's files in sorted order.
 
-    Hidden files of a folder, what this tool writes, and further names of a file are left out, which
-    a line on stderr says. Raises ValueError where a name stands for no file, for one of no known
-    kind, for one twice, or for one that lies there packed as well.
+    A line on stderr says what is left out. Raises ValueError where a name stands for no file, for
+    one of no known kind, for one twice, or for one that lies there packed as well.
     """
     paths = [path for name in inputs for path in _expand_one(name)]
     seen: dict[Any, str] = {}
@@ -166,12 +160,10 @@ def _is_output(path: Path) -> bool:
 
 
 class InputFile:
-    """One input, read from front to back.
+    """One input, at the place `index` among them, read from front to back.
 
-    `index` is its place among the inputs; of a table `columns` are read. What cannot but hold more
-    than `max_mb` million bytes of text in one of them is not read to its end. `size` in bytes and
-    `digest`, a SHA-256, describe the file as it lies on disk, and are final when `blocks` is
-    exhausted.
+    A record with more than `max_mb` million bytes of text in one of `columns` is not read to its
+    end. `size` in bytes and `digest`, a SHA-256, are final when `blocks` is exhausted.
     """
 
     def __init__(
@@ -201,7 +193,7 @@ class InputFile:
             yield Block(self.path, kind, first, content, Position(self.index, read))
 
     def _contents(self) -> Iterator[tuple[Any, int]]:
-        """What the blocks of the whole file hold, and of how many records each is."""
+        """What the blocks of the whole file hold, and the number of their records."""
         if self.kind == "rows":
             yield from _rows(_parquet(self.path, self.columns), list(self.columns))
             deque(self._raw(), maxlen=0)  # a table is not read in the order of its bytes
@@ -290,10 +282,9 @@ def _rows(table: Any, columns: list[str]) -> Iterator[tuple[Any, int]]:
 
 
 def _whole_lines(pieces: Iterator[bytes], longest: float) -> Iterator[bytes | None]:
-    """Blocks that end where a line does, of about `_BLOCK_BYTES` or one longer line.
+    """Blocks of about `_BLOCK_BYTES`, the first ones smaller: all workers soon have one.
 
-    The first ones are smaller, so that all workers soon have one. None stands for a line of more
-    than `longest` bytes and a block.
+    They end where a line does. None stands for a line of more than `longest` bytes and a block.
     """
     held: list[bytes] = []  # joined once: one line may be most of the file
     size, wanted = 0, min(_READ_BYTES, _BLOCK_BYTES)

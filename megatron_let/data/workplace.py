@@ -48,10 +48,9 @@ class State:
 
 
 class Workplace:
-    """The folder and its state; one process at a time.
+    """The folder and its state, `identity` and `engine` at first.
 
-    Of a run that begins here, `identity` and `engine` are its `State`'s. Raises ValueError if
-    another process is at work on `prefix`, or an interrupted run was another one.
+    Raises ValueError if another process is at work on `prefix`, or an interrupted run was another.
     """
 
     def __init__(self, prefix: str, identity: dict[str, Any], engine: str) -> None:
