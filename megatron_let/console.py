@@ -30,7 +30,7 @@ class Console(io.TextIOBase):
         self.is_kept = False
         self.early: deque[str] = deque(maxlen=20_000)
         """Until it is known where the log is."""
-        self._path: Path | None = None
+        self.path: Path | None = None
         self._log: TextIO | None = None
 
     def write(self, text: str) -> int:
@@ -39,29 +39,15 @@ class Console(io.TextIOBase):
             raise TypeError(f"{type(text).__name__} is no text")
         if not self.is_kept:
             self.early.append(text)
-        elif self._path is not None:
+        elif self.path is not None:
             try:
                 if self._log is None:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                    self._log = self._path.open("a", buffering=1, errors="replace")
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._log = self.path.open("a", buffering=1, errors="replace")
                 self._log.write(text)
             except OSError:
-                self._path = None
+                self.path = None
         return len(text)
-
-    def say(self, line: str) -> None:
-        """Show a line, and note it."""
-        show(line, self.terminal)
-        self.write(f"{line}\n")
-
-    def keep(self, folder: Path | None) -> None:
-        """Write the log into a run's folder, behind those of earlier starts; None keeps none."""
-        if not self.is_kept:
-            rank = int(os.environ.get("RANK", "0"))
-            self._path = None if folder is None else folder / f"console/rank_{rank:05d}.log"
-            self.is_kept, early = True, "".join(self.early)
-            if early:
-                self.write(early)
 
 
 def show(line: str, terminal: TextIO) -> None:
@@ -75,17 +61,23 @@ def show(line: str, terminal: TextIO) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line of the program's own."""
+    """Print a line of the program's own, and note it."""
     if isinstance(sys.stdout, Console):
-        sys.stdout.say(line)
+        show(line, sys.stdout.terminal)
+        sys.stdout.write(f"{line}\n")
     else:
         show(line, sys.stdout)
 
 
 def keep(folder: Path | None) -> None:
-    """Keep the log there from now on, see `Console.keep`."""
-    if isinstance(sys.stdout, Console):
-        sys.stdout.keep(folder)
+    """Write the log into a run's folder, behind those of earlier starts; None keeps none."""
+    console = sys.stdout
+    if isinstance(console, Console) and not console.is_kept:
+        rank = int(os.environ.get("RANK", "0"))
+        console.path = None if folder is None else folder / f"console/rank_{rank:05d}.log"
+        console.is_kept, early = True, "".join(console.early)
+        if early:
+            console.write(early)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ QUOTED = re.compile(r"""'[^']*'|("[^"]*")""")
 REPLACED = re.compile(r"(?:(?<!\S)~|(?<!\\)\$[\w{(])\S*")
 """What a shell would replace, outside of single quotes."""
 COMMAND = [sys.executable, "-m", "megatron_let.pretrain"]
-"""What runs it."""
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -38,7 +38,6 @@ class Documents:
     records: list[int] = field(default_factory=list)
     """Number of each one's line or row in its file."""
     texts: dict[str, list[str]] = field(default_factory=dict)
-    """Of each JSON key."""
     groups: list[str] = field(default_factory=list)
     """With --split-by-meta the value of each one; else empty strings."""
     skipped: list[Skipped] = field(default_factory=list)

@@ -93,7 +93,6 @@ class Gigatoken:
         ]
 
     def _around(self, ids: np.ndarray) -> np.ndarray:
-        """The ids between what the tokenizer puts around each text."""
         if not (self._prefix or self._suffix):
             return ids
         return np.concatenate([self._prefix, ids, self._suffix], dtype=np.uint32, casting="unsafe")
@@ -186,13 +185,12 @@ def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) -> Engine:
     """The engine of that name; `tell` is told why `auto` fell back, else it raises Unsuited."""
-    if name == "tokenizers":
-        return Library(tokenizer)
-    try:
-        return Gigatoken(tokenizer)
-    except Unsuited as error:
-        if name == "gigatoken":
-            raise
-        reason = str(error).partition("\n")[0]
-        tell(f"{reason}: tokenizing with the tokenizer's own library")
-        return Library(tokenizer)
+    if name != "tokenizers":
+        try:
+            return Gigatoken(tokenizer)
+        except Unsuited as error:
+            if name == "gigatoken":
+                raise
+            reason = str(error).partition("\n")[0]
+            tell(f"{reason}: tokenizing with the tokenizer's own library")
+    return Library(tokenizer)

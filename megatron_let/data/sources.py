@@ -129,10 +129,11 @@ def _stop(error: OSError) -> None:
 
 def _own_texts(name: str, found: Iterable[str]) -> list[str]:
     """Without the files of a folder or pattern that nobody means; a line says how many."""
-    files = sorted(file for file in found if Path(file).is_file())
+    files, is_folder = sorted(file for file in found if Path(file).is_file()), Path(name).is_dir()
     first: dict[tuple[int, int], str] = {}
     unwanted: dict[str, Callable[[str], bool]] = {
-        "hidden": lambda file: _is_hidden(file, name),
+        # A pattern matches what is hidden only where it says so.
+        "hidden": lambda file: is_folder and "/." in f"/{Path(file).relative_to(name)}",
         "written by this tool": lambda file: _is_output(Path(file)),
         "another name of a file": lambda file: first.setdefault(file_identity(file), file) != file,
     }
@@ -143,12 +144,6 @@ def _own_texts(name: str, found: Iterable[str]) -> list[str]:
             line = f"> --input {name}: left out {len(left_out)} ({kind}), such as {min(left_out)}"
             print(line, file=sys.stderr)
     return files
-
-
-def _is_hidden(file: str, folder: str) -> bool:
-    """Below a folder; a pattern matches what is hidden only where it says so."""
-    below = Path(file).relative_to(folder).parts if Path(folder).is_dir() else ()
-    return any(part.startswith(".") for part in below)
 
 
 def _is_output(path: Path) -> bool:

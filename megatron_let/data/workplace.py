@@ -26,7 +26,6 @@ class State:
     engine: str
     position: Position = field(default_factory=Position)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of each dataset's files."""
     groups: dict[str, str] = field(default_factory=dict)
     """The value of --split-by-meta that each dataset's name stands for."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -29,7 +29,6 @@ from megatron_let.report.targets import compare_all
 
 PROMPT = "import os\n\n\ndef "
 PROGRESS = re.compile(r"^> step (\d+)/\d+ \| loss (\S+)")
-"""A run's step line."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ class Recipe:
     evaluations: int = 50
     """Evaluations a student run, each over the whole validation set."""
     saves: int = 2
-    """Checkpoints a run."""
     warning: str | None = None
-    """What its report begins with."""
 
 
 FULL = Recipe(

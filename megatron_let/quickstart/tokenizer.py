@@ -20,14 +20,13 @@ def train_tokenizer(
     folder made from the same text and parameters is reused. Raises ValueError if it holds anything
     else, or the text is too small for the vocabulary.
     """
-    digest = hashlib.sha256()
-    for text in _texts(train_jsonl, max_bytes):
-        digest.update(text.encode() + b"\0")
-    recipe = {"vocab_size": vocab_size, "max_bytes": max_bytes, "text_sha256": digest.hexdigest()}
+    texts = list(_texts(train_jsonl, max_bytes))
+    digest = hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()
+    recipe = {"vocab_size": vocab_size, "max_bytes": max_bytes, "text_sha256": digest}
     kept = output_dir / "recipe.json"
     if not output_dir.exists():
         with complete_or_absent(output_dir) as folder:
-            _train_and_save(_texts(train_jsonl, max_bytes), vocab_size, folder)
+            _train_and_save(texts, vocab_size, folder)
             (folder / kept.name).write_text(json.dumps(recipe, indent=1) + "\n")
     elif not kept.is_file() or json.loads(kept.read_text()) != recipe:
         raise UsageError(
@@ -37,7 +36,7 @@ def train_tokenizer(
     return output_dir
 
 
-def _train_and_save(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
+def _train_and_save(texts: list[str], vocab_size: int, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

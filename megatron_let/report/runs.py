@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE
-from megatron_let.training.metrics import read_records
+from megatron_let.training.metrics import TOTALS, read_records
 
 GROWTH = "growth"
 """What plain training is called that starts from a small model."""
@@ -133,8 +133,8 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _evaluation(record: dict[str, Any]) -> Evaluation:
-    logged = (float(record[name]) for name in ("tokens", "flops", "seconds", "lm loss"))
-    return Evaluation(record["iteration"], *logged, record.get("peak memory"))
+    tokens, flops, seconds, loss = (float(record[name]) for name in (*TOTALS, "lm loss"))
+    return Evaluation(record["iteration"], tokens, flops, seconds, loss, record.get("peak memory"))
 
 
 def shared(runs: Sequence[Run]) -> list[list[Evaluation]]:
