@@ -33,11 +33,9 @@ def expanded(
 ) -> list[str]:
     """Return a command line with what stands in its `@FILE`s in their place.
 
-    A file has a flag with its values on each line; quotes are the shell's, and so is `#` before a
-    comment; no variable is replaced. It may name further ones, whose paths start at its own folder.
-    As on any command line the last value of a flag counts. `@@` stands for a word that begins with
-    `@`. Relative paths start at `within`, and none of the files that are `opened` may be named
-    again.
+    Quotes in a file are the shell's, so is `#` before a comment; no variable is replaced. It may
+    name further ones, whose paths start at its own folder, but none of those that are `opened`.
+    `@@` stands for a word that begins with `@`. Relative paths start at `within`.
     """
     found: list[str] = []
     for word in words:

@@ -135,10 +135,7 @@ def refuse_overwriting(args: Namespace, start: int, damaged: dict[Path, str]) ->
 
 
 def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
-    """Once a whole checkpoint is loaded: say what was wrong, and mend what is this run's own.
-
-    A damaged one is renamed, so that it is neither loaded nor overwritten.
-    """
+    """Once a whole checkpoint is loaded: say what was wrong, and mend what is this run's own."""
     load = used.parent
     step = RELEASE if used.name == "release" else step_of(used)
     is_tracked = read_tracker(load) == step or load != Path(args.load or "")
@@ -152,7 +149,7 @@ def mend(args: Namespace, used: Path, damaged: dict[Path, str]) -> None:
     if not is_own(args, Path(args.load)):
         return
     try:
-        for path in filter(Path.exists, damaged):
+        for path in filter(Path.exists, damaged):  # to be neither loaded nor overwritten
             path.rename(_free_name(path.with_name(f"damaged_{path.name}")))
         if not is_tracked and step != RELEASE:
             write_whole(load / TRACKER, str(step))
@@ -179,10 +176,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def explain_failed_save(error: BaseException) -> str | None:
-    """Return one paragraph on an error of writing a checkpoint; None for any other.
-
-    Megatron's own says "Worker failure", whatever happened.
-    """
+    """Return one paragraph on an error of writing a checkpoint; None for any other."""
     if isinstance(error, RuntimeError) and "Worker failure" not in str(error):
         return None  # a lost peer, or no memory left
     called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}

@@ -18,10 +18,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def iteration_folders(load: Path) -> dict[int, Path]:
-    """Return the checkpoints' folders in `load` by iteration, the newest last.
-
-    Only a name that Megatron gives counts: `iter_0000005.mine` is its owner's.
-    """
+    """Return the checkpoints' folders in `load` by iteration, the newest last."""
+    # Only a name that Megatron gives counts: `iter_0000005.mine` is its owner's.
     names = (path.name.removeprefix("iter_") for path in load.glob("iter_*"))
     steps = sorted({int(name) for name in names if name.isdecimal()})
     folders = {step: load / f"iter_{step:07d}" for step in steps}

@@ -1,8 +1,8 @@
 """SHA-256 sums of a checkpoint's files, made while training goes on.
 
-Megatron's own are made by rank 0, file after file, while all ranks wait. Here each rank sums the
-files that it has written, in a thread, and rank 0 puts the sums together in Megatron's format, for
-`--verify-integrity`. A run that is killed before leaves a whole checkpoint without sums.
+Megatron's own are made by rank 0 while all ranks wait. Here each rank sums the files that it has
+written, in a thread, and rank 0 puts the sums together in Megatron's format. A run that is killed
+before leaves a whole checkpoint without sums.
 """
 
 import contextlib

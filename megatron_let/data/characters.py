@@ -1,9 +1,8 @@
 """Which texts two tokenizer libraries would take differently: their Unicode tables differ in age.
 
-Two things depend on these tables. A pre-tokenizer cuts a text at its letters, digits, spaces and
-other characters: a character that Unicode got last year is a letter to one library and nothing to
-another. A normalizer puts marks in order and joins them with the letter before: it acts on several
-characters at once. What a character does is found out when it first occurs.
+A pre-tokenizer cuts a text at kinds of characters: one that Unicode got last year is a letter to
+one library, nothing to another. A normalizer puts marks in order and joins them with the letter
+before. What a character does is found out when it first occurs.
 """
 
 import itertools

@@ -1,8 +1,7 @@
 """Two ways to tokenize many texts at once: the tokenizer's own library, and gigatoken.
 
-Both give what Megatron's `tokenize` gives for one text at a time. The library does by definition
-(`tests/unit/data/test_engines.py` compares them); gigatoken is young, so what it gives is compared
-while it runs.
+Both give what Megatron's `tokenize` gives for one text at a time. gigatoken is young, so what it
+gives is compared with the library's while it runs.
 """
 
 from collections.abc import Callable, Sequence

@@ -193,10 +193,7 @@ def write_split(
     seen: Deduplicator,
     package_share: float = LARGEST_PACKAGE_SHARE,
 ) -> SplitReport:
-    """Read `sources` in hash order until `max_bytes` are kept, and write what was kept.
-
-    No package gives more than its share of `max_bytes`. Raises ValueError if nothing is kept.
-    """
+    """Write `sources`, in hash order, until `max_bytes` are kept; ValueError if nothing is."""
     counts: Counter[str] = Counter()
     kept_bytes: Counter[str] = Counter()
     lines = []

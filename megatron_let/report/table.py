@@ -13,9 +13,8 @@ NEVER = "never"
 def comparison_table(comparisons: Sequence[Comparison], teacher_run: Run | None = None) -> str:
     """A row for every run, and for several seeds a row each for their mean and range.
 
-    `steps`, `FLOPs`, `seconds` are ratios over the plain run's totals, `speed-up` is 1 / steps.
-    `teacher_run` is the teacher's own pre-training; its FLOPs, over the plain run's, stand in the
-    last column. Without it that column says `not given`.
+    A legend says what the columns are. `teacher_run` is the teacher's own pre-training; without it
+    its column says `not given`.
     """
     rows: list[tuple[str, ...]] = []
     for label, group in by_label(comparisons).items():
@@ -26,10 +25,7 @@ def comparison_table(comparisons: Sequence[Comparison], teacher_run: Run | None 
 
 
 def losses_table(comparisons: Sequence[Comparison]) -> str:
-    """A row for every kind of run: what it has reached for as much as the plain run has spent.
-
-    Means over the seeds, the range behind them. Steps are as many as tokens.
-    """
+    """A row for every kind of run: what it has reached for as much as the plain run has spent."""
     header = ("method", "seeds", "loss at equal steps", "equal FLOPs", "equal seconds", "memory")
     rows = []
     for label, group in by_label(comparisons).items():

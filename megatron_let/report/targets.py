@@ -71,10 +71,7 @@ def cost_to_target(run: Run, target_loss: float) -> Cost | None:
 
 
 def loss_at(run: Run, budget: Cost, axis: str) -> float | None:
-    """The run's validation loss, interpolated, once it has spent `budget` on a field of `Cost`.
-
-    None if it never does.
-    """
+    """The loss, interpolated, of a run that has spent `budget` on a field of `Cost`; or None."""
     value = getattr(budget, axis)
     points = [(getattr(_cost_at(e), axis), e.loss) for e in run.evaluations]
     for x, loss in points:
@@ -91,10 +88,7 @@ def _cost_at(evaluation: Evaluation) -> Cost:
 
 
 def compare(run: Run, plain: Run) -> Comparison:
-    """Hold `run` against `plain`, the plain run of the same seed.
-
-    Raises ValueError if the plain run is unfinished or the two do not compare like with like.
-    """
+    """Hold `run` against the plain run of its seed; ValueError if that is unfinished, or unlike."""
     _check_like_with_like(run, plain)
     total, target = _cost_at(plain.final), plain.final.loss
     # Its own curve may touch the target earlier by noise; its cost is its whole length regardless.
