@@ -18,14 +18,12 @@ GROUP_PARENT = "meta"
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that is no document."""
+    """Records that are no documents: so many from a line or row on, counted from 1."""
 
     path: str
     record: int
-    """Number of its line or row, from 1."""
     reason: str
     records: int = 1
-    """How many it stands for, from that one on."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.record}: {self.reason}"
@@ -33,10 +31,9 @@ class Skipped:
 
 @dataclass
 class Documents:
-    """The documents of a block, in order."""
+    """The documents of a block, in order, with the numbers of their lines or rows."""
 
     records: list[int] = field(default_factory=list)
-    """Number of each one's line or row in its file."""
     texts: dict[str, list[str]] = field(default_factory=dict)
     groups: list[str] = field(default_factory=list)
     """With --split-by-meta the value of each one; else empty strings."""

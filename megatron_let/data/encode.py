@@ -47,12 +47,10 @@ class EngineDiffers(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Documents of one dataset."""
+    """Documents of one JSON key and one value of --split-by-meta, or an empty one."""
 
     group: str
-    """Their value of --split-by-meta, else empty."""
     key: str
-    """The JSON key they come from."""
     ids: np.ndarray
     """Of all of them, one behind the other, `[sum of lengths]`."""
     lengths: np.ndarray
