@@ -5,13 +5,23 @@ without optimizer, from which a run starts at step 0.
 """
 
 import sys
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    ChunkStorageMetadata,
+    DefaultSavePlanner,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -20,10 +30,9 @@ from megatron_let.checkpoint.folder import TRACKER
 from megatron_let.checkpoint.reader import COMMON_STATE
 from megatron_let.conversion import checks, configs
 from megatron_let.conversion.family import EMBEDDING, Family, ModelShape, Rule
-from megatron_let.conversion.output import check_free, complete_or_absent
+from megatron_let.conversion.output import PiecewiseFile, check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import SafetensorsReader
 from megatron_let.conversion.tokenizer_files import load_tokenizer, write_tokenizer
-from megatron_let.conversion.write_checkpoint import write_checkpoint
 from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import TOKENIZER_FILES, bars_on_a_terminal_only, has_tokenizer
@@ -31,6 +40,7 @@ from megatron_let.methods.table import BASELINE
 from megatron_let.teacher.load import DTYPES
 
 FLAGS_FILE = "megatron_flags.txt"
+METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 LAYERS_WITH_EXTRA_STATE = (
     "self_attention.linear_qkv self_attention.core_attention self_attention.q_layernorm "
     "self_attention.k_layernorm self_attention.linear_proj mlp.linear_fc1 mlp.linear_fc2"
@@ -52,22 +62,10 @@ def import_model(
     if any(character.isspace() for character in str(output.absolute())):
         raise UsageError(f"--output {output} has a blank in it, which {FLAGS_FILE} cannot hold.")
     source = open_model("--hf-model", hf_model, revision)
-    reader, shape = source.reader, source.shape
-    rules = {rule.megatron: rule for rule in source.rules}
-    stand_ins = {}
-    for name, rule in rules.items():
-        layers = range(shape.num_layers) if rule.stacked else (None,)
-        pieces = [rule.join(reader.empty, layer, shape) for layer in layers]
-        tensor = torch.stack(pieces) if rule.stacked else pieces[0]  # in the widest type of them
-        stand_ins[name] = tensor.to(DTYPES[dtype] if dtype else tensor.dtype), rule.stacked
-
-    def read(name: str, layer: int | None) -> torch.Tensor:
-        return rules[name].join(reader.read, layer, shape)
-
     with complete_or_absent(output) as folder:
         values = source.values | _tokenizer(source, folder, output)
         (folder / "release").mkdir()
-        write_checkpoint(folder / "release", stand_ins, read, _objects(values))
+        _write_release(folder / "release", source, dtype, _objects(values))
         flags = [*configs.megatron_flags(values), "--load", str(output.absolute())]
         if values["tokenizer_model"] is not None:
             flags += ["--tokenizer-type", values["tokenizer_type"]]
@@ -75,9 +73,6 @@ def import_model(
         (folder / FLAGS_FILE).write_text(" ".join(flags) + "\n")
         (folder / TRACKER).write_text("release")
     return output
-
-
-# --- what is read ------------------------------------------------------------------------------
 
 
 def local_folder(hf_model: str, revision: str | None, flag: str = "--hf-model") -> Path:
@@ -146,9 +141,6 @@ def _check_weights(source: Source, expected: dict[str, torch.Tensor]) -> None:
             )
 
 
-# --- what is written beside the weights --------------------------------------------------------
-
-
 def _tokenizer(source: Source, folder: Path, output: Path) -> dict[str, Any]:
     """Copy the tokenizer, if the model has one; returns the arguments that name it."""
     if not has_tokenizer(source.folder):
@@ -183,3 +175,62 @@ def _objects(values: dict[str, Any]) -> dict[str, Any]:
     }
     final = {"decoder.final_layernorm._extra_state/shard_0_1": [None]}
     return {COMMON_STATE: [common]} | final | extra_states
+
+
+def _write_release(
+    folder: Path, source: Source, dtype: str | None, objects: dict[str, Any]
+) -> None:
+    """Write the weights, a layer of each as a piece of its own as Megatron does, and `objects`."""
+    reader, shape = source.reader, source.shape
+    rules = {rule.megatron: rule for rule in source.rules}
+    dtypes: dict[str, torch.dtype] = {}
+    pieces: list[WriteItem] = []
+    for name, rule in rules.items():
+        layers = range(shape.num_layers) if rule.stacked else (None,)
+        parts = [rule.join(reader.empty, layer, shape) for layer in layers]
+        tensor = torch.stack(parts) if rule.stacked else parts[0]  # in the widest type of them
+        tensor = tensor.to(DTYPES[dtype] if dtype else tensor.dtype)
+        dtypes[name] = tensor.dtype
+        pieces += [_piece(name, tensor, layer) for layer in layers]
+    others = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
+    bar = tqdm(total=len(pieces), desc="weights", disable=None)
+
+    class Planner(DefaultSavePlanner):
+        """Tells the writer what there is, and gets each item when it is its turn."""
+
+        def create_local_plan(self) -> SavePlan:
+            return SavePlan([*others, *pieces])
+
+        def lookup_object(self, index: MetadataIndex) -> Any:
+            name = index.fqn
+            if name in objects:
+                return objects[name]
+            bar.update()
+            rule = rules[name]
+            piece = rule.join(reader.read, index.index if rule.stacked else None, shape)
+            piece = checks.check_finite(name, piece.to(dtypes[name]))  # a cast may be too much
+            return (piece.unsqueeze(0) if rule.stacked else piece).contiguous()
+
+    with bar, warnings.catch_warnings():
+        # It says that one process writes, which is what we want.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        writer = FileSystemWriter(folder)
+        writer.fs.create_stream = PiecewiseFile  # type: ignore[method-assign, assignment]
+        planner = Planner(flatten_state_dict=False)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # hides what `read` or the disk has said
+            raise next(iter(error.failures.values()))[0] from None
+    (folder / "metadata.json").write_text(METADATA)
+
+
+def _piece(name: str, tensor: torch.Tensor, layer: int | None) -> WriteItem:
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    if layer is not None:
+        offsets[0], sizes[0] = layer, 1
+    chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+    return WriteItem(
+        MetadataIndex(name, chunk.offsets, layer or 0),
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(chunk, TensorProperties(tensor.dtype), tensor.shape),
+    )

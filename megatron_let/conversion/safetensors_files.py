@@ -104,7 +104,7 @@ def write_folder(
     """Write a folder that transformers loads, without the model ever being in memory.
 
     `model` is on `meta`, as are `tensors`, stand-ins with the shapes and the type to write, and
-    `weights` gives every tensor once, in any order. One larger than `max_shard_size`, such as
+    `weights` gives every tensor once, in their order. One larger than `max_shard_size`, such as
     "5GB", has a file of its own.
     """
     model.config.architectures = [type(model).__name__]
@@ -121,35 +121,26 @@ def write_folder(
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     with contextlib.ExitStack() as stack:
-        files = []
-        place: dict[str, tuple[PiecewiseFile, int]] = {}
+        files = {}
         for filename, names in plan.filename_to_tensors.items():
-            file = stack.enter_context(PiecewiseFile(folder / filename, "xb"))
-            files.append(file)
-            place |= _begin(file, {name: tensors[name] for name in names})
-        for name, tensor in weights:
-            file, start = place.pop(name)
-            assert tensor.shape == tensors[name].shape, name
-            file.seek(start)
-            data = check_finite(name, tensor.to(tensors[name].dtype)).contiguous().view(-1)
-            file.write(data.view(torch.uint8).numpy().data)
-        assert not place, sorted(place)
-        for file in files:
+            files[filename] = stack.enter_context(PiecewiseFile(folder / filename, "xb"))
+            files[filename].write(_header({name: tensors[name] for name in names}))
+        for (name, stand_in), (given, tensor) in zip(tensors.items(), weights, strict=True):
+            assert (given, tensor.shape) == (name, stand_in.shape), given
+            data = check_finite(name, tensor.to(stand_in.dtype)).contiguous().view(-1)
+            files[plan.tensor_to_filename[name]].write(data.view(torch.uint8).numpy().data)
+        for file in files.values():
             os.fsync(file.fileno())
 
 
-def _begin(
-    file: PiecewiseFile, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[PiecewiseFile, int]]:
-    """Write the header and reserve the rest; returns where each tensor begins."""
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """What a file begins with that has these tensors one behind the other."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
+    end = 0
     for name, tensor in tensors.items():
-        starts[name], end = end, end + tensor.nbytes
-        place = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
+        start, end = end, end + tensor.nbytes
+        place = {"shape": list(tensor.shape), "data_offsets": [start, end]}
         entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype]} | place
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # aligned
-    file.write(len(header).to_bytes(8, "little") + header)
-    file.truncate(file.tell() + end)
-    return {name: (file, file.tell() + start) for name, start in starts.items()}
+    return len(header).to_bytes(8, "little") + header

@@ -4,7 +4,7 @@ It goes layer by layer from disk to disk: the largest thing in memory is one lay
 embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,11 +15,14 @@ from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion import checks, configs, tokenizer_files
-from megatron_let.conversion.family import ModelShape, Rule
+from megatron_let.conversion.family import Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import check_shard_size, write_folder
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
+
+Piece = tuple[Rule, int | None]
+Named = tuple[str, torch.Tensor]
 
 
 def export(
@@ -59,36 +62,27 @@ def export(
     what = f"the checkpoint, by its arguments a {family.name},"
     wanted = [rule.megatron for rule in rules]
     checks.check_names(wanted, checkpoint.names, what, checks.NOT_WEIGHTS)
-    tensors = _stand_ins(checkpoint, rules, shape, DTYPES[dtype] if dtype else None)
+    pieces = checks.pieces(rules, shape)
+
+    def stand_in(name: str, layer: int | None) -> torch.Tensor:
+        tensor = checkpoint.empty(name)
+        if layer is not None and len(tensor) != shape.num_layers:
+            raise UsageError(f"{name} stacks {len(tensor)} layers; the run had {shape.num_layers}.")
+        return (tensor if layer is None else tensor[0]).to(DTYPES[dtype] if dtype else tensor.dtype)
+
+    def converted(read: Callable[..., torch.Tensor], pieces: Iterable[Piece]) -> Iterator[Named]:
+        for rule, layer in pieces:
+            yield from rule.split(read(rule.megatron, layer), layer, shape)
+
+    tensors = dict(converted(stand_in, pieces))
     model = configs.empty_model(config)
     checks.check_shapes(tensors, model.state_dict(), "the run's arguments make")
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for rule, layer in tqdm(checks.pieces(rules, shape), desc="weights", disable=None):
-            yield from rule.split(checkpoint.read(rule.megatron, layer), layer, shape)
-
+    weights = converted(checkpoint.read, tqdm(pieces, desc="weights", disable=None))
     with complete_or_absent(output) as folder:
-        write_folder(folder, model, tensors, weights(), max_shard_size)
+        write_folder(folder, model, tensors, weights, max_shard_size)
         if source is not None:
             tokenizer_files.write_tokenizer(source, tokenizer, folder)
     return output
-
-
-def _stand_ins(
-    checkpoint: Checkpoint, rules: tuple[Rule, ...], shape: ModelShape, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """Hugging Face's names, shapes and types, on `meta`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for rule, layer in checks.pieces(rules, shape):
-        tensor = checkpoint.empty(rule.megatron)
-        if rule.stacked:
-            if len(tensor) != shape.num_layers:
-                raise UsageError(
-                    f"{rule.megatron} stacks {len(tensor)} layers; the run had {shape.num_layers}."
-                )
-            tensor = tensor[0]
-        tensors |= rule.split(tensor.to(dtype or tensor.dtype), layer, shape)
-    return tensors
 
 
 def sample(folder: Path, prompt: str) -> str:
