@@ -25,10 +25,6 @@ MUST_BE_OFF = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"} | _flags
     "num_experts openai_gelu qk_l2_norm quick_geglu spec squared_relu use_mup window_size"
 )
 """Arguments that change what the model computes as no family does, and their flags."""
-DEMANDED_OF_ALL = {"is_causal": (True,)}
-
-
-# --- Megatron to Hugging Face ------------------------------------------------------------------
 
 
 def family_of_run(args: Namespace) -> Family:
@@ -114,9 +110,6 @@ def empty_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-# --- Hugging Face to Megatron ------------------------------------------------------------------
-
-
 def family_of_config(config: Any) -> Family:
     """Return the architecture of a Hugging Face model.
 
@@ -126,7 +119,7 @@ def family_of_config(config: Any) -> Family:
     if family is None:
         raise UsageError(f"model_type {config.model_type!r} is none of {_names()}.")
     fields = config.to_dict()
-    for name, accepted in {**family.demands, **DEMANDED_OF_ALL}.items():
+    for name, accepted in {**family.demands, "is_causal": (True,)}.items():
         if fields.get(name, accepted[0]) not in accepted:
             raise UsageError(
                 f"{name}={fields[name]!r} cannot be converted: Megatron's layers compute "

@@ -49,20 +49,21 @@ LLAMA_RULES = (
     Rule(OUTPUT_LAYER, ("lm_head.weight",), VOCABULARY),
 )
 
-_LLAMA_NEEDS = {
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "add_bias_linear": False,
-}
 _SILU = {"hidden_act": ("silu", "swish")}
 
 LLAMA = Family(
     name="Llama",
     model_type="llama",
     rules=LLAMA_RULES,
-    needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": False},
+    needs={
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+    },
     demands=_SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
     same={
         "ffn_hidden_size": "intermediate_size",
@@ -89,7 +90,7 @@ QWEN2 = replace(
     name="Qwen2",
     model_type="qwen2",
     rules=(*LLAMA_RULES, _separate_qkv("bias")),
-    needs=_LLAMA_NEEDS | {"add_qkv_bias": True, "qk_layernorm": False},
+    needs={**LLAMA.needs, "add_qkv_bias": True},
     demands=_SILU | {"use_sliding_window": (False,)},
 )
 QWEN3 = replace(
@@ -101,7 +102,7 @@ QWEN3 = replace(
         Rule("decoder.layers.self_attention.q_layernorm.weight", (f"{_ATTENTION}.q_norm.weight",)),
         Rule("decoder.layers.self_attention.k_layernorm.weight", (f"{_ATTENTION}.k_norm.weight",)),
     ),
-    needs=_LLAMA_NEEDS | {"add_qkv_bias": False, "qk_layernorm": True},
+    needs={**LLAMA.needs, "qk_layernorm": True},
     demands=_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
 )
 MISTRAL = replace(

@@ -2,7 +2,6 @@
 
 import shutil
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,15 @@ def write_tokenizer(source: str | Path, tokenizer: Any, folder: Path) -> None:
     particular, as with Qwen2: then they go to a folder of their own beside the model.
     """
     origin = own_folder(Path(source))
+
+    def copy_files(place: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, place / name)
+
     for place in (folder, folder / OWN_FOLDER):
         place.mkdir(exist_ok=True)
-        for write in (partial(_copy_files, origin), tokenizer.save_pretrained):
+        for write in (copy_files, tokenizer.save_pretrained):
             before = set(place.iterdir())
             write(place)
             if _is_same(tokenizer, place):
@@ -52,12 +57,6 @@ def write_tokenizer(source: str | Path, tokenizer: Any, folder: Path) -> None:
         f"The tokenizer {source} becomes another one when it is written and loaded again. Save it "
         "with transformers' save_pretrained and give that folder."
     )
-
-
-def _copy_files(origin: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, folder / name)
 
 
 def _is_same(tokenizer: Any, folder: Path) -> bool:
@@ -82,23 +81,21 @@ def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
     the place that the run names is believed: its rows may be those of --padded-vocab-size.
     """
     of_run = vars(args).get("tokenizer_fingerprint")
-    if of_run is None:
-        if source != args.tokenizer_model:
-            _check_size(args, len(tokenizer), source)
-    elif (found := tokenizer_fingerprint(tokenizer.get_vocab())) != of_run:
-        raise UsageError(
-            f"The tokenizer {source} (fingerprint {found[:12]}) is not the one the model was "
-            f"trained with ({of_run[:12]}, then at {args.tokenizer_model}). Give that one with "
-            "--tokenizer-model."
-        )
-
-
-def _check_size(args: Namespace, size: int, source: str) -> None:
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    padded = -(-size // multiple) * multiple if args.pad_vocab_size else size
-    if args.padded_vocab_size != padded:
-        raise UsageError(
-            f"The tokenizer {source} has {size} tokens, padded to {padded} rows; the run's model "
-            f"has {args.padded_vocab_size}. Give the run's tokenizer with --tokenizer-model. If "
-            f"the run set --padded-vocab-size, put it where the run had it: {args.tokenizer_model}."
-        )
+    if of_run is not None:
+        if (found := tokenizer_fingerprint(tokenizer.get_vocab())) != of_run:
+            raise UsageError(
+                f"The tokenizer {source} (fingerprint {found[:12]}) is not the one the model was "
+                f"trained with ({of_run[:12]}, then at {args.tokenizer_model}). Give that one with "
+                "--tokenizer-model."
+            )
+    elif source != args.tokenizer_model:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        size = len(tokenizer)
+        padded = -(-size // multiple) * multiple if args.pad_vocab_size else size
+        if args.padded_vocab_size != padded:
+            raise UsageError(
+                f"The tokenizer {source} has {size} tokens, padded to {padded} rows; the run's "
+                f"model has {args.padded_vocab_size}. Give the run's tokenizer with "
+                "--tokenizer-model. If the run set --padded-vocab-size, put it where the run had "
+                f"it: {args.tokenizer_model}."
+            )
