@@ -199,15 +199,11 @@ def check_groups(args: Namespace) -> None:
             f"--save-keep-last {args.save_keep_last} would keep no checkpoint; use at least 1, or "
             "2 so that a damaged newest one costs one interval."
         )
-    _check_has_effect(args, CheckpointArguments, "save")
-    _check_has_effect(args, InitFlags, "init_from")
-    _check_has_effect(args, DryRunFlags, "dry_run")
+    needed = ("save", CheckpointArguments), ("init_from", InitFlags), ("dry_run", DryRunFlags)
+    for name, group in needed:
+        for own, value in vars(group.of(args)).items():
+            if value != getattr(group, own) and getattr(args, name) in (None, False):
+                raise UsageError(f"{flag(own, value)} has no effect without {flag(name)}.")
     for name, why in NOT_GROWN.items() if args.init_from is not None else ():
         if getattr(args, name):
             raise UsageError(f"{flag(name)} {why}")
-
-
-def _check_has_effect(args: Namespace, group: type[Flags], needed: str) -> None:
-    for name, value in vars(group.of(args)).items():
-        if value != getattr(group, name) and getattr(args, needed) in (None, False):
-            raise UsageError(f"{flag(name, value)} has no effect without {flag(needed)}.")

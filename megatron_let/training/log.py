@@ -2,7 +2,6 @@
 
 import resource
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,10 +228,8 @@ class Interval:
     teacher_flops: float = 0.0
     """In steps: what was computed before the run (scoring) is in no interval."""
     num_steps: int = 0
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Sums over the updates that had them: guidance may end, or begin, within the interval."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Of those updates."""
+    losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Of the updates that had them: guidance may end, or begin, within the interval."""
 
     def add_step(
         self, student_flops: float, teacher_flops: float, losses: dict[str, torch.Tensor]
@@ -241,13 +238,12 @@ class Interval:
         self.student_flops += student_flops
         self.teacher_flops += teacher_flops
         self.num_steps += 1
-        self.counts.update(losses.keys())
         for key, value in losses.items():
-            self.losses[key] = self.losses.get(key, 0.0) + value.detach().float().sum()
+            self.losses.setdefault(key, []).append(value.detach().float().sum())
 
     def means(self) -> dict[str, float]:
         """The mean losses; this waits for the device."""
-        return {key: value.item() / self.counts[key] for key, value in self.losses.items()}
+        return {key: float(sum(values)) / len(values) for key, values in self.losses.items()}
 
     def speed(self, totals: Totals, num_ranks: int, steps_left: int) -> dict[str, float]:
         """Return tokens, FLOPs and the time that is left, at the rate up to `totals`.

@@ -7,7 +7,7 @@ differs it ends in a traceback, or trains another model unsaid.
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -103,11 +103,13 @@ def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any])
 
 def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
     """Another method may go on from a checkpoint; the same one must go on with the same flags."""
-    ours = {field.name: field.default for group in groups() for field in fields(group)}
+    defaults = {field.name: field.default for group in groups() for field in fields(group)}
+    # Older code did what is the default now.
+    ours = Namespace(**defaults | vars(saved))
     if args.init_from:  # the flags of growth stay on a requeued command line
         way_out = "It goes on from its own weights. Leave it out, or start a new run with another "
         names = [field.name for field in fields(InitFlags)]
-        _compare(args, saved, names, f"{way_out}--save and without --load.", ours)
+        _compare(args, ours, names, f"{way_out}--save and without --load.")
     saved_method = vars(saved).get("method", BASELINE)  # Megatron-LM's own checkpoints have none
     if saved_method != args.method:
         if os.environ.get("RANK", "0") == "0":
@@ -121,13 +123,12 @@ def _check_ours(args: Namespace, saved: Namespace, method: Method) -> None:
                 "with another --save, from the weights: --finetune."
             )
     given = {word.partition("=")[0] for word in sys.argv}
-    # Older code did what is the default now: it need not be that of this command line.
     chosen, way_out = vars(args).get("guidance") == "auto", FROM_THE_WEIGHTS
     if chosen:
         way_out += " (--guidance auto chooses by the run's length: what is given beside it counts.)"
-    compared = method.same_on_resume
+    compared = method.same_on_resume  # a default of older code need not be this command line's
     same = [name for name in compared if chosen or name in saved or flag(name) in given]
-    _compare(args, saved, same, way_out, ours)
+    _compare(args, ours, same, way_out)
 
 
 def check_flags(args: Namespace, saved: Namespace) -> None:
@@ -196,15 +197,9 @@ def _tell_changes(args: Namespace, saved: Namespace) -> None:
         say(f"> the optimizer keeps the checkpoint's values: no effect of {kept}")
 
 
-def _compare(
-    args: Namespace,
-    saved: Namespace,
-    names: Iterable[str],
-    way_out: str,
-    older: Mapping[str, object] | None = None,
-) -> None:
-    """Refuse other values than the checkpoint's; `older` are those of one that lacks a name."""
-    for name, now, before in _differing(args, saved, names, older):
+def _compare(args: Namespace, saved: Namespace, names: Iterable[str], way_out: str) -> None:
+    """Refuse other values than the checkpoint's."""
+    for name, now, before in _differing(args, saved, names):
         raise UsageError(
             f"This run has {flag(name, now)}, the checkpoint in {args.load} was saved with "
             f"{flag(name, before)}. {way_out}"
@@ -212,16 +207,13 @@ def _compare(
 
 
 def _differing(
-    args: Namespace,
-    saved: Namespace,
-    names: Iterable[str],
-    older: Mapping[str, object] | None = None,
+    args: Namespace, saved: Namespace, names: Iterable[str]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what a flag is called, its value and the checkpoint's."""
     now_args, saved_args = _as_trained(args), _as_trained(saved)
     for name in names:
         now = now_args.get(name)
-        before = saved_args.get(name, (older or {}).get(name, now))
+        before = saved_args.get(name, now)
         if now != before:
             if name in NEGATIVE:
                 name, now, before = NEGATIVE[name], not now, not before

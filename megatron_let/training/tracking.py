@@ -153,9 +153,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *words: str) -> str | None:
     command = ["git", "--no-optional-locks", "-c", f"safe.directory={folder}", "-C", str(folder)]
     try:
-        result = subprocess.run(
-            [*command, *words], capture_output=True, text=True, errors="replace", timeout=60
+        return subprocess.check_output(
+            [*command, *words], stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=60
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout if result.returncode == 0 else None
