@@ -111,10 +111,7 @@ def empty_model(config: Any) -> Any:
 
 
 def family_of_config(config: Any) -> Family:
-    """Return the architecture of a Hugging Face model.
-
-    It is refused if Megatron has none such, or computes one of its options differently.
-    """
+    """Return a model's architecture; refuse one, or an option, that Megatron does not compute."""
     family = next((f for f in FAMILIES if f.model_type == config.model_type), None)
     if family is None:
         raise UsageError(f"model_type {config.model_type!r} is none of {_names()}.")

@@ -43,9 +43,6 @@ class Form:
     join: Callable[[Parts, ModelShape], torch.Tensor]
 
 
-# --- the forms ---------------------------------------------------------------------------------
-
-
 def cut_vocabulary(weight_Vh: torch.Tensor, shape: ModelShape) -> Parts:
     """Return the rows `[vocab_size, h]` that have a token.
 
@@ -100,9 +97,6 @@ QKV_COLUMNS = Form(
     lambda weight, shape: (torch.cat(split_qkv(weight, shape)).t(),),
     lambda parts, shape: join_qkv(parts[0].t().chunk(3), shape),
 )
-
-
-# --- rules ---------------------------------------------------------------------------------------
 
 QKV_NAME = "decoder.layers.self_attention.linear_qkv"
 PROJECTION = "decoder.layers.self_attention.linear_proj"

@@ -103,7 +103,10 @@ class Source:
 
 
 def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
-    """Open a folder or hub id, which a flag names; its tensors must be those of its family."""
+    """Open a folder or hub id, which a flag names.
+
+    Its tensors must be those of its family, in the shapes that its configuration makes.
+    """
     folder = local_folder(hf_model, revision, flag)
     failure = f"{flag} {folder} has no configuration to load."
     config = hugging_face.load(AutoConfig, folder, failure)
@@ -113,24 +116,14 @@ def open_model(flag: str, hf_model: str, revision: str | None = None) -> Source:
     rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
     model = configs.empty_model(config)
     reader = SafetensorsReader(folder, model.base_model_prefix)
-    source = Source(folder, config, family, values, rules, shape, reader)
-    _check_weights(source, model.state_dict())
-    return source
-
-
-def _check_weights(source: Source, expected: dict[str, torch.Tensor]) -> None:
-    """Their names must be the family's, and their shapes those that the configuration makes."""
-    folder, reader, rules = source.folder, source.reader, source.rules
     # The output layer of a tied model, which some folders hold as well.
-    left_out = {rule.hugging_face[0] for rule in source.family.rules if rule not in rules}
+    left_out = {rule.hugging_face[0] for rule in family.rules if rule not in rules}
     twice = left_out & reader.names
-    names = [
-        name for rule, layer in checks.pieces(rules, source.shape) for name in rule.names(layer)
-    ]
-    what = f"{folder}, by its configuration a {source.family.name},"
+    names = [name for rule, layer in checks.pieces(rules, shape) for name in rule.names(layer)]
+    what = f"{folder}, by its configuration a {family.name},"
     checks.check_names(names, reader.names - twice, what, checks.NOT_HUGGING_FACE_WEIGHTS)
     found = {name: reader.empty(name) for name in names}
-    checks.check_shapes(found, expected, "config.json makes")
+    checks.check_shapes(found, model.state_dict(), "config.json makes")
     embedding = next(rule.hugging_face[0] for rule in rules if rule.megatron == EMBEDDING)
     for head in twice:
         # If it is another matrix, then transformers does not tie them either.
@@ -139,6 +132,7 @@ def _check_weights(source: Source, expected: dict[str, torch.Tensor]) -> None:
                 f"{head} in {folder} is not {embedding}, though config.json says that they are "
                 'tied. Set "tie_word_embeddings": false there.'
             )
+    return Source(folder, config, family, values, rules, shape, reader)
 
 
 def _tokenizer(source: Source, folder: Path, output: Path) -> dict[str, Any]:

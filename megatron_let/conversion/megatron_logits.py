@@ -8,7 +8,6 @@ The CPU platform changes torch for the whole process, so who compares must not b
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,21 +56,16 @@ def model_arguments(checkpoint: Checkpoint) -> Namespace:
     return args
 
 
-def build_model(args: Namespace) -> Any:
-    """Return Megatron's model, with random weights, ready to evaluate."""
-    torch.distributed.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
-    config = gpt_config(args)
-    builder = config.get_builder_cls()(config)
-    return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
-
-
 def main(folder: str, tokens: str, logits: str, rounded_to: str) -> None:
     """Write float32 logits `[b, s, V]` for token ids `[b, s]`, of weights rounded to a type."""
     safe_loading.install()
     checkpoint = Checkpoint(Path(folder))
-    model = build_model(model_arguments(checkpoint))
+    config = gpt_config(model_arguments(checkpoint))
+    torch.distributed.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = config.get_builder_cls()(config).build_model(groups).eval()
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
     model.load_state_dict(state["model"])
     for parameter in model.parameters():

@@ -120,12 +120,9 @@ def _megatron_logits(
         np.save(tokens, ids_BS.numpy())
         program = [sys.executable, "-m", "megatron_let.conversion.megatron_logits"]
         dtype = str(rounded_to).removeprefix("torch.")
-        result = subprocess.run(
-            [*program, checkpoint.absolute(), tokens, logits, dtype],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).resolve().parents[2],
-        )
+        command = [*program, checkpoint.absolute(), tokens, logits, dtype]
+        root = Path(__file__).resolve().parents[2]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=root)
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or ["no message"]
             raise UsageError(f"Megatron cannot run {checkpoint}: {lines[-1]}")
