@@ -12,7 +12,7 @@ from megatron.training.utils import print_rank_0
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training import arguments
-from megatron_let.training.micro_batches import MicroBatches
+from megatron_let.training.run import MicroBatches
 from megatron_let.upstream.loop_hooks import LISTENERS, LoopHooks
 from megatron_let.upstream.mended import known_token_ids
 from megatron_let.upstream.table import apply

@@ -139,9 +139,10 @@ def _check_numbers(args: Namespace) -> None:
             "90,9,1."
         )
     if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
-        way_out = "add --non-persistent-ckpt-type global, or leave it out"
-        given = arguments.flag("non_persistent_save_interval", args.non_persistent_save_interval)
-        raise UsageError(f"{given} has no effect alone: {way_out}.")
+        raise UsageError(
+            f"--non-persistent-save-interval {args.non_persistent_save_interval} has no effect "
+            "alone: add --non-persistent-ckpt-type global, or leave it out."
+        )
 
 
 def _check_shards(args: Namespace) -> None:
@@ -159,37 +160,28 @@ def _check_schedule(args: Namespace) -> None:
     _, decay, warmup = schedule_samples(args)
     unit, batch = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
     fall = vars(args)[f"lr_wsd_decay_{unit}"]
-    for is_wrong, what in (
-        (
-            warmup >= decay,
-            f"The learning rate would rise for {warmup:g} samples (--lr-warmup-*), but it has "
-            f"reached its end after {decay:g} (--train-*, --lr-decay-*): warm up for less.",
+    mistakes = {
+        f"The learning rate would rise for {warmup:g} samples (--lr-warmup-*), but it has reached "
+        f"its end after {decay:g} (--train-*, --lr-decay-*): warm up for less.": warmup >= decay,
+        f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: begin lower.": (
+            args.lr_warmup_init > args.lr
         ),
-        (
-            args.lr_warmup_init > args.lr,
-            f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: begin lower.",
+        f"--lr-decay-style WSD and --lr-wsd-decay-{unit}, its fall at the end, go together: give "
+        "both, or neither.": (args.lr_decay_style == "WSD") != (fall is not None),
+        f"--lr-wsd-decay-{unit} {fall} is longer than the run: choose less.": (
+            (fall or 0) * batch > decay
         ),
-        (
-            (args.lr_decay_style == "WSD") != (fall is not None),
-            f"--lr-decay-style WSD and --lr-wsd-decay-{unit}, its fall at the end, go together: "
-            "give both, or neither.",
+        "Megatron-LM's weight decay only grows: let --end-weight-decay be the larger one.": (
+            args.end_weight_decay < args.start_weight_decay
         ),
-        (
-            (fall or 0) * batch > decay,
-            f"--lr-wsd-decay-{unit} {fall} is longer than the run: choose less.",
+        "--override-opt-param-scheduler follows this command's schedule, "
+        "--use-checkpoint-opt-param-scheduler the checkpoint's: give one of them.": (
+            args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler
         ),
-        (
-            args.end_weight_decay < args.start_weight_decay,
-            "Megatron-LM's weight decay only grows: let --end-weight-decay be the larger one.",
-        ),
-        (
-            args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler,
-            "--override-opt-param-scheduler follows this command's schedule, "
-            "--use-checkpoint-opt-param-scheduler the checkpoint's: give one of them.",
-        ),
-    ):
-        if is_wrong:
-            raise UsageError(what)
+    }
+    for mistake, is_made in mistakes.items():
+        if is_made:
+            raise UsageError(mistake)
 
 
 def _data_prefixes(args: Namespace) -> list[str]:

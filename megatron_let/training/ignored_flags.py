@@ -70,12 +70,9 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     if args.dataloader_type == "external":
         _refuse(argv, "dataloader-type", "has no effect with external: the data come from files.")
     if args.full_validation:
-        what = "evaluates the validation sets, whole, by --eval-micro-batch-size rows a rank"
-        _refuse(
-            argv,
-            OF_PARTIAL_SETS,
-            f"has no effect with --full-validation, which {what}, and no other. Leave it out.",
-        )
+        which = "evaluates the validation sets, whole, by --eval-micro-batch-size rows a rank, and"
+        why = f"has no effect with --full-validation, which {which} no other. Leave it out."
+        _refuse(argv, OF_PARTIAL_SETS, why)
     if not (args.load or args.pretrained_checkpoint):
         why = "has no effect without --load: the run would start from random weights."
         _refuse(argv, OF_A_CHECKPOINT, f"{why} Add the folder, or leave it out.")

@@ -171,12 +171,11 @@ class RunLog(Listener):
         self.file.write("train", step.number, **means, **speed, **rate)
         if self._speaks():
             say(step_line(step.number, self.args.train_iters, means, speed))
-        if is_last_rank():
+        if writer := get_tensorboard_writer():  # on the last rank alone, as W&B's
             for key, value in speed.items():
-                if writer := get_tensorboard_writer():
-                    writer.add_scalar(key, value, step.number)
-            if wandb := get_wandb_writer():
-                wandb.log(speed, step.number)
+                writer.add_scalar(key, value, step.number)
+        if wandb := get_wandb_writer():
+            wandb.log(speed, step.number)
         self._interval = Interval(dict(totals))
 
     def before_save(self, save: Save) -> None:
