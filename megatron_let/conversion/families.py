@@ -134,36 +134,7 @@ SMOLLM3 = replace(
 
 # --- GPT-2 and GPT-NeoX: plain MLP with GELU, LayerNorm, biases ----------------------------------
 
-_BLOCK = "transformer.h.{layer}"
-
-GPT2_RULES = (
-    Rule(EMBEDDING, ("transformer.wte.weight",), VOCABULARY),
-    Rule("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
-    *with_bias(f"{QKV_NAME}.layer_norm_{{}}", f"{_BLOCK}.ln_1.{{}}"),
-    *with_bias(f"{QKV_NAME}.{{}}", f"{_BLOCK}.attn.c_attn.{{}}", QKV_COLUMNS),
-    *with_bias(f"{PROJECTION}.{{}}", f"{_BLOCK}.attn.c_proj.{{}}", TRANSPOSED),
-    *with_bias(f"{FC1}.layer_norm_{{}}", f"{_BLOCK}.ln_2.{{}}"),
-    *with_bias(f"{FC1}.{{}}", f"{_BLOCK}.mlp.c_fc.{{}}", TRANSPOSED),
-    *with_bias(f"{FC2}.{{}}", f"{_BLOCK}.mlp.c_proj.{{}}", TRANSPOSED),
-    *with_bias(f"{FINAL_NORM}.{{}}", "transformer.ln_f.{}"),
-    Rule(OUTPUT_LAYER, ("lm_head.weight",), VOCABULARY),
-)
-
-_NEOX = "gpt_neox.layers.{layer}"
-
-GPT_NEOX_RULES = (
-    Rule(EMBEDDING, ("gpt_neox.embed_in.weight",), VOCABULARY),
-    *with_bias(f"{QKV_NAME}.layer_norm_{{}}", f"{_NEOX}.input_layernorm.{{}}"),
-    # Each head's query, key and value stand together there too: Megatron's order without groups.
-    *with_bias(f"{QKV_NAME}.{{}}", f"{_NEOX}.attention.query_key_value.{{}}"),
-    *with_bias(f"{PROJECTION}.{{}}", f"{_NEOX}.attention.dense.{{}}"),
-    *with_bias(f"{FC1}.layer_norm_{{}}", f"{_NEOX}.post_attention_layernorm.{{}}"),
-    *with_bias(f"{FC1}.{{}}", f"{_NEOX}.mlp.dense_h_to_4h.{{}}"),
-    *with_bias(f"{FC2}.{{}}", f"{_NEOX}.mlp.dense_4h_to_h.{{}}"),
-    *with_bias(f"{FINAL_NORM}.{{}}", "gpt_neox.final_layer_norm.{}"),
-    Rule(OUTPUT_LAYER, ("embed_out.weight",), VOCABULARY),
-)
-
+_BLOCK, _NEOX = "transformer.h.{layer}", "gpt_neox.layers.{layer}"
 # Megatron fuses a bias with the tanh form of GELU; without the fusion it computes the exact one.
 # Its --openai-gelu is parsed and then forgotten in Megatron-Core 0.19, but not in older ones.
 _EXACT_GELU, _TANH_GELU = "gelu", "gelu_new"
@@ -188,7 +159,18 @@ _GPT_NEEDS = {
 GPT2 = Family(
     name="GPT-2",
     model_type="gpt2",
-    rules=GPT2_RULES,
+    rules=(
+        Rule(EMBEDDING, ("transformer.wte.weight",), VOCABULARY),
+        Rule("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
+        *with_bias(f"{QKV_NAME}.layer_norm_{{}}", f"{_BLOCK}.ln_1.{{}}"),
+        *with_bias(f"{QKV_NAME}.{{}}", f"{_BLOCK}.attn.c_attn.{{}}", QKV_COLUMNS),
+        *with_bias(f"{PROJECTION}.{{}}", f"{_BLOCK}.attn.c_proj.{{}}", TRANSPOSED),
+        *with_bias(f"{FC1}.layer_norm_{{}}", f"{_BLOCK}.ln_2.{{}}"),
+        *with_bias(f"{FC1}.{{}}", f"{_BLOCK}.mlp.c_fc.{{}}", TRANSPOSED),
+        *with_bias(f"{FC2}.{{}}", f"{_BLOCK}.mlp.c_proj.{{}}", TRANSPOSED),
+        *with_bias(f"{FINAL_NORM}.{{}}", "transformer.ln_f.{}"),
+        Rule(OUTPUT_LAYER, ("lm_head.weight",), VOCABULARY),
+    ),
     needs=_GPT_NEEDS | {"position_embedding_type": "learned_absolute"},
     demands={
         "activation_function": _GELUS,
@@ -215,7 +197,18 @@ GPT2 = Family(
 GPT_NEOX = Family(
     name="GPT-NeoX",
     model_type="gpt_neox",
-    rules=GPT_NEOX_RULES,
+    rules=(
+        Rule(EMBEDDING, ("gpt_neox.embed_in.weight",), VOCABULARY),
+        *with_bias(f"{QKV_NAME}.layer_norm_{{}}", f"{_NEOX}.input_layernorm.{{}}"),
+        # Each head's query, key and value stand together: Megatron's own order without groups.
+        *with_bias(f"{QKV_NAME}.{{}}", f"{_NEOX}.attention.query_key_value.{{}}"),
+        *with_bias(f"{PROJECTION}.{{}}", f"{_NEOX}.attention.dense.{{}}"),
+        *with_bias(f"{FC1}.layer_norm_{{}}", f"{_NEOX}.post_attention_layernorm.{{}}"),
+        *with_bias(f"{FC1}.{{}}", f"{_NEOX}.mlp.dense_h_to_4h.{{}}"),
+        *with_bias(f"{FC2}.{{}}", f"{_NEOX}.mlp.dense_4h_to_h.{{}}"),
+        *with_bias(f"{FINAL_NORM}.{{}}", "gpt_neox.final_layer_norm.{}"),
+        Rule(OUTPUT_LAYER, ("embed_out.weight",), VOCABULARY),
+    ),
     needs=_GPT_NEEDS | {"position_embedding_type": "rope"},
     # With a parallel residual, as Pythia has it, attention and MLP read the same states.
     demands={"hidden_act": _GELUS, "use_parallel_residual": (False,), "attention_bias": (True,)},

@@ -4,7 +4,7 @@ It goes layer by layer from disk to disk: the largest thing in memory is one lay
 embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,14 +15,10 @@ from megatron_let import hugging_face
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.conversion import checks, configs, tokenizer_files
-from megatron_let.conversion.family import Rule
 from megatron_let.conversion.output import check_free, complete_or_absent
 from megatron_let.conversion.safetensors_files import check_shard_size, write_folder
 from megatron_let.errors import UsageError
 from megatron_let.teacher.load import DTYPES
-
-Piece = tuple[Rule, int | None]
-Named = tuple[str, torch.Tensor]
 
 
 def export(
@@ -62,7 +58,6 @@ def export(
     what = f"the checkpoint, by its arguments a {family.name},"
     wanted = [rule.megatron for rule in rules]
     checks.check_names(wanted, checkpoint.names, what, checks.NOT_WEIGHTS)
-    pieces = checks.pieces(rules, shape)
 
     def stand_in(name: str, layer: int | None) -> torch.Tensor:
         tensor = checkpoint.empty(name)
@@ -70,14 +65,14 @@ def export(
             raise UsageError(f"{name} stacks {len(tensor)} layers; the run had {shape.num_layers}.")
         return (tensor if layer is None else tensor[0]).to(DTYPES[dtype] if dtype else tensor.dtype)
 
-    def converted(read: Callable[..., torch.Tensor], pieces: Iterable[Piece]) -> Iterator[Named]:
-        for rule, layer in pieces:
+    def converted(read: Callable[..., torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        for rule, layer in checks.pieces(rules, shape):
             yield from rule.split(read(rule.megatron, layer), layer, shape)
 
-    tensors = dict(converted(stand_in, pieces))
+    tensors = dict(converted(stand_in))
     model = configs.empty_model(config)
     checks.check_shapes(tensors, model.state_dict(), "the run's arguments make")
-    weights = converted(checkpoint.read, tqdm(pieces, desc="weights", disable=None))
+    weights = tqdm(converted(checkpoint.read), "weights", len(tensors), disable=None)
     with complete_or_absent(output) as folder:
         write_folder(folder, model, tensors, weights, max_shard_size)
         if source is not None:

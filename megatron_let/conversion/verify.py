@@ -118,9 +118,9 @@ def _megatron_logits(
     with tempfile.TemporaryDirectory() as folder:
         tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(tokens, ids_BS.numpy())
+        words = (checkpoint.absolute(), tokens, logits, str(rounded_to).removeprefix("torch."))
         program = [sys.executable, "-m", "megatron_let.conversion.megatron_logits"]
-        dtype = str(rounded_to).removeprefix("torch.")
-        command = [*program, checkpoint.absolute(), tokens, logits, dtype]
+        command = [*program, *map(str, words)]
         root = Path(__file__).resolve().parents[2]
         result = subprocess.run(command, capture_output=True, text=True, cwd=root)
         if result.returncode != 0:
