@@ -59,30 +59,30 @@ def refuse_unsupported(argv: list[str]) -> None:
 
 def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     """Look for flags without effect; raises UsageError, which names one and what helps."""
-    for names, way_out in IGNORED.items():
-        _refuse(argv, names, f"has no effect here. {way_out}")
+    idle = {names: f"here. {way_out}" for names, way_out in IGNORED.items()}
     if args.non_persistent_ckpt_type == "local":
         way_out = IGNORED["non-persistent-local- replication replication-"]
-        _refuse(argv, "non-persistent-ckpt-type", f"has no effect with local. {way_out}")
+        idle["non-persistent-ckpt-type"] = f"with local. {way_out}"
     if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
         way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
-        _refuse(argv, "async-save", f"has no effect alone. {way_out}")
+        idle["async-save"] = f"alone. {way_out}"
     if args.dataloader_type == "external":
-        _refuse(argv, "dataloader-type", "has no effect with external: the data come from files.")
+        idle["dataloader-type"] = "with external: the data come from files."
     if args.full_validation:
         which = "evaluates the validation sets, whole, by --eval-micro-batch-size rows a rank, and"
-        why = f"has no effect with --full-validation, which {which} no other. Leave it out."
-        _refuse(argv, OF_PARTIAL_SETS, why)
+        idle[OF_PARTIAL_SETS] = f"with --full-validation, which {which} no other. Leave it out."
     if not (args.load or args.pretrained_checkpoint):
-        why = "has no effect without --load: the run would start from random weights."
-        _refuse(argv, OF_A_CHECKPOINT, f"{why} Add the folder, or leave it out.")
+        why = "without --load: the run would start from random weights."
+        idle[OF_A_CHECKPOINT] = f"{why} Add the folder, or leave it out."
     if not args.wandb_project:
-        _refuse(argv, "wandb-", "has no effect without --wandb-project. Add it, or leave it out.")
+        idle["wandb-"] = "without --wandb-project. Add it, or leave it out."
     if args.transformer_impl != "transformer_engine":
-        where = "without Transformer Engine. Install it (docs/install.md), or leave the flag out."
-        _refuse(argv, NEEDS_TRANSFORMER_ENGINE, f"has no effect {where}")
+        way_out = "Install it (docs/install.md), or leave the flag out."
+        idle[NEEDS_TRANSFORMER_ENGINE] = f"without Transformer Engine. {way_out}"
     if cpu.is_active():
-        _refuse(argv, NEEDS_GPU, "has no effect without a GPU. Leave it out.")
+        idle[NEEDS_GPU] = "without a GPU. Leave it out."
+    for names, why in idle.items():
+        _refuse(argv, names, f"has no effect {why}")
 
 
 def _refuse(argv: list[str], names: str, what: str) -> None:

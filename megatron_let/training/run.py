@@ -29,9 +29,7 @@ from megatron_let.upstream.batch import BATCH_KEYS, Batch, drawn_batch
 from megatron_let.upstream.datasets import GPTDataset
 from megatron_let.upstream.loop_hooks import LoopHooks
 
-Report = dict[str, torch.Tensor]
-
-SPIKY_LOSS_FACTOR = 10
+SPIKY, SPIKY_LOSS_FACTOR = "Spiky loss", 10
 """With --check-for-spiky-loss: a loss this many times the largest so far is suspicious."""
 
 
@@ -96,8 +94,7 @@ class Run:
         self._is_alone = args.fake_process_group
         """Whether no other rank of the layout exists: what it would send never comes."""
         self._method_dataset: Any = None
-        draw = functools.partial(self.batch, is_training=True)
-        self._training_batches = MicroBatches(args, method, draw, self._start_step)
+        self._training_batches = MicroBatches(args, method, self.batch, self._start_step)
         self._bad_losses: torch.Tensor | int = 0
 
     # --- data ---------------------------------------------------------------------------------
@@ -198,9 +195,7 @@ class Run:
 
     # --- a micro-batch ------------------------------------------------------------------------
 
-    def batch(
-        self, data_iterator: Iterator[Batch], vp_stage: int | None, is_training: bool = False
-    ) -> Batch:
+    def batch(self, data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
         """Return this chunk's next micro-batch `[b, s]`; what a stage does not need is None.
 
         Every stage that reads draws the same samples from an iterator of its own. In training the
@@ -208,7 +203,7 @@ class Run:
         """
         if not self._reads(vp_stage):
             return dict.fromkeys(BATCH_KEYS)
-        is_guided = is_training and self.method.reads_batch(vp_stage)
+        is_guided = torch.is_grad_enabled() and self.method.reads_batch(vp_stage)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = drawn_batch(
@@ -223,7 +218,7 @@ class Run:
 
     def forward_step(
         self, data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
-    ) -> tuple[Any, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Report]]]:
+    ) -> tuple[Any, Callable[[torch.Tensor], Any]]:
         """Run one micro-batch through this rank's chunk (`forward_step_func` of the schedules)."""
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         draw = self._training_batches.next if model.training else self.batch
@@ -248,7 +243,7 @@ class Run:
 
     def loss(
         self, loss_mask: torch.Tensor, losses: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Report]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Return the summed loss, the number of tokens, and both for the log.
 
         The schedule divides by tokens and micro-batches. Validation is this loss alone.
@@ -266,20 +261,17 @@ class Run:
 
     def _check_loss(self, loss: torch.Tensor) -> None:
         machine = get_rerun_state_machine()
-        checks: list[tuple[Callable[..., Any], str, bool]] = []
+        checks: dict[str, Callable[[torch.Tensor], Any]] = {}
         if self.args.check_for_nan_in_loss_and_grad:
-            checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
-            checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+            checks["found NaN in local forward loss calculation"] = torch.isnan
+            checks["found Inf in local forward loss calculation"] = torch.isinf
         if self.args.check_for_spiky_loss:
-            is_spiky = functools.partial(
+            checks[SPIKY] = functools.partial(
                 machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
             )
-            checks.append((is_spiky, "Spiky loss", False))
-        for rejects, message, fatal in checks:
-            rejects = functools.partial(self._tell_rejected, rejects, message)
-            machine.validate_result(
-                result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal
-            )
+        for message, rejects in checks.items():
+            told = functools.partial(self._tell_rejected, rejects, message)
+            machine.validate_result(loss, told, message, fatal=message != SPIKY)
 
     def _tell_rejected(
         self, rejects: Callable[[torch.Tensor], Any], message: str, loss: torch.Tensor
