@@ -2,8 +2,7 @@
 
 A family is one architecture that both Megatron and Hugging Face compute, and its literal says all
 of it. Megatron's side of a configuration is a mapping of attributes of its `args`, as
-`add_megatron_arguments` names them. A family from outside the tree is added by
-`families.add_family`.
+`add_megatron_arguments` names them.
 
 Shapes: L layers, V vocabulary rows, h hidden size, f MLP width, n query heads, g query groups,
 d size of a head. Megatron stacks what the layers have in common to one `[L, ...]` tensor.

@@ -40,10 +40,9 @@ class SafetensorsReader:
         check_folder(folder)
         self._files = _weight_map(folder)
         # GPT-2's own folder has `h.0...` where transformers writes `transformer.h.0...`.
-        complete = any(name.startswith(f"{base}.") for name in self._files)
+        prefix = "" if any(name.startswith(f"{base}.") for name in self._files) else f"{base}."
         self._names = {
-            name if complete or name in OUTPUT_LAYERS else f"{base}.{name}": name
-            for name in self._files
+            name if name in OUTPUT_LAYERS else prefix + name: name for name in self._files
         }
 
     @property
