@@ -119,9 +119,21 @@ def _run_all(teacher: Teacher, share: list[Rows]) -> None:
         teacher.states_BSD(rows)
 
 
+def _measure_all(let: Trainee, args: Any) -> None:
+    """What a step measures beside its losses: how the gradients compare, and what follows."""
+    [signal] = let.method.signals  # type: ignore[attr-defined]
+    shape = args.seq_length, args.micro_batch_size, args.hidden_size
+    gradients = torch.ones(shape), torch.ones(shape)
+    for _ in range(get_num_microbatches()):
+        signal.queue.compare(*gradients)
+    totals = [torch.ones(1) for _ in signal.recorded]
+    signal.learn(*totals)
+    let.method._judge(signal, totals)  # type: ignore[attr-defined]
+
+
 def run_pairs(args: Any, baseline: Trainee, let: Trainee, pairs: int) -> dict[str, list[float]]:
     """Time the two students in turns, and the teacher alone as long as there is one."""
-    times: dict[str, list[float]] = {"baseline": [], "let": [], "bare": []}
+    times: dict[str, list[float]] = {"baseline": [], "let": [], "bare": [], "measures": []}
     for pair in range(-WARM_UP, pairs):
         args.curr_iteration += 1
         step = args.curr_iteration
@@ -136,6 +148,7 @@ def run_pairs(args: Any, baseline: Trainee, let: Trainee, pairs: int) -> dict[st
         if teacher is not None:
             share = own_share(args, step, let.method.micro_batches_at_once())
             found["bare"] = seconds(functools.partial(_run_all, teacher, share))
+            found["measures"] = seconds(functools.partial(_measure_all, let, args))
         if pair >= 0:
             for name, value in found.items():
                 times[name].append(value)

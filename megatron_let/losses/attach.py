@@ -90,11 +90,7 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
         gradient, weight_gradient = ctx.saved_tensors
-        ctx.queue.add(
-            lm_gradient_square=upstream.float().square().sum(),
-            let_gradient_square=gradient.float().square().sum(),
-            gradient_product=(upstream.float() * gradient.float()).sum(),
-        )
+        ctx.queue.compare(upstream, gradient)
         return None, upstream + gradient, None, weight_gradient, None
 
 
@@ -119,6 +115,15 @@ class Queue[T]:
     def push(self, target: T) -> None:
         """Queue the target of the micro-batch whose forward pass comes next."""
         self.targets.append(target)
+
+    def compare(self, lm_gradient: torch.Tensor, let_gradient: torch.Tensor) -> None:
+        """Add what tells how long the two gradients are, and how far apart they point."""
+        lm, let = lm_gradient.float().flatten(), let_gradient.float().flatten()
+        self.add(
+            lm_gradient_square=lm.dot(lm),
+            let_gradient_square=let.dot(let),
+            gradient_product=lm.dot(let),
+        )
 
     def add(self, **values: torch.Tensor) -> None:
         """Add detached scalars to their sums."""
