@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.safe_globals import SAFE_GLOBALS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
@@ -121,6 +122,7 @@ def test_what_a_listener_reports_is_recorded(corpus, tmp_path):
     module = ["--method-module", str(tmp_path / "mine.py")]
     assert not run(1, *corpus.flags, *module, "--save", str(tmp_path), "--exit-interval", "2")
     assert series(tmp_path, "my value") == {1: 7.0, 2: 7.0}
+    torch.serialization.add_safe_globals(SAFE_GLOBALS)  # as in a run
     assert checkpoint(tmp_path).unreadable_state() is None  # as with an object it would be
     states = checkpoint(tmp_path).args().listener_states
     assert states["Mine"] == {"scalar": 0.5, "tensor": [1.0, 1.0]} and "Other" not in states
