@@ -250,6 +250,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     )
 } | {
     "by-seed": by_seed,
+    "elsewhere-cpu": lambda results: elsewhere(results.beside(STUDY, "cpu")),
     "auto-cpu": lambda results: auto(results.beside(STUDY, "cpu")),
     "widths-cpu": lambda results: widths(results.beside(STUDY, "cpu")),
     "larger": lambda results: meet(results.beside(LARGER, "larger")),

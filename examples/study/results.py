@@ -113,8 +113,12 @@ class Results:
 
     def chosen(self, regime: str) -> dict[str, Any] | None:
         """The checkpoint that is a regime's teacher."""
-        path = self._study.record / "teachers" / regime / "chosen.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        record = self._study.record
+        for folder in (record, record.parent):  # of another machine's record: where the first lies
+            path = folder / "teachers" / regime / "chosen.json"
+            if path.exists():
+                return json.loads(path.read_text())
+        return None
 
     def passed(self, loss: float) -> list[float | None]:
         """After which part of its run each plain run is better than a loss for good."""
