@@ -9,7 +9,7 @@ Behind -- stand the flags of a run; what would change size or cost and is not kn
 """
 
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -51,8 +51,14 @@ UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
 def build_parser() -> ArgumentParser:
     """Return the command line; flags that Megatron has too are spelled as there."""
     parser = tool_parser(__doc__, "plan", allow_abbrev=False)
+    _add_student_flags(parser.add_argument_group("student"))
+    _add_method_flags(parser.add_argument_group("method"))
+    _add_layout_flags(parser.add_argument_group("layout"))
+    _add_run_flags(parser.add_argument_group("run"))
+    return parser
 
-    group = parser.add_argument_group("student")
+
+def _add_student_flags(group: _ArgumentGroup) -> None:
     add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
     student = f"{', '.join(shapes.STUDENTS)}, which the flags below override; or a folder"
     add("--student", metavar="NAME", help=student)
@@ -71,7 +77,8 @@ def build_parser() -> ArgumentParser:
     add("--normalization", choices=["LayerNorm", "RMSNorm"])
     add("--position-embedding-type", choices=["learned_absolute", "rope", "none"])
 
-    group = parser.add_argument_group("method")
+
+def _add_method_flags(group: _ArgumentGroup) -> None:
     add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
     add("--method", choices=list(METHODS), default=MAIN, help="default: %(default)s")
     teacher = f"{', '.join(shapes.TEACHERS)}, or a model's folder"
@@ -82,7 +89,8 @@ def build_parser() -> ArgumentParser:
     number("--let-stop-step", help=f"default: {LET_STOP_STEP}")
     number("--kd-stop-step", help="default: 17.3 %% of the run")
 
-    group = parser.add_argument_group("layout")
+
+def _add_layout_flags(group: _ArgumentGroup) -> None:
     add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
     number("--gpus", required=True)
     number("--tp", "--tensor-model-parallel-size", default=1, dest="tp")
@@ -100,7 +108,8 @@ def build_parser() -> ArgumentParser:
     dry = "and run the best ones dry; needs flags behind --"
     add("--dry-run", action="store_true", help=dry)
 
-    group = parser.add_argument_group("run")
+
+def _add_run_flags(group: _ArgumentGroup) -> None:
     passes = "share of the peak at which a stage's work passes, bubble left out"
     for name, default, what in (
         ("--seq-length", 2048, "tokens"),
@@ -117,7 +126,6 @@ def build_parser() -> ArgumentParser:
     length("--train-iters", type=int, help="steps")
     length("--train-tokens", type=float, default=20e9, help="default: 20e9, the paper's")
     group.add_argument("--dropout", action="store_true", help="the run has dropout")
-    return parser
 
 
 def parts(args: Namespace) -> tuple[ModelShape, ModelShape | None, Layout, RunShape, Gpu]:

@@ -7,7 +7,8 @@ Killed, the same call goes on where it was.
 """
 
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.data.engines import ENGINES
@@ -19,7 +20,13 @@ from megatron_let.data.tokenizer import TOKENIZER_TYPES, without_models
 def _build_parser() -> ArgumentParser:
     """Every flag is a field of `PreprocessConfig`."""
     parser = tool_parser(__doc__, "preprocess")
-    add = parser.add_argument_group("input and output").add_argument
+    _add_data(parser.add_argument_group("input and output").add_argument)
+    _add_tokenizer(parser.add_argument_group("tokenizer").add_argument)
+    _add_work(parser.add_argument_group("work").add_argument)
+    return parser
+
+
+def _add_data(add: Callable[..., Any]) -> None:
     inputs = (
         f"files, folders or quoted patterns, read in this order: {', '.join(SUFFIXES)} (a .txt "
         "file is one document)"
@@ -40,14 +47,15 @@ def _build_parser() -> ArgumentParser:
         "what to do about a record that is no document: stop, or leave it out and list it in "
         "PREFIX_skipped.jsonl (default: %(default)s)"
     )
-    add("--on-error", choices=["stop", "skip"], default="stop", help=bad)
+    add("--on-error", choices=["stop", "skip"], default=PreprocessConfig.on_error, help=bad)
     longest = (
         "million bytes of text that a document may have, of which the tokenizer's library takes up "
         "to 260 times as much memory (default: %(default)s)"
     )
-    add("--max-document-mb", type=float, default=12, help=longest)
+    add("--max-document-mb", type=float, default=PreprocessConfig.max_document_mb, help=longest)
 
-    add = parser.add_argument_group("tokenizer").add_argument
+
+def _add_tokenizer(add: Callable[..., Any]) -> None:
     types, default = TOKENIZER_TYPES, TOKENIZER_TYPES[0]
     add("--tokenizer-type", choices=types, default=default, help="default: %(default)s")
     model = "tokenizer folder or Hugging Face id, or SentencePiece model"
@@ -61,21 +69,26 @@ def _build_parser() -> ArgumentParser:
     add("--tokenizer-sentencepiece-legacy", action="store_true")
     add("--trust-remote-code", action="store_true", help="run code that comes with a tokenizer")
 
-    add = parser.add_argument_group("work").add_argument
-    add("--workers", type=int, default=1, help="processes that tokenize (default: %(default)s)")
+
+def _add_work(add: Callable[..., Any]) -> None:
+    add(
+        "--workers",
+        type=int,
+        default=PreprocessConfig.workers,
+        help="processes that tokenize (default: %(default)s)",
+    )
     engine = (
         "gigatoken, the tokenizer's own library (tokenizers), or gigatoken as long as it proves to "
         "give the same ids (default: %(default)s)"
     )
-    add("--engine", choices=ENGINES, default="auto", help=engine)
+    add("--engine", choices=ENGINES, default=PreprocessConfig.engine, help=engine)
     fraction = (
         "of the documents, the part that gigatoken's ids are compared on, behind the first hundred "
         "(default: %(default)s)"
     )
-    add("--verify-fraction", type=float, default=0.001, help=fraction)
+    add("--verify-fraction", type=float, default=PreprocessConfig.verify_fraction, help=fraction)
     lines = "documents between progress lines (default: %(default)s)"
-    add("--log-interval", type=int, default=100_000, help=lines)
-    return parser
+    add("--log-interval", type=int, default=PreprocessConfig.log_interval, help=lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

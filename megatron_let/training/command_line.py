@@ -41,26 +41,33 @@ DATA_FLAGS = (
 ).split()
 FINITE = sys.float_info.max
 BOUNDS = {
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "seq_length max_position_embeddings make_vocab_size_divisible_by vocab_size micro_batch_size "
-    "global_batch_size eval_micro_batch_size tensor_model_parallel_size context_parallel_size "
-    "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size seed "
-    "lr_decay_iters lr_decay_samples save_retain_interval "
-    "distributed_timeout_minutes": (1, FINITE, "at least 1"),
-    "eval_interval log_interval save_interval tensorboard_log_interval "
-    "non_persistent_save_interval": (
+    "at least 1": (
         1,
         FINITE,
-        "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)",
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+        "seq_length max_position_embeddings make_vocab_size_divisible_by vocab_size "
+        "micro_batch_size global_batch_size eval_micro_batch_size "
+        "tensor_model_parallel_size context_parallel_size "
+        "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
+        "seed lr_decay_iters lr_decay_samples save_retain_interval distributed_timeout_minutes",
     ),
-    "train_iters train_samples eval_iters num_workers lr min_lr lr_warmup_init lr_warmup_iters "
-    "lr_warmup_samples weight_decay start_weight_decay end_weight_decay "
-    "adam_eps": (0, FINITE, "0 or more"),
-    "clip_grad": (0, math.inf, "0, which clips nothing, or more"),
-    "attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction": (
+    "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)": (
+        1,
+        FINITE,
+        "eval_interval log_interval save_interval tensorboard_log_interval "
+        "non_persistent_save_interval",
+    ),
+    "0 or more": (
+        0,
+        FINITE,
+        "train_iters train_samples eval_iters num_workers lr min_lr lr_warmup_init lr_warmup_iters "
+        "lr_warmup_samples weight_decay start_weight_decay end_weight_decay adam_eps",
+    ),
+    "0, which clips nothing, or more": (0, math.inf, "clip_grad"),
+    "from 0 to 1": (
         0,
         1,
-        "from 0 to 1",
+        "attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction",
     ),
 }
 """What numbers must be that Megatron does not look at, or only when it is too late for words."""
@@ -127,7 +134,7 @@ def _refusals() -> Iterator[None]:
 
 
 def _check_numbers(args: Namespace) -> None:
-    for names, (least, most, what) in BOUNDS.items():
+    for what, (least, most, names) in BOUNDS.items():
         for name in names.split():
             value = vars(args)[name]
             if value is not None and not least <= value <= most:  # nan is neither
@@ -160,28 +167,37 @@ def _check_schedule(args: Namespace) -> None:
     _, decay, warmup = schedule_samples(args)
     unit, batch = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
     fall = vars(args)[f"lr_wsd_decay_{unit}"]
-    mistakes = {
-        f"The learning rate would rise for {warmup:g} samples (--lr-warmup-*), but it has reached "
-        f"its end after {decay:g} (--train-*, --lr-decay-*): warm up for less.": warmup >= decay,
-        f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: begin lower.": (
-            args.lr_warmup_init > args.lr
+    for is_wrong, what in (
+        (
+            warmup >= decay,
+            f"The learning rate would rise for {warmup:g} samples (--lr-warmup-*), but it has "
+            f"reached its end after {decay:g} (--train-*, --lr-decay-*): warm up for less.",
         ),
-        f"--lr-decay-style WSD and --lr-wsd-decay-{unit}, its fall at the end, go together: give "
-        "both, or neither.": (args.lr_decay_style == "WSD") != (fall is not None),
-        f"--lr-wsd-decay-{unit} {fall} is longer than the run: choose less.": (
-            (fall or 0) * batch > decay
+        (
+            args.lr_warmup_init > args.lr,
+            f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: begin lower.",
         ),
-        "Megatron-LM's weight decay only grows: let --end-weight-decay be the larger one.": (
-            args.end_weight_decay < args.start_weight_decay
+        (
+            (args.lr_decay_style == "WSD") != (fall is not None),
+            f"--lr-decay-style WSD and --lr-wsd-decay-{unit}, its fall at the end, go together: "
+            "give both, or neither.",
         ),
-        "--override-opt-param-scheduler follows this command's schedule, "
-        "--use-checkpoint-opt-param-scheduler the checkpoint's: give one of them.": (
-            args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler
+        (
+            (fall or 0) * batch > decay,
+            f"--lr-wsd-decay-{unit} {fall} is longer than the run: choose less.",
         ),
-    }
-    for mistake, is_made in mistakes.items():
-        if is_made:
-            raise UsageError(mistake)
+        (
+            args.end_weight_decay < args.start_weight_decay,
+            "Megatron-LM's weight decay only grows: let --end-weight-decay be the larger one.",
+        ),
+        (
+            args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler,
+            "--override-opt-param-scheduler follows this command's schedule, "
+            "--use-checkpoint-opt-param-scheduler the checkpoint's: give one of them.",
+        ),
+    ):
+        if is_wrong:
+            raise UsageError(what)
 
 
 def _data_prefixes(args: Namespace) -> list[str]:
