@@ -201,13 +201,14 @@ def auto(results: Results) -> list[str]:
 
 def widths(results: Results) -> list[str]:
     """How the teacher's width is met, beside interpolation of the same seed."""
-    first = (r for r in results.group("auto") if r.planned.name == "auto-let-seed-1")
+    found = [r for r in results.group("auto") if re.match("auto-let-seed", r.planned.name)]
     rows: Rows = []
-    for result in (*first, *results.group("widths")):
+    for result in sorted([*found, *results.group("widths")], key=lambda r: r.planned.seed):
         documentation = result.summary.scores["documentation"].bits_per_byte
         losses = (f"{result.summary.loss:.3f}", f"{documentation:.3f}")
-        rows.append((result.planned.arm.label, *losses, spread([result.steps], 2)))
-    return markdown_table(("arm", "final loss", "other domain", "steps"), rows)
+        steps = spread([result.steps], 2)
+        rows.append((result.planned.arm.label, str(result.planned.seed), *losses, steps))
+    return markdown_table(("arm", "seed", "final loss", "other domain", "steps"), rows)
 
 
 def again(results: Results) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.study.record import Summary
 from examples.study.study import Study
-from examples.study.table import PLAIN, Arm, Planned, Table
+from examples.study.table import AUTO, PLAIN, Arm, Planned, Table
 from megatron_let.report.targets import Comparison, compare, cost_to_target
 
 
@@ -96,7 +96,8 @@ class Results:
 
     def tuned_beside(self, planned: Planned) -> Result | None:
         """The finished run, tuned by hand, of an arm that sets itself: same seed, same regime."""
-        arm = next(arm for arm in self.arms if f"auto-{arm.name}" == planned.arm.name)
+        name = next(held.name for held, auto in AUTO if auto == planned.arm)
+        arm = next(arm for arm in self.arms if arm.name == name)
         found = [*self.seeds(arm), *self.group("regimes")]
         where = planned.regime, planned.seed, arm
         same = (r for r in found if (r.planned.regime, r.planned.seed, r.planned.arm) == where)

@@ -169,12 +169,14 @@ GROWTH_LET = Arm(
 )
 TUNED = (PLAIN, GUIDED, SALT, GROWTH, GROWTH_LET)
 AUTO = tuple(
-    Arm(
-        f"auto-{tuned.name}", f"{tuned.label}, auto", (Setting("auto", f"{flags} --guidance auto"),)
+    (held, Arm(f"auto-{name}", f"{label}, auto", (Setting("auto", f"{flags} --guidance auto"),)))
+    for held, name, label, flags in (
+        (GUIDED, "let", "LET", "--method let --let-layer 1"),
+        (SALT, "salt", "SALT", "--method salt"),
+        (GUIDED, "both", "LET + SALT", "--method let+salt --let-layer 1"),
     )
-    for tuned, flags in ((GUIDED, "--method let --let-layer 1"), (SALT, "--method salt"))
 )
-"""Nothing tuned but the rate, which is that of the arm of the same method."""
+"""What an arm that sets itself is held against, and takes the rate of: nothing else is tuned."""
 WIDTHLESS = Path(__file__).with_name("widthless.py")
 AS_AUTO = "--let-weight-rule ratio --let-gradient-ratio 0.5 --let-stop-step {0.5}"
 """What it chooses, for what it refuses."""
@@ -187,6 +189,7 @@ WIDTHS = tuple(
     )
 )
 """Instead of interpolating the teacher's features, likewise with nothing tuned."""
+CCA = WIDTHS[-1]
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -246,9 +249,10 @@ def declare(
         runs += [first, paper(plain, seed), *others_of_seed]
     runs += [elsewhere(plain, arm, regime) for regime in others for arm in guides]
     runs += [elsewhere(plain, known[a.name], MEET, c) for c, a in controls if a.name in known]
-    pairs = [(known.get(auto.name.removeprefix("auto-")), auto) for auto in AUTO]
-    cells = [(seed, MEET) for seed in (1, *seeds)] + [(1, name) for name in others[:1]]
-    runs += [automatic(t, auto, *cell, plain) for t, auto in pairs if t for cell in cells]
+    cells = [(seed, MEET) for seed in (1, *seeds)] + [(1, name) for name in others]
+    for held, auto in AUTO:
+        if (arm := known.get(held.name)) is not None:
+            runs += [automatic(arm, auto, *cell, plain) for cell in cells]
     return tuple(runs)
 
 
@@ -273,6 +277,10 @@ STUDY = Table(
         *(
             Planned(arm.name, "widths", arm, 1, GUIDED.tuning_runs, arm.settings[0])
             for arm in WIDTHS
+        ),
+        *(
+            Planned(f"{CCA.name}-seed-{n}", "widths", CCA, n, GUIDED.tuning_runs, CCA.settings[0])
+            for n in (2, 3)
         ),
     ),
     hashes={
