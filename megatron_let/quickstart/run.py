@@ -5,9 +5,11 @@ it runs on the CPU, GPUs or not: the models are small, and the processes share o
 """
 
 import argparse
+import ctypes
 import importlib.util
 import itertools
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -217,7 +219,12 @@ def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
     """Run a training command; a bar on a terminal, else a line every tenth of the run."""
     variables = environment(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=variables,
+        preexec_fn=_end_with_parent,
     )
     assert process.stdout is not None
     log = save / "log.txt"
@@ -233,6 +240,12 @@ def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
     if process.wait():
         tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
         sys.exit(f"{tail}\nThe training run failed; its whole log is {log}")
+
+
+def _end_with_parent() -> None:
+    """However that ends: an orphan would go on unseen, and hold its folder against a new start."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> None:
