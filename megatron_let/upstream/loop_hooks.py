@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.training import get_tensorboard_writer
 from megatron.training.checkpointing import get_checkpoint_name
 from megatron.training.utils import is_last_rank
 
@@ -176,13 +177,24 @@ class LoopHooks:
         )
         self._tell("after_step", step)
         if is_last_rank():
-            for name in self._reported - step.reported.keys():
-                given["total_loss_dict"].pop(name, None)  # else 0.0 for the rest of the run
-            self._reported = set(step.reported)
-            step.losses.update(step.reported)
+            self._log_reported(step, given["total_loss_dict"])
         result = training_log(*args, **kwargs)
         self._tell("after_log", step)
         return result
+
+    def _log_reported(self, step: Step, totals: dict[str, Any]) -> None:
+        """Hand Megatron what it reads now; in between add it up here: its sum waits for the GPU."""
+        for name in self._reported - step.reported.keys():
+            totals.pop(name, None)  # else 0.0 for the rest of the run
+        self._reported = set(step.reported)
+        is_drawn = (
+            get_tensorboard_writer() and step.number % self.args.tensorboard_log_interval == 0
+        )
+        if is_drawn or step.number % self.args.log_interval == 0:
+            step.losses.update(step.reported)
+        elif not step.is_skipped:
+            for name, value in step.reported.items():
+                totals[name] = totals.get(name, 0) + value
 
     def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = evaluate(*args, **kwargs)
