@@ -88,6 +88,7 @@ def _add_method_flags(group: _ArgumentGroup) -> None:
     add("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
     number("--let-stop-step", help=f"default: {LET_STOP_STEP}")
     number("--kd-stop-step", help="default: 17.3 %% of the run")
+    add("--guidance-stop", choices=["step", "loss", "cosine"], default="step")
 
 
 def _add_layout_flags(group: _ArgumentGroup) -> None:
@@ -188,6 +189,8 @@ def _refuse_without_effect(args: Namespace) -> None:
     let = args.let_layer is not None or args.let_stop_step is not None
     if let and not guidance.aligns:
         raise UsageError(f"--let-... has no effect with --method {args.method}. Remove it.")
+    if args.guidance_stop != "step" and not guidance.has_teacher:
+        raise UsageError(f"--guidance-stop has no effect with --method {args.method}. Remove it.")
     if args.kd_stop_step is not None and (not guidance.distils or guidance.distils_to_the_end):
         raise UsageError(f"--kd-stop-step has no effect with --method {args.method}. Remove it.")
 

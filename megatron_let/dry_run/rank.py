@@ -27,6 +27,7 @@ _HOST, _RUN = "megatron_let.teacher.host", "megatron_let.training.run"
 _LOAD, _PROBE = "megatron_let.teacher.load", "megatron_let.teacher.probe"
 _LINE, _GPT = "megatron_let.training.command_line", "megatron.core.datasets.gpt_dataset"
 _DATASETS = f"{_GPT}.GPTDataset {_GPT}.MockGPTDataset"
+_SCORED = "megatron_let.methods.teacher_loss"
 _LOSS, _ROWS = "megatron_let.losses.distilled_cross_entropy", "megatron_let.translation"
 _CHECKS = "check_weights check_states check_documents"
 _UNREAD, _COUNTED = "no weights are read", "the teacher's FLOPs are counted"
@@ -70,6 +71,7 @@ class DryRank:
             Redirect(f"{_HOST}.Clock", "running", instead(lambda clock: self._teacher()), _COUNTED),
             # Its one product of matrices is that of the teacher's head.
             Redirect(_LOSS, "_chunk", self._teacher(), _COUNTED),
+            Redirect(f"{_SCORED}.TeacherLoss", "sums", self._teacher(), _COUNTED),
             Redirect("megatron.training.training", "train_step", self._step, "no hook there"),
         ]
 

@@ -15,9 +15,15 @@ LARGEST = 1e4
 """Weight."""
 
 
-def averaged(old: torch.Tensor, new: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The moving average with one value more, if that counts; NaN: nothing is known yet."""
-    merged = torch.where(old.isnan(), new, MEMORY * old + (1 - MEMORY) * new)
+def averaged(
+    old: torch.Tensor, new: torch.Tensor, counts: torch.Tensor, every: int = 1
+) -> torch.Tensor:
+    """The moving average with one value more, if that counts; NaN: nothing is known yet.
+
+    There is one in `every` steps.
+    """
+    kept = MEMORY**every
+    merged = torch.where(old.isnan(), new, kept * old + (1 - kept) * new)
     return torch.where(counts, merged, old)
 
 

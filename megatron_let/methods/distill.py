@@ -200,7 +200,7 @@ class Distill(Signal):
                 report[name] = total / tokens.clamp(min=1)
         return report
 
-    def measured(self, *totals: torch.Tensor) -> torch.Tensor:
+    def measured(self, student_loss: torch.Tensor, *totals: torch.Tensor) -> torch.Tensor:
         """How far the student's loss is above the teacher's, nats a token."""
         _, tokens, lm, teacher, _ = totals
         return (lm - teacher) / tokens

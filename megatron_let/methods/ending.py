@@ -37,10 +37,9 @@ def check_ending(args: Namespace, measures: set[str]) -> None:
                 raise UsageError(f"--{flag} has no effect without --guidance-stop loss or cosine.")
         return
     if rule not in measures:
-        way_out = "distillation: --method salt" if rule == "loss" else "LET: --method let"
         raise UsageError(
-            f"--guidance-stop {rule} needs {way_out}, or let+salt; --method {args.method} measures "
-            "nothing that it could follow."
+            f"--guidance-stop {rule} needs LET: --method let, or let+salt; --method {args.method} "
+            "measures nothing that it could follow."
         )
     if rule == "loss" and args.kd_temperature != 1:
         raise UsageError(
@@ -83,12 +82,13 @@ class Ending:
             return 1.0
         return max(0.0, 1.0 - (step - self._since + 1) / self._args.guidance_ramp)
 
-    def learn(self, step: int, value: torch.Tensor) -> str | None:
+    def learn(self, step: int, value: torch.Tensor, every: int = 1) -> str | None:
         """Take in the measure of a step, equal on all ranks.
 
         Args:
             step: steps that were made.
             value: a scalar; one that is not finite changes nothing.
+            every: so many steps lie between two that are finite.
 
         Returns:
             What happened, in the step in which the weights begin to fall.
@@ -97,7 +97,7 @@ class Ending:
             self._patience = self._patience + 1 if self._read() else 0
         new = value.detach().float().view(())
         old = torch.full_like(new, torch.nan) if self._average is None else self._average
-        new = self._average = averaged(old.to(new.device), new, new.isfinite())
+        new = self._average = averaged(old.to(new.device), new, new.isfinite(), every)
         is_low = new <= self._args.guidance_margin
         is_warm = self._args.consumed_train_samples > self._warm_up
         self._copy(is_low if is_warm else torch.zeros_like(is_low))

@@ -28,7 +28,7 @@ from megatron_let.teacher.host import TeacherHost
 from megatron_let.teacher.load import TeacherConfig, read_teacher_config
 from megatron_let.teacher.work import micro_batches_at_once
 from megatron_let.upstream.batch import Batch
-from megatron_let.upstream.loop_hooks import Listener
+from megatron_let.upstream.loop_hooks import Listener, Step
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class TeacherFlags(Flags):
     it count."""
 
     guidance_stop: Literal["step", "loss", "cosine"] = "step"
-    """step: the guidance ends at its stop step, the latest for the others. loss (distillation):
-    once the student's loss is down to the teacher's on the same tokens. cosine (LET): once the two
-    gradients at the aligned layer point apart."""
+    """step: the guidance ends at its stop step, the latest for the others. loss: once the student's
+    loss is down to the teacher's on the same tokens, with LET alone those of every tenth step.
+    cosine (LET): once the two gradients at the aligned layer point apart."""
 
     guidance_margin: float = MARGIN
     """What the moving average must come down to: of the student's less the teacher's loss in nats,
@@ -99,6 +99,8 @@ class TeacherMethod(Method):
         self.host = TeacherHost(args, config, layer)
         check_ending(args, {signal.measure for signal in self.signals})
         self._ending = Ending(args)
+        self._student_loss: torch.Tensor | None = None
+        """Of the last step, on the ranks that know it."""
         self._transformer: TransformerConfig
 
     @classmethod
@@ -131,6 +133,11 @@ class TeacherMethod(Method):
     def check_tokens(self, student_ids: dict[str, int]) -> None:
         """The teacher must have the student's tokenizer, or rows of its own."""
         self.host.check_tokens(student_ids, any(s.needs_same_tokens for s in self.signals))
+        if self.translates and self.args.guidance_stop == "loss":
+            raise UsageError(
+                "--guidance-stop loss compares losses on the same tokens, and the teacher has "
+                "another tokenizer than the student's. Use --guidance-stop step or cosine."
+            )
         for signal in self.signals:
             signal.is_translated = self.translates
 
@@ -251,6 +258,11 @@ class TeacherMethod(Method):
         every = (signal.language_model_losses() for signal in self.signals)
         return next((losses_BS for losses_BS in every if losses_BS is not None), None)
 
+    def after_step(self, step: Step) -> None:
+        """Report the step, and remember its loss."""
+        self._student_loss = step.losses.get("lm loss")
+        super().after_step(step)
+
     def end_step(self, is_skipped: bool = False) -> dict[str, torch.Tensor]:
         """Sum the step's records over all ranks; release the teacher after its last use."""
         guided = self._guiding
@@ -266,22 +278,25 @@ class TeacherMethod(Method):
             self.check_every_micro_batch(signal)
             found = signal.queue.sums
             values += [found.get(name, zero).float() for name in signal.recorded]
+        student = zero if self._student_loss is None else self._student_loss.float().view(())
+        values += [student, zero + float(self._student_loss is not None)]
         sums = torch.stack([*values, zero + self.host.clock.read(), zero + float(works)])
         torch.distributed.all_reduce(sums)
-        *totals, milliseconds, workers = sums.split(1)
+        *totals, student, knowing, milliseconds, workers = sums.split(1)
         report: dict[str, torch.Tensor] = {}
         for signal in guided:
             number = len(signal.recorded)
             report |= signal.report(*totals[:number])
             if not is_skipped:
                 signal.learn(*totals[:number])
-                self._judge(signal, totals[:number])
+                self._judge(signal, student / knowing, totals[:number])
             totals = totals[number:]
         return report | {"teacher time (ms)": milliseconds / workers}
 
-    def _judge(self, signal: Signal, totals: Sequence[torch.Tensor]) -> None:
+    def _judge(self, signal: Signal, loss: torch.Tensor, totals: Sequence[torch.Tensor]) -> None:
         if signal.measure == self.args.guidance_stop:
-            why = self._ending.learn(self.args.curr_iteration + 1, signal.measured(*totals))
+            step, value = self.args.curr_iteration + 1, signal.measured(loss, *totals)
+            why = self._ending.learn(step, value, signal.measured_every)
             if why is not None and torch.distributed.get_rank() == 0:
                 say(f"> the guidance ends within {self.args.guidance_ramp} steps: {why}")
 

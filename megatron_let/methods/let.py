@@ -24,8 +24,17 @@ from megatron_let.losses.table import LOSSES, OF_ALL_TOKENS
 from megatron_let.methods.balance import Balance
 from megatron_let.methods.schedules import guidance_factor, run_length
 from megatron_let.methods.signal import Signal
-from megatron_let.methods.table import LET_GRADIENT_RATIO, LET_LAYER, LET_STOP_STEP, Flags
+from megatron_let.methods.table import (
+    LET_GRADIENT_RATIO,
+    LET_LAYER,
+    LET_STOP_STEP,
+    Flags,
+    method_row,
+)
+from megatron_let.methods.teacher_loss import TeacherLoss
 from megatron_let.teacher.load import TeacherConfig
+from megatron_let.teacher.stage import Teacher
+from megatron_let.teacher.work import SCORED_EVERY
 from megatron_let.upstream.aligned_layer import aligned_block_spec
 from megatron_let.upstream.batch import TEACHER_INDEX, Batch
 
@@ -101,6 +110,8 @@ class Let(Signal):
         "lm_gradient_square",
         "let_gradient_square",
         "gradient_product",
+        "teacher",
+        "scored",
     )
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
@@ -118,6 +129,9 @@ class Let(Signal):
         if self._is_of_all_tokens:
             self._check_tokens_of_a_micro_batch()
         self._transformer: TransformerConfig
+        self._teacher_loss: TeacherLoss | None = None
+        if args.guidance_stop == "loss" and not method_row(args.method).distils:
+            self._follow_loss()
         self._balance: Balance | None = None
         if self.flags.let_weight_rule == "ratio":
             self._balance = Balance(self.flags.let_gradient_ratio, self.flags.let_weight)
@@ -163,6 +177,16 @@ class Let(Signal):
                 f"{tokens} for {width} features, and it takes {TOKENS_PER_FEATURE} each. Use a "
                 "larger micro-batch, or --let-loss cosine."
             )
+
+    def _follow_loss(self) -> None:
+        """Distillation has the teacher's loss at hand; here its head is kept for it."""
+        if self.teacher_layer() is not None:
+            raise UsageError(
+                f"--guidance-stop loss needs the teacher's last layer, and --let-teacher-layer "
+                f"{self.flags.let_teacher_layer} leaves out what is behind. Remove one of the two."
+            )
+        self.measure, self.measured_every = "loss", SCORED_EVERY
+        self._teacher_loss = TeacherLoss(self.teacher_config)
 
     def weight_at(self, step: int) -> float:
         """lambda(s)."""
@@ -214,10 +238,22 @@ class Let(Signal):
 
         model_config.transformer_layer_spec = spec
 
+    def prepare(self, teacher: Teacher) -> None:
+        """Keep its head where its loss is followed."""
+        if self._teacher_loss is not None:
+            self._teacher_loss.prepare(teacher)
+
+    def release(self) -> None:
+        """Drop that."""
+        if self._teacher_loss is not None:
+            self._teacher_loss.release()
+
     def flops_per_token(self) -> float:
-        """Of the products of all features, in both passes."""
+        """Of the products of all features, in both passes, and of the teacher's head."""
         width = self._transformer.hidden_size + self.teacher_config.width(self.teacher_layer())
-        return 6.0 * width**2 if self._is_of_all_tokens else 0.0
+        products = 6.0 * width**2 if self._is_of_all_tokens else 0.0
+        head = self.teacher_config.head_flops_per_token / SCORED_EVERY
+        return products + head * (self._teacher_loss is not None)
 
     # --- during the run -----------------------------------------------------------------------
 
@@ -238,11 +274,20 @@ class Let(Signal):
                 mask_SB = scatter_to_sequence_parallel_region(mask_SB)
                 if len(states_SBT) > len(mask_SB):  # another signal wants the whole sequence
                     states_SBT = scatter_to_sequence_parallel_region(states_SBT)
+            self._score(batch, states_SBT, mask_SB)
             if self.is_translated:
                 self.alignment.add(all_tokens=mask_SB.sum())
                 mask_SB = mask_SB * self._has_target_SB(batch[TEACHER_INDEX])
             target = Target(states_SBT, mask_SB, None if self.is_control else scale, group)
             self.alignment.push(target)
+
+    def _score(self, batch: Batch, states_SBT: torch.Tensor, mask_SB: torch.Tensor) -> None:
+        if self._teacher_loss is None or not self._teacher_loss.is_due(self.args.curr_iteration):
+            return
+        labels_SB = batch["labels"].transpose(0, 1)
+        if self.slices_sequence():
+            labels_SB = scatter_to_sequence_parallel_region(labels_SB)
+        self.alignment.add(**self._teacher_loss.sums(states_SBT, labels_SB, mask_SB))
 
     def _has_target_SB(self, index_BS: torch.Tensor) -> torch.Tensor:
         """Which of this rank's tokens have one; they weigh what they would among others."""
@@ -267,21 +312,25 @@ class Let(Signal):
 
     def report(self, loss: torch.Tensor, tokens: torch.Tensor, *squares: Any) -> dict[str, Any]:
         """How the gradients compare, too, and which share of the tokens had a target."""
-        all_tokens, lm_square, let_square, _ = squares
+        all_tokens, lm_square, let_square, product, teacher, scored = squares
         report = super().report(loss, tokens)
         if not self.is_control:  # which adds no gradient
             report["let gradient ratio"] = (let_square / lm_square.clamp(min=1e-30)).sqrt()
-            report["let gradient cosine"] = self.measured(loss, tokens, *squares)
+            report["let gradient cosine"] = product / (lm_square.sqrt() * let_square.sqrt())
         if self._balance is not None and not self.is_control:
             report["let weight"] = self._lambda(loss.device).view(1)
         if self.is_translated:
             report["let guided share"] = tokens / all_tokens.clamp(min=1)
+        if self._teacher_loss is not None and self._teacher_loss.is_due(self.args.curr_iteration):
+            report["teacher loss"] = teacher / scored.clamp(min=1)
         return report
 
-    def measured(self, *totals: torch.Tensor) -> torch.Tensor:
-        """The cosine between the two gradients at layer K."""
-        *_, lm_square, let_square, product = totals
-        return product / lm_square.sqrt() / let_square.sqrt()  # NaN without gradients: no measure
+    def measured(self, student_loss: torch.Tensor, *totals: torch.Tensor) -> torch.Tensor:
+        """The cosine between the two gradients at layer K, or how far the teacher is ahead."""
+        *_, lm_square, let_square, product, teacher, scored = totals
+        if self._teacher_loss is not None:
+            return student_loss - teacher / scored  # NaN in steps that are not scored: no measure
+        return product / lm_square.sqrt() / let_square.sqrt()  # NaN without gradients, likewise
 
     def learn(self, *totals: torch.Tensor) -> None:
         """The gradients of a step decide about the next one's weight."""
@@ -302,6 +351,8 @@ class Let(Signal):
         if self._balance is not None:
             weight += f", then by the gradients ({flags.let_gradient_ratio} of the LM loss's),"
         loss = "" if flags.let_loss == "cosine" else f"{flags.let_loss}, "
+        if self._teacher_loss is not None:
+            course += f", the teacher scored every {SCORED_EVERY} steps"
         return (
             f"LET: layer {flags.let_layer} of {self.args.num_layers} with the teacher's layer "
             f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, {loss}{weight} "

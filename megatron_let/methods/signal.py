@@ -35,8 +35,10 @@ class Signal(Hooks):
     """What the log calls the loss and its weight."""
     needs_same_tokens: ClassVar[bool] = True
     """Whether the teacher must have the student's tokenizer."""
-    measure: ClassVar[str] = ""
+    measure: str = ""
     """The rule of `--guidance-stop` that can follow what it measures."""
+    measured_every: int = 1
+    """Steps from one to the next that is measured for it."""
     recorded: ClassVar[tuple[str, ...]] = ("loss", "tokens")
     """Names of the scalars that are recorded of a step."""
 
@@ -105,8 +107,8 @@ class Signal(Hooks):
         weight = torch.full_like(loss, 0.0 if self.is_control else self.weight)
         return dict(zip(self.logged, (loss / tokens.clamp(min=1), weight), strict=True))
 
-    def measured(self, *totals: torch.Tensor) -> torch.Tensor:
-        """What the rule follows, of the sums of `recorded` over all ranks; a scalar."""
+    def measured(self, student_loss: torch.Tensor, *totals: torch.Tensor) -> torch.Tensor:
+        """What the rule follows, of the step's loss and the sums of `recorded`; a scalar."""
         raise NotImplementedError
 
     def learn(self, *totals: torch.Tensor) -> None:

@@ -158,10 +158,13 @@ def _teacher_bytes(
             states, gradients = in_flight + at_once - 1, 1
         width = states * teacher.hidden_size + gradients * student.hidden_size
         per_token += BF16_BYTES * width / layout.sequence_shards
+    part = logits_at_once(run.tokens_per_micro_batch) / run.tokens_per_micro_batch
+    logits = part * LOGIT_BYTES * teacher.vocab_size
     if distils:
         # States of one micro-batch; for a part of it this rank's part of the vocabulary's logits.
-        part = logits_at_once(run.tokens_per_micro_batch) / run.tokens_per_micro_batch
-        logits = part * LOGIT_BYTES * teacher.vocab_size / layout.tp
-        per_token += BF16_BYTES * teacher.hidden_size + logits
-    weights = teacher.parameters if distils else teacher.parameters_without_head
+        per_token += BF16_BYTES * teacher.hidden_size + logits / layout.tp
+    elif run.scores_teacher:
+        per_token += logits / layout.sequence_shards
+    has_head = distils or run.scores_teacher
+    weights = teacher.parameters if has_head else teacher.parameters_without_head
     return BF16_BYTES * weights, run.tokens_per_rank(layout) * per_token

@@ -9,6 +9,7 @@ from megatron_let.planning.memory import GIB, StageMemory, stages_memory
 from megatron_let.planning.run import Gpu, Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime, split_time
+from megatron_let.teacher.work import SCORED_EVERY
 
 WORTH_A_FLAG = 0.005  # a split that saves less than this share of the run is not worth another flag
 SHARDS = (1, 2, 4, 8)  # tensor parallelism stays inside a node
@@ -66,7 +67,8 @@ class Plan:
         if self.teacher is None:
             return 0.0
         states = self.teacher.states_flops_per_token(self.run.seq_length, self.run.teacher_row)
-        logits = self.teacher.head_flops_per_token * self.run.guidance.distils
+        scored = self.run.guidance.distils + self.run.scores_teacher / SCORED_EVERY
+        logits = self.teacher.head_flops_per_token * scored
         return states * len(self.given.teacher_stages) + logits
 
     @property

@@ -137,6 +137,8 @@ class RunShape:
     let_layer: int = table.LET_LAYER
     let_stop_step: int = table.LET_STOP_STEP
     kd_stop_step: int | None = None  # None: `KD_STOP_SHARE` of the steps
+    guidance_stop: str = "step"
+    """The rule that ends the guidance; the plan is that of its latest end, the stop step."""
     teacher_seq_length: int | None = None
     """Tokens that a teacher with another tokenizer reads for a row."""
     dropout: bool = False  # its masks are kept until the backward pass
@@ -169,6 +171,11 @@ class RunShape:
     def guidance(self) -> table.MethodRow:
         """How the method uses its teacher."""
         return table.method_row(self.method)
+
+    @property
+    def scores_teacher(self) -> bool:
+        """Whether the teacher's own loss is taken where nothing but its states is wanted."""
+        return self.guidance_stop == "loss" and self.guidance.aligns and not self.guidance.distils
 
     @property
     def teacher_row(self) -> int:

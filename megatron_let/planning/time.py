@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_let.planning.run import Gpu, Layout, Phase, RunShape
 from megatron_let.planning.shapes import FORWARD_AND_BACKWARD, ModelShape
-from megatron_let.teacher.work import share_per_rank
+from megatron_let.teacher.work import SCORED_EVERY, share_per_rank
 
 ROUNDS = 5
 """Rounds of `pp` micro-batches after which each further round takes as long as the last one."""
@@ -170,6 +170,7 @@ def split_time(
         tokens = run.tokens_per_micro_batch
         share = share_per_rank(run.micro_batch_size, run.micro_batches(layout), layout.sharing)
         per_token = teacher.states_flops_per_token(run.seq_length, run.teacher_row)
+        per_token += teacher.head_flops_per_token / SCORED_EVERY * run.scores_teacher
         forward = [list(chunks) for chunks in plain.forward]
         for stage, chunk in teacher_chunks(phase).items():
             forward[stage][chunk] += tokens * per_token * share * layout.sharing

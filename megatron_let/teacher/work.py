@@ -3,6 +3,8 @@
 from math import ceil, gcd
 
 CHUNK, PARTS = 512, 8
+SCORED_EVERY = 10
+"""Steps from one to the next in which the teacher's own loss is taken, where that is extra work."""
 
 
 def micro_batches_at_once(rows_per_micro_batch: int, ranks: int) -> int:

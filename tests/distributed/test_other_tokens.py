@@ -149,6 +149,11 @@ def test_a_resume_keeps_the_length_of_the_rows(folder, whole, tmp_path):
     assert hashes(tmp_path) == hashes(whole)
 
 
+def test_losses_of_other_tokens_are_not_compared(folder):
+    by_loss = "--guidance-stop loss --guidance-patience 2".split()
+    assert "another tokenizer than the student's" in run(1, *flags(folder), *by_loss)
+
+
 def test_a_length_that_was_given_stays(folder, tmp_path):
     short = ["--teacher-seq-length", "20", "--exit-interval", "4"]
     assert not run(1, *flags(folder), *short, "--save", str(tmp_path))

@@ -126,11 +126,12 @@ def test_sigterm_saves_the_step_it_came_in(corpus, tmp_path):
 # --- guidance that ends itself ------------------------------------------------------------------
 
 
-def ends_itself(corpus):
-    salt = f"--method let+salt --kd-stop-step 8 --teacher-model {corpus.folder}/teacher"
+def ends_itself(corpus, method="let+salt"):
+    stop = "--kd-stop-step 8 " * (method == "let+salt")
+    guided = f"--method {method} {stop}--teacher-model {corpus.folder}/teacher"
     rule = "--guidance-stop loss --guidance-margin 9 --guidance-patience 2 --guidance-ramp 3"
     let = "--let-layer 2 --let-weight 1 --let-decay constant --let-weight-rule ratio"
-    return [*f"{salt} {rule} {let}".split(), "--save-interval", "1"]
+    return [*f"{guided} {rule} {let}".split(), "--save-interval", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +155,15 @@ def test_it_falls_by_a_ramp_and_the_teacher_is_released(ended):
 def test_it_resumes_bit_for_bit(corpus, ended, tmp_path, step):
     assert not resume(corpus, ended, tmp_path, step, method=ends_itself(corpus))
     assert hashes(tmp_path) == hashes(ended)
+
+
+def test_let_alone_resumes_bit_for_bit_between_two_measurements(corpus, tmp_path):
+    let = ends_itself(corpus, "let")
+    assert not run(1, *corpus.flags, *let, "--save", str(tmp_path / "whole"))
+    weights = series(tmp_path / "whole", "let weight")
+    assert 1 <= max(weights) < STEPS, "it ended by its rule"
+    assert not resume(corpus, tmp_path / "whole", tmp_path / "again", 4, method=let)
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "whole")
 
 
 # --- after the stop, without the teacher -------------------------------------------------------

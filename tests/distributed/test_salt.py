@@ -123,6 +123,26 @@ def test_controls_guide_otherwise(corpus, tmp_path, control):
     assert (same[0] == same[1]) == (control == "shuffled")
 
 
+def test_let_alone_measures_the_teachers_loss_as_distillation_does(corpus, tmp_path):
+    """In every tenth step. Tolerance 1e-5 relative; the twin is another teacher's loss."""
+    let = "--method let --let-layer 2 --let-stop-step 4 --guidance-stop loss".split()
+    let += ["--guidance-patience", "4"]
+    salt = "--method salt --kd-stop-step 4".split()
+    layout = [*TP2_PP2, "--sequence-parallel"]
+    found = {}
+    for name, ranks, flags in (
+        ("distilled", 1, salt), ("one", 1, let), ("four", 4, [*let, *layout]), ("other", 1, salt)
+    ):  # fmt: skip
+        teacher = f"{corpus.folder}/{'other' if name == 'other' else 'teacher'}"
+        own = [*corpus.flags, *flags, "--teacher-model", teacher, "--exit-interval", "2"]
+        assert not run(ranks, *own, "--save", str(tmp_path / name))
+        found[name] = series(tmp_path / name, "teacher loss")
+    assert found["one"].keys() == found["four"].keys() == {1}
+    for name in ("one", "four"):
+        assert found[name][1] == pytest.approx(found["distilled"][1], rel=1e-5)
+        assert found[name][1] != pytest.approx(found["other"][1], rel=1e-5)
+
+
 def test_guidance_auto_is_the_flags_that_it_says(corpus, tmp_path):
     flags = [*corpus.flags, "--method", "let+salt", "--let-layer", "2"]
     flags += ["--teacher-model", f"{corpus.folder}/teacher", "--save-interval", "5"]

@@ -88,6 +88,16 @@ def test_a_margin_ends_it_earlier():
     assert ended([0.5] * 5, changed(guidance_margin=0.6))[0] == 3
 
 
+def test_a_measure_that_comes_seldom_counts_for_the_steps_between():
+    """The average forgets as fast as one of equal values in every step."""
+    often, seldom = Ending(FLAGS), Ending(FLAGS)
+    for step in range(1, 22):
+        often.learn(step, torch.tensor(1.0 if step == 1 else -0.5))
+        value = {1: 1.0, 11: -0.5, 21: -0.5}.get(step, torch.nan)
+        seldom.learn(step, torch.tensor(value), every=10)
+    assert seldom.state()["average"] == pytest.approx(often.state()["average"], rel=1e-5)
+
+
 @pytest.mark.parametrize("cut", range(1, 7))
 def test_its_state_goes_on_bit_for_bit(cut):
     values = [0.2, -3.0, -0.7, 0.1, -0.4, -0.3, -0.2]
@@ -116,7 +126,6 @@ def test_what_another_method_or_rule_has_seen_means_nothing():
     ("changes", "measures", "words"),
     [
         ({"guidance_stop": "step"}, {"loss"}, "--guidance-patience has no effect without"),
-        ({}, {"cosine"}, "--guidance-stop loss needs distillation: --method salt"),
         ({"guidance_stop": "cosine"}, {"loss"}, "--guidance-stop cosine needs LET: --method let"),
         ({"guidance_patience": 0}, {"loss"}, "--guidance-patience 0 .* at least 1"),
         ({"guidance_patience": 101}, {"loss"}, "--guidance-patience 101 .*no longer than the run"),

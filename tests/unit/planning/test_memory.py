@@ -150,6 +150,18 @@ def test_sequence_shards_and_rows_dealt(student, teacher, run_with):
     assert first.states == 2 * (halves + working)
 
 
+def test_the_head_stays_where_the_teacher_is_scored(student, layout, run_with):
+    untied = replace(teacher_shape("pythia-160m"), context=None)
+    steps, scored = (
+        stages_memory(student, untied, layout, run_with(method="let", guidance_stop=stop))[0]
+        for stop in ("step", "loss")
+    )
+    assert scored.teacher - steps.teacher == 2 * untied.embedding_parameters
+    assert scored.states > steps.states
+    salt = run_with(method="let+salt", guidance_stop="loss")
+    assert stages_memory(student, untied, layout, salt)[0].teacher == steps.teacher
+
+
 def test_let_drops_the_head_and_salt_needs_it(student, layout, run_with):
     pythia = teacher_shape("pythia-160m")
     let = stages_memory(student, pythia, layout, run_with())

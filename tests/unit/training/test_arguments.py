@@ -132,6 +132,10 @@ MISTAKES = {
         f"{CONSTANT} --let-teacher-layer 3",
         "--let-teacher-layer 3 is outside --teacher-model TMP/teacher, .*1 to 2. Leave it out",
     ),
+    "the loss of a teacher without its last layer": (
+        f"{CONSTANT} --let-teacher-layer 1 --guidance-stop loss",
+        "--guidance-stop loss needs the teacher's last layer, and --let-teacher-layer 1 leaves",
+    ),
     "teacher's layer zero": (f"{CONSTANT} --let-teacher-layer 0", "--let-teacher-layer 0 is out"),
     "layer zero": (f"{CONSTANT} --let-layer 0", "--let-layer 0 .*--num-layers 4 allows 1 to 4"),
     "negative layer": (f"{CONSTANT} --let-layer -1", "--let-layer -1 .*allows 1 to 4"),
