@@ -174,6 +174,7 @@ AUTO = tuple(
         (GUIDED, "let", "LET", "--method let --let-layer 1"),
         (SALT, "salt", "SALT", "--method salt"),
         (GUIDED, "both", "LET + SALT", "--method let+salt --let-layer 1"),
+        (GUIDED, "loss", "LET by the loss", "--method let --let-layer 1 --guidance-stop loss"),
     )
 )
 """What an arm that sets itself is held against, and takes the rate of: nothing else is tuned."""

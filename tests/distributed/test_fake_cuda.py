@@ -36,6 +36,7 @@ METHODS = {
     "let by the gradients, until they disagree": (
         f"{LET} --let-weight-rule ratio --guidance-stop cosine --guidance-patience 1"
     ),
+    "let until the teacher is reached": f"{LET} --guidance-stop loss --guidance-patience 1",
     "a linear map": f"{LET} --let-resize linear",
     "salt": SALT,
     "salt by tokens, until the teacher is reached": (
