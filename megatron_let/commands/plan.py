@@ -38,14 +38,35 @@ LAYOUT_FLAGS = named(
 """What a search tries; of a run, what the layout that it finds replaces."""
 RENAMED = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
 UNPLANNED = named(
-    "train-samples num-layers-per-virtual-pipeline-stage num-experts mtp-num-layers "
-    "pipeline-model-parallel-layout multi-latent-attention fp8-format fp4-format guidance "
-    "use-checkpoint-args"
+    "account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split "
+    "attention-output-gate cpu-offloading-num-layers experimental-attention-variant "
+    "fine-grained-activation-offloading fp4-format fp8-format grad-reduce-in-bf16 "
+    "heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path "
+    "hybrid-layer-pattern hybrid-override-pattern let-teacher-layer mtp-num-layers "
+    "multi-latent-attention num-distributed-optimizer-instances num-experts "
+    "num-layers-per-virtual-pipeline-stage optimizer-cpu-offload pipeline-model-parallel-layout "
+    "quick-geglu spec step-batch-size-schedule train-samples use-checkpoint-args use-megatron-fsdp "
+    "use-precision-aware-optimizer use-rotary-position-embeddings use-torch-fsdp2 window-size"
 )
 """Flags of a run that change its size or cost, and not as this tool knows."""
-BESIDE_A_DRY_RUN = named("gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher")
-UNLIKE = {"--dry-run", "--dropout", "--max-position-embeddings"}
+PLANNED = {
+    "--guidance": "flags",
+    "--optimizer": "adam",
+    "--recompute-method": "uniform",
+    "--recompute-modules": "core_attn",
+    "--recompute-num-layers": "1",
+    "--teacher-dtype": "bf16 fp16",
+}
+"""The values that are known here of others such."""
+NEEDED = ("--seq-length", "--micro-batch-size", "--global-batch-size")
+"""What this tool has defaults for, and a run has none, or one that depends on its layout."""
+BESIDE_A_DRY_RUN = named(
+    "gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher vocab-size"
+)
+UNLIKE = {"--dry-run", "--dropout"}
 """Words of this tool that mean another thing in a run, or nothing there."""
+NOT_OF_THE_MODEL = {"student", "make_vocab_size_divisible_by"}
+"""What of the student's flags a folder's `config.json` does not say."""
 
 
 def build_parser() -> ArgumentParser:
@@ -65,8 +86,9 @@ def _add_student_flags(group: _ArgumentGroup) -> None:
     for name in (*shapes.SIZES, "max_position_embeddings"):
         number("--" + name.replace("_", "-"))
     rows = partial(group.add_mutually_exclusive_group().add_argument, type=int, metavar="N")
-    rows("--vocab-size", help="default: the teacher's")
+    rows("--vocab-size", help="default: the tokenizer's or teacher's")
     rows("--padded-vocab-size", help="rows, as they are")
+    add("--tokenizer-model", metavar="NAME", help="whose vocabulary is the student's")
     number("--make-vocab-size-divisible-by", default=128, help="default: %(default)s")
     untie = "--untie-embeddings-and-output-weights"
     add(untie, action="store_const", const=False, dest="tied")
@@ -145,29 +167,52 @@ def parts(args: Namespace) -> tuple[ModelShape, ModelShape | None, Layout, RunSh
     return student, teacher, _of(Layout, args), _of(RunShape, args), _of(Gpu, args)
 
 
-def words_of(flags: Sequence[str], *, search: bool = False) -> list[str]:
+def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
     """A run's flags as this tool spells them, with Megatron's defaults where they are others.
 
-    Left out are those that change neither size nor cost, and for a search those of the layout.
-    Raises UsageError for one that changes them in a way that is not known here.
+    Left out are those that change neither size nor cost, and with `--search` among the flags of
+    this tool's `own` those of the layout. Raises UsageError for one that changes them in a way that
+    is not known here.
     """
     words = [part for word in flags for part in word.split("=", 1 if word.startswith("--") else 0)]
     given = {word for word in words if word.startswith("--")}
     values = dict(zip(words, words[1:], strict=False))
-    for name in sorted(filter(UNPLANNED, given)):
-        raise UsageError(f"{name} is not planned here; --dry-run says whether it takes it.")
-    found = ["--method", BASELINE] * ("--method" not in given)
-    found += ["--no-distributed-optimizer"] * ("--use-distributed-optimizer" not in given)
-    tp = values.get("--tensor-model-parallel-size", "1")
-    if tp != "1" and "--sequence-parallel" not in given and not search:
-        found.append("--no-sequence-parallel")
+    replaced = LAYOUT_FLAGS if "--search" in own else frozenset[str]().__contains__
+    for name in sorted(given):
+        is_planned = values.get(name) in PLANNED.get(name, "").split() or replaced(name)
+        if UNPLANNED(name) or (name in PLANNED and not is_planned):
+            flag = f"{name} {values.get(name, '')}" if name in PLANNED else name
+            raise UsageError(f"{flag} is not planned here; --dry-run says whether it takes it.")
+    for name in NEEDED:
+        if name not in given | {*own} and not replaced(name):
+            raise UsageError(f"The flags of the run have no {name}. Add it.")
+    if not given & {"--bf16", "--fp16"}:
+        raise UsageError("A run without --bf16 or --fp16 is one in fp32: not planned here.")
+    positions = values.get("--position-embedding-type", "learned_absolute")
     dropouts = (values.get(f"--{kind}-dropout", "0.1") for kind in ("attention", "hidden"))
-    if any(share.strip(".0") for share in dropouts):
-        found.append("--dropout")
-    if "--recompute-activations" in given and not search:
-        found += ["--recompute", "selective"]
+    keeps_scores = values.get("--transformer-impl") == "local" or values.get(
+        "--attention-backend"
+    ) in ("unfused", "local")
+    defaults = {
+        f"--method {BASELINE}": "--method" not in given,
+        "--no-distributed-optimizer": "--use-distributed-optimizer" not in given,
+        "--no-sequence-parallel": "--sequence-parallel" not in given
+        and values.get("--tensor-model-parallel-size", "1") != "1"
+        and not replaced("--sequence-parallel"),
+        "--dropout": any(share.strip(".0") for share in dropouts),
+        "--recompute selective": "--recompute-activations" in given and not replaced("--recompute"),
+        "--num-query-groups 1": "--group-query-attention" in given,
+        "--no-flash-attention": keeps_scores,
+        f"--let-stop-step {values.get('--train-iters')}": "--train-iters" in given
+        and values.get("--let-decay") == "constant",
+    }
     known = (build_parser()._option_string_actions.keys() - UNLIKE) | RENAMED.keys()
-    unwanted = {flag for flag in given if flag not in known or (search and LAYOUT_FLAGS(flag))}
+    unwanted = {flag for flag in given if flag not in known or replaced(flag)}
+    if "--group-query-attention" not in given:  # which alone makes Megatron read it
+        unwanted.add("--num-query-groups")
+    if positions != "learned_absolute":  # a limit then, and no rows
+        unwanted.add("--max-position-embeddings")
+    found = " ".join(default for default, holds in defaults.items() if holds).split()
     kept = without(words, unwanted.__contains__)
     return [*found, *(RENAMED.get(word, word) for word in kept)]
 
@@ -181,33 +226,59 @@ def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Par
 def _refuse_without_effect(args: Namespace) -> None:
     if args.dry_run and not args.search:
         raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
-    for flag in build_parser()._actions if args.search else ():
-        if any(map(LAYOUT_FLAGS, flag.option_strings)) and vars(args)[flag.dest] != flag.default:
-            name = flag.option_strings[0]
-            raise UsageError(f"{name} has no effect with --search, which tries all. Remove it.")
     guidance = METHODS[args.method]
-    let = args.let_layer is not None or args.let_stop_step is not None
-    if let and not guidance.aligns:
-        raise UsageError(f"--let-... has no effect with --method {args.method}. Remove it.")
-    if args.guidance_stop != "step" and not guidance.has_teacher:
-        raise UsageError(f"--guidance-stop has no effect with --method {args.method}. Remove it.")
-    if args.kd_stop_step is not None and (not guidance.distils or guidance.distils_to_the_end):
-        raise UsageError(f"--kd-stop-step has no effect with --method {args.method}. Remove it.")
+    idle: dict[str, str] = {}
+    if not guidance.aligns:
+        idle |= dict.fromkeys(("let_layer", "let_stop_step"), f"--method {args.method}")
+    if not guidance.distils or guidance.distils_to_the_end:
+        idle["kd_stop_step"] = f"--method {args.method}"
+    if not guidance.has_teacher:
+        idle["guidance_stop"] = f"--method {args.method}"
+    parser = build_parser()
+    if _is_folder(args.student):
+        [group] = (group for group in parser._action_groups if group.title == "student")
+        own = {flag.dest for flag in group._group_actions} - NOT_OF_THE_MODEL
+        idle |= dict.fromkeys(own, "a folder as --student, whose config.json says it")
+    for flag in parser._actions:
+        why = idle.get(flag.dest)
+        if args.search and any(map(LAYOUT_FLAGS, flag.option_strings)):
+            why = "--search, which tries all"
+        if why is not None and vars(args)[flag.dest] != flag.default:
+            raise UsageError(f"{flag.option_strings[0]} has no effect with {why}. Remove it.")
+
+
+def _is_folder(name: str | None) -> bool:
+    return name is not None and Path(name).expanduser().is_dir()
+
+
+def _vocabulary(args: Namespace, teacher: ModelShape | None) -> int:
+    """Tokens that the student knows, before they are padded."""
+    if args.vocab_size is not None:
+        return args.vocab_size
+    name = args.tokenizer_model
+    if name not in (None, args.teacher):
+        try:
+            return shapes.teacher_shape(name).vocab_size
+        except UsageError as error:
+            raise UsageError(
+                f"How many tokens --tokenizer-model {name} has is not known on paper. Add "
+                "--vocab-size with their number."
+            ) from error
+    if teacher is None:
+        raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
+    return teacher.vocab_size
 
 
 def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
     padded = partial(
         shapes.padded_vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
     )
-    if args.student is not None and Path(args.student).is_dir():
+    if _is_folder(args.student):
         found = shapes.folder_shape(args.student)
         return replace(found, vocab_size=padded(found.vocab_size), context=None)
     rows = args.padded_vocab_size
     if rows is None:
-        vocab_size = teacher.vocab_size if args.vocab_size is None and teacher else args.vocab_size
-        if vocab_size is None:
-            raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
-        rows = padded(vocab_size)
+        rows = padded(_vocabulary(args, teacher))
     names = (*shapes.SIZES, "gated", "tied", "qk_norm", "qkv_bias")
     changes: dict[str, Any] = {name: getattr(args, name) for name in names}
     if args.normalization is not None:
@@ -216,9 +287,14 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
         changes |= shapes.NO_BIAS | {"qkv_bias": bool(args.qkv_bias)}
     # Megatron learns positions by default; the presets rotate.
     default = "learned_absolute" if args.student is None else "rope"
+    longest = args.max_position_embeddings
     if (args.position_embedding_type or default) == "learned_absolute":
-        changes["position_rows"] = args.max_position_embeddings or args.seq_length
-    elif args.max_position_embeddings is not None:
+        changes["position_rows"] = args.seq_length if longest is None else longest
+        if changes["position_rows"] < args.seq_length:
+            raise UsageError(
+                f"--max-position-embeddings {longest} is less than --seq-length {args.seq_length}."
+            )
+    elif longest is not None:
         raise UsageError(
             "--max-position-embeddings has no effect without learned positions. Remove it, or add "
             "--position-embedding-type learned_absolute."
@@ -245,17 +321,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own, flags = own[:at], own[at + 1 :]
     with mistakes_told(parser):
         flags = expanded(flags)
-        words = words_of(flags, search="--search" in own) if flags else []
-        args = parser.parse_args([*words, *own])
+        given = [word.partition("=")[0] for word in own if word.startswith("--")]
+        unseen = [flag for flag in given if not BESIDE_A_DRY_RUN(flag)]
+        if flags and "--dry-run" in given and unseen:
+            raise UsageError(
+                f"{unseen[0]} stands before --, where no dry run sees it: put it behind."
+            )
+        args = parser.parse_args([*(words_of(flags, given) if flags else ()), *own])
         if not args.search:
             print(page(plan(*parts(args))))
             return
         if args.dry_run and not flags:
             raise UsageError("--dry-run needs the run's own flags, behind --.")
-        for flag in (word.partition("=")[0] for word in own if word.startswith("--")):
-            if args.dry_run and not BESIDE_A_DRY_RUN(flag):
-                raise UsageError(
-                    f"{flag} stands before --, where no dry run sees it: put it behind."
-                )
         found = search(*parts(args))
         print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))

@@ -12,6 +12,7 @@ from megatron_let.planning.shapes import TEACHERS
 TOOL = Path(__file__).parents[3] / "tools" / "plan.py"
 ISSUE = "--student 1.4b --teacher smollm-135m --gpus 32 --pp 4"
 LARGE = "--student 7b --teacher meta-llama/Llama-3.2-1B --tp 4 --micro-batch-size 2"
+STEP = "--bf16 --seq-length 64 --micro-batch-size 1 --global-batch-size 8"
 SMALL = "--teacher gpt2 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --gpus 1"
 
 
@@ -75,7 +76,7 @@ def test_a_runs_defaults_are_megatrons(page):
     size = (
         "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --vocab-size 1000 --seq-length 64"
     )
-    run = f"{size} --micro-batch-size 1 --global-batch-size 8 --train-iters 9"
+    run = f"{size} --micro-batch-size 1 --global-batch-size 8 --train-iters 9 --fp16"
     plain = page(f"--gpus 4 -- {run} --tensor-model-parallel-size 2")
     assert "method baseline" in plain and "distributed optimizer" not in plain
     assert "sequence parallel" not in plain
@@ -85,11 +86,32 @@ def test_a_runs_defaults_are_megatrons(page):
     assert page(f"--gpus 4 --search -- {same} --pipeline-model-parallel-size 4")
 
 
-def test_a_folder_may_be_the_student(page, tmp_path):
+def test_a_run_is_planned_as_megatron_reads_it(page):
+    """Flags that this tool has too, where Megatron takes them in another way."""
+    shape = "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --bf16"
+    run = f"--gpus 1 -- {shape} --micro-batch-size 1 --global-batch-size 8 --train-iters 2000"
+    plain = page(f"{run} --vocab-size 1000")
+    assert "4 heads" in plain and ", flash attention" not in plain and "1 x DP 1" in plain
+    assert page(f"{run} --vocab-size 1000 --num-query-groups 2") == plain  # not read
+    assert "4/1 heads" in page(f"{run} --vocab-size 1000 --group-query-attention")
+    assert "no flash attention" in page(f"{run} --vocab-size 1000 --transformer-impl local")
+    longer = page(f"{run} --vocab-size 1000 --max-position-embeddings 128")
+    assert longer != plain  # more rows of learned positions
+    rotated = f"{run} --vocab-size 1000 --position-embedding-type rope"
+    assert page(f"{rotated} --max-position-embeddings 128") == page(rotated)
+    let = f"{run} --method let --teacher-model meta-llama/Llama-3.2-1B"
+    assert "vocab 50304 tied" in page(f"{let} --tokenizer-model gpt2")
+    assert "until step 2000 (100.0 %" in page(f"{let} --let-decay constant")
+
+
+def test_a_folder_may_be_the_student(page, tmp_path, capsys):
     config = TEACHERS["llama-3.2-1b"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = page(f"--student {tmp_path} --method baseline --gpus 8 --seq-length 4096")
     assert "1,235,814,400 parameters" in text
+    with pytest.raises(SystemExit):
+        page(f"--student {tmp_path} --method baseline --gpus 8 --num-layers 2")
+    assert "--num-layers has no effect with a folder as --student" in capsys.readouterr().err
 
 
 def test_the_issues_example(page):
@@ -139,7 +161,7 @@ def test_learned_positions_are_megatrons_default(page):
         ("--student 2b --teacher gpt2 --gpus 8", "--student 2b is unknown"),
         ("--student 1.4b --gpus 8", "Give --teacher or --vocab-size"),
         ("--student 1.4b --vocab-size 100 --gpus 8", "--method let needs a teacher"),
-        (f"{ISSUE} --method salt --let-layer 2", "--let-... has no effect with --method salt"),
+        (f"{ISSUE} --method salt --let-layer 2", "--let-layer has no effect with --method salt"),
         (f"{ISSUE} --kd-stop-step 10", "--kd-stop-step has no effect with --method let"),
         (f"{ISSUE} --max-position-embeddings 10", "--max-position-embeddings has no effect"),
         (f"{ISSUE} --train-tokens nan", "--train-tokens nan is not a run"),
@@ -151,7 +173,14 @@ def test_learned_positions_are_megatrons_default(page):
         (f"{ISSUE} --cp 2 --method salt", "--cp 2 is not supported with --method salt"),
         (f"{ISSUE} --search", "--pp has no effect with --search"),
         ("--gpus 8 -- --num-experts 4 --lr 1", "--num-experts is not planned here"),
-        ("--gpus 8 -- --attention-dropout x", "--vocab-size"),
+        (f"--gpus 8 -- {STEP} --attention-dropout x", "--vocab-size"),
+        (f"--gpus 8 -- {STEP} --tokenizer-model a/b", "--tokenizer-model a/b has is not known"),
+        (f"--gpus 8 -- {STEP} --quick-geglu", "--quick-geglu is not planned here"),
+        (f"--gpus 8 -- {STEP} --recompute-method block", "--recompute-method block is not"),
+        (f"--gpus 8 -- {STEP} --optimizer", "--optimizer  is not planned here"),
+        ("--gpus 8 -- --seq-length 64 --bf16", "have no --micro-batch-size. Add it"),
+        (f"--gpus 8 -- {STEP.replace('--bf16', '')}", "is one in fp32: not planned here"),
+        (f"{ISSUE} --position-embedding-type learned_absolute --max-position-embeddings -1", "-1"),
         ("--gpus 8 -- @/no/such.flags", "is no readable run file"),
         ("--gpus 8 --seq-length 64 --search --dry-run -- --lr 1", "before --, where"),
         (f"{ISSUE} --search --dry-run", "--dry-run needs the run's own flags, behind --"),
