@@ -4,6 +4,7 @@ Data, tokenizer and teacher that are not on this machine are replaced by what ha
 """
 
 import json
+import math
 import re
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
 )
+PARALLEL = ("tensor-model", "context", "pipeline-model")
 UNSEEN = {
     "only Transformer Engine has attention over parts of a sequence": "context-parallel-size",
     "how many tokens an expert gets, only data tells": "num-experts",
@@ -36,8 +38,7 @@ UNSEEN = {
 }
 """Why a rank on tensors without contents cannot do it: flags."""
 FLAGS: dict[str, dict[str, Any]] = {
-    "tensor-model-parallel-size pipeline-model-parallel-size": {"type": int, "default": 1},
-    "context-parallel-size": {"type": int, "default": 1},
+    " ".join(f"{name}-parallel-size" for name in PARALLEL): {"type": int, "default": 1},
     "num-experts dry-run-world-size": {"type": int},
     "fp8-format fp4-format step-batch-size-schedule": {},
     "transformer-impl tokenizer-model teacher-model": {},
@@ -64,10 +65,10 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def world_size(options: Namespace) -> int:
     """GPUs of the run, by default the fewest; a UsageError if the layout does not divide them."""
-    stage = options.tensor_model_parallel_size * options.context_parallel_size
-    model = stage * options.pipeline_model_parallel_size
+    sizes = [_value(options, f"{name}-parallel-size") for name in PARALLEL]
+    model = math.prod(sizes)
     world = model if options.dry_run_world_size is None else options.dry_run_world_size
-    if world < 1 or world % model:
+    if min(*sizes, world) < 1 or world % model:
         raise UsageError(
             f"--dry-run-world-size {world} is no multiple of the {model} GPUs that TP x PP x CP "
             "take: give one."

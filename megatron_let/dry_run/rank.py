@@ -115,6 +115,7 @@ class DryRank:
 def _alone(parse: Callable[[], Namespace]) -> Namespace:
     args = parse()
     args.exit_interval = STEPS
+    args.train_iters = args.train_iters and max(args.train_iters, STEPS)
     for name in FILES.split():
         setattr(args, name, None)
     return args

@@ -37,6 +37,8 @@ def test_which_ranks_are_run(line, expected):
     [
         ("--dry-run-world-size 3 --tensor-model-parallel-size 2", "--dry-run-world-size 3"),
         ("--dry-run-world-size 0", "--dry-run-world-size 0"),
+        ("--dry-run-world-size 8 --pipeline-model-parallel-size 0", "the 0 GPUs"),
+        ("--tensor-model-parallel-size -1 --pipeline-model-parallel-size -1", "the 1 GPUs"),
         ("--dry-run-ranks 1", "--dry-run-ranks 1: give numbers from 0 to 0"),
         ("--dry-run-ranks first", "--dry-run-ranks first"),
     ],
