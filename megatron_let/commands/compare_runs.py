@@ -6,6 +6,7 @@ Every seed needs its plain run (--method baseline); the target is that run's fin
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_let.commands import mistakes_told, tool_parser
@@ -15,23 +16,29 @@ from megatron_let.report.runs import Run, read_run
 from megatron_let.report.table import comparison_table, losses_table, markdown_table
 from megatron_let.report.targets import compare_all, regime_sentence
 
-JUDGED_BY = ("valid_data_path", "per_split_data_args_path", "full_validation", "eval_iters")
+JUDGED_BY = (
+    "valid_data_path", "per_split_data_args_path", "full_validation", "eval_iters",
+    "tokenizer_model",
+)  # fmt: skip
 """Arguments that say what a validation loss is of, and the hash of the training data does not."""
 
 
 def _read_labelled(word: str) -> Run:
-    """Read the run of one `[LABEL=]FOLDER`."""
-    label, equals, folder = word.partition("=")
-    if equals and not Path(word).exists():
-        return read_run(Path(folder), label=label)
-    return read_run(Path(word))
+    """Read the run of one `[LABEL=]FOLDER`; both may hold more of the sign."""
+    parts = word.split("=")
+    for at in range(len(parts)):
+        if (folder := Path("=".join(parts[at:]))).exists():
+            return read_run(folder, label="=".join(parts[:at]))
+    return read_run(Path(word.partition("=")[2] or word))
 
 
 def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
     """Return the tables and the sentence that names the regime; raises as `compare_all`."""
     comparisons = compare_all(runs)
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
-    header, *rows = differing([c.run for c in comparisons])
+    judged = [replace(c.run, label=f"{c.run.label}, seed {c.run.seed}") for c in comparisons]
+    judged += [replace(teacher, label="teacher")] if teacher is not None else []
+    header, *rows = differing(judged)
     if rows := [row for row in rows if row[0] in JUDGED_BY]:
         warning = "WARNING: the losses are not of the same text. The runs differ in"
         parts.append("\n".join([warning, *markdown_table(header, rows)]))
@@ -57,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = compare_runs(runs, teacher)
         print(text)
         if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(text + "\n")
         loss = teacher.final.loss if teacher else None
         compared = compare_all(runs)

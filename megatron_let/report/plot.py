@@ -44,7 +44,7 @@ def plot_comparison(
     teacher_loss: float | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw validation loss over steps as a PNG at `path`, which is returned; folders are made.
+    """Draw validation loss over steps at `path`, which is returned; folders are made.
 
     `teacher_loss` (nats a token, same validation set) is drawn as a dashed line. Raises ValueError
     without runs and ImportError with the way out if matplotlib is missing.
@@ -63,7 +63,7 @@ def plot_comparison(
         figure.suptitle(words, x=0.01, ha="left", weight="bold")
         _draw_losses(figure.add_subplot(), comparisons, teacher_loss)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")  # and no other name
     return path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -30,11 +31,11 @@ def folders(write, lines):
 
 
 def test_tables_regime_and_picture(folders, tmp_path, capsys):
-    kept, picture = tmp_path / "report.md", tmp_path / "report.png"
-    words = [folders["plain"], folders["let"], f"LET, weight 3={folders['other']}"]
+    kept, picture = tmp_path / "new" / "report.md", tmp_path / "report"  # not report.png
+    words = [folders["plain"], folders["let"], f"LET, weight=3={folders['other']}"]
     main([*words, "--teacher", folders["small"], "--output", str(kept), "--plot", str(picture)])
     printed = capsys.readouterr().out
-    assert "| let " in printed and "| LET, weight 3 |" in printed
+    assert "| let " in printed and "| LET, weight=3 |" in printed
     assert "3.00 GiB" in printed
     assert "Regime: the plain student stays worse than its teacher" in printed
     assert kept.read_text() in printed
@@ -50,6 +51,19 @@ def test_losses_of_different_texts_are_told(folders, tmp_path, capsys):
     told = capsys.readouterr().out.partition("not of the same text")[2]
     assert re.findall(r"^\| (\w+).*books", told, re.MULTILINE) == ["valid_data_path"]
     assert "eval_iters" not in told and "lr" not in told
+
+
+def test_every_seed_and_the_teacher_are_judged_by_one_text(folders, write, lines, capsys):
+    start, valid, _ = lines
+    more = write(start(data="d1", seed=2), valid(40, 4.0), folder="plain-2")
+    for folder, length in ((folders["plain"], 5), (more, 6), (folders["small"], 7)):
+        (Path(folder) / "starts").mkdir()
+        record = {"arguments": {"eval_iters": length}}
+        (Path(folder) / "starts" / "1.json").write_text(json.dumps(record))
+    main([folders["plain"], str(more), "--teacher", folders["small"]])
+    told = capsys.readouterr().out.partition("not of the same text")[2]
+    assert "| baseline, seed 1 | baseline, seed 2 | teacher |" in told
+    assert re.search(r"^\| eval_iters \| +5 \| +6 \| +7 \|$", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
