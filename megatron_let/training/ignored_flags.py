@@ -66,6 +66,8 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     if args.async_save and not (args.use_persistent_ckpt_worker and args.async_strategy == "mcore"):
         way_out = "Add --use-persistent-ckpt-worker --async-strategy mcore, which is tested."
         idle["async-save"] = f"alone. {way_out}"
+    if not args.group_query_attention:
+        idle["num-query-groups"] = "without --group-query-attention. Add it, or leave it out."
     if args.dataloader_type == "external":
         idle["dataloader-type"] = "with external: the data come from files."
     if args.full_validation:
