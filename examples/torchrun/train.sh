@@ -23,6 +23,7 @@ for word in "${words[@]}"; do
     --save=*) save=${word#*=} ;;
     --load=*) load=${word#*=} ;;
     --finetune) echo "every start would begin anew: use --pretrained-checkpoint in place of --finetune" >&2 && exit 2 ;;
+    --ckpt-step | --ckpt-step=*) echo "every start would go back to --ckpt-step: leave it out, and move later iter_* folders away" >&2 && exit 2 ;;
     esac
     [ "$previous" != --save ] || save=$word
     [ "$previous" != --load ] || load=$word

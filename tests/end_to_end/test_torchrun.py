@@ -33,11 +33,20 @@ def test_two_agents_find_each_other_and_a_second_call_goes_on(tmp_path):
     assert missing.returncode == 2 and "add --save DIR" in missing.stderr
 
 
-def test_one_folder_by_two_names_is_one_folder(tmp_path):
-    call = [SCRIPT, "--save", "run", "--load", "./run"]
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--save run --load ./run", None),
+        ("--save run --load run --ckpt-step 4", "every start would go back to --ckpt-step"),
+        ("--save run --finetune", "every start would begin anew"),
+    ],
+)
+def test_a_start_that_is_no_other_than_the_first(flags, error, tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ $1 != -m ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python)}
+    call = [SCRIPT, *flags.split()]
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (2 if error else 0), done.stderr
+    assert error is None or error in done.stderr
