@@ -5,8 +5,7 @@
 The student, its tokenizer (1,024 tokens) and its text are the study's: 20 tokens a parameter of
 Python from pinned wheels. The teacher is SmolLM2-135M-Instruct, 49,152 tokens, from a wheel of PyPI
 (93 MB), in bf16. It guides the first quarter of the steps, which is most of the time: about an
-hour on two cores. Needs the package gguf. Every run is kept under runs/real_teacher; a second
-call goes on where the first one stopped.
+hour on two cores. Every run is kept under runs/real_teacher; a second call goes on where the first one stopped.
 """
 
 import argparse
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from examples.study.record import Score, score_model  # noqa: E402
 from examples.study.table import FAST, STUDY  # noqa: E402
 from megatron_let.commands.compare_runs import compare_runs  # noqa: E402
-from megatron_let.quickstart.run import Quickstart  # noqa: E402
+from megatron_let.quickstart.run import Quickstart, need  # noqa: E402
 from megatron_let.quickstart.wheels import fetch_wheels  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.runs import Run, read_run  # noqa: E402
@@ -49,6 +48,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real_teacher")
     options = parser.parse_args()
+    need("gguf", "gguf")
+    need("plot", "matplotlib")
     recipe = (FAST if options.fast else STUDY).recipe
     folder = options.output / ("fast" if options.fast else "full")
     folder.mkdir(parents=True, exist_ok=True)

@@ -211,8 +211,11 @@ class Quickstart:
 
 
 def is_finished(save: Path) -> bool:
-    """Whether a run has come to its end."""
-    return (save / "metrics.jsonl").exists() and read_run(save).finished
+    """Whether a run has come to its end; it has not where a kill left no record to be read."""
+    try:
+        return read_run(save).finished
+    except ValueError:
+        return False
 
 
 def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
@@ -248,6 +251,13 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def need(extra: str, *packages: str) -> None:
+    """End the process before hours of training if there is no such package, of that extra."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            sys.exit(f"This needs {package}: pip install 'megatron_let[{extra}]'")
+
+
 def main() -> None:
     """Run the quickstart; a mistake of the user ends in one paragraph."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,9 +271,7 @@ def main() -> None:
     options = parser.parse_args()
     if re.search(r"\s", str(options.output)):
         parser.error(f"--output {options.output}: choose a path without blanks")
-    for package in ("matplotlib", "plotly"):
-        if importlib.util.find_spec(package) is None:
-            sys.exit(f"The report at the end needs {package}: pip install 'megatron_let[plot]'")
+    need("plot", "matplotlib", "plotly")
     try:
         _run(options)
     except (UsageError, OSError) as error:

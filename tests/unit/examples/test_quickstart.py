@@ -1,0 +1,21 @@
+"""What the quickstart asks for before it trains, and how it goes on."""
+
+import importlib.util
+
+import pytest
+
+from megatron_let.quickstart.run import is_finished, need
+
+
+@pytest.mark.parametrize("text", [None, "", '{"kind": "sta', '{"kind": "start", "iteration": 0}\n'])
+def test_a_run_without_a_readable_record_is_not_finished(text, tmp_path):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    assert not is_finished(tmp_path)
+
+
+def test_what_the_end_needs_is_asked_for_at_the_start(monkeypatch):
+    need("plot", "json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs gguf: pip install .*\[gguf\]"):
+        need("gguf", "gguf")
