@@ -5,7 +5,8 @@
 The student, its tokenizer (1,024 tokens) and its text are the study's: 20 tokens a parameter of
 Python from pinned wheels. The teacher is SmolLM2-135M-Instruct, 49,152 tokens, from a wheel of PyPI
 (93 MB), in bf16. It guides the first quarter of the steps, which is most of the time: about an
-hour on two cores. Every run is kept under runs/real_teacher; a second call goes on where the first one stopped.
+hour on two cores. Every run is kept under runs/real_teacher; a second call goes on where the first
+one stopped.
 """
 
 import argparse

@@ -10,9 +10,10 @@ Behind -- stand the flags of a run; what would change size or cost and is not kn
 
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,16 @@ PLANNED = {
     "--recompute-num-layers": "1",
     "--teacher-dtype": "bf16 fp16",
 }
-"""The values that are known here of others such."""
+"""Others such, and the values that are known."""
 NEEDED = ("--seq-length", "--micro-batch-size", "--global-batch-size")
 """What this tool has defaults for, and a run has none, or one that depends on its layout."""
 BESIDE_A_DRY_RUN = named(
     "gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher vocab-size"
 )
+UNFUSED = ("unfused", "local")
+"""Attention that keeps its scores."""
 UNLIKE = {"--dry-run", "--dropout"}
 """Words of this tool that mean another thing in a run, or nothing there."""
-NOT_OF_THE_MODEL = {"student", "make_vocab_size_divisible_by"}
-"""What of the student's flags a folder's `config.json` does not say."""
 
 
 def build_parser() -> ArgumentParser:
@@ -175,46 +176,45 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
     is not known here.
     """
     words = [part for word in flags for part in word.split("=", 1 if word.startswith("--") else 0)]
-    given = {word for word in words if word.startswith("--")}
-    values = dict(zip(words, words[1:], strict=False))
-    replaced = LAYOUT_FLAGS if "--search" in own else frozenset[str]().__contains__
-    for name in sorted(given):
-        is_planned = values.get(name) in PLANNED.get(name, "").split() or replaced(name)
-        if UNPLANNED(name) or (name in PLANNED and not is_planned):
-            flag = f"{name} {values.get(name, '')}" if name in PLANNED else name
-            raise UsageError(f"{flag} is not planned here; --dry-run says whether it takes it.")
+    tried = LAYOUT_FLAGS if "--search" in own else named("")
+    words = without(words, tried)
+    values = {word: after for word, after in pairwise([*words, ""]) if word.startswith("--")}
+    for name, value in sorted(values.items()):
+        if UNPLANNED(name) or (name in PLANNED and value not in PLANNED[name].split()):
+            way_out = f" Only {PLANNED[name]} is." if name in PLANNED else ""
+            raise UsageError(
+                f"{name} is not planned here; --dry-run says whether it takes it.{way_out}"
+            )
     for name in NEEDED:
-        if name not in given | {*own} and not replaced(name):
+        if name not in [*values, *own] and not tried(name):
             raise UsageError(f"The flags of the run have no {name}. Add it.")
-    if not given & {"--bf16", "--fp16"}:
+    if "--bf16" not in values and "--fp16" not in values:
         raise UsageError("A run without --bf16 or --fp16 is one in fp32: not planned here.")
-    positions = values.get("--position-embedding-type", "learned_absolute")
-    dropouts = (values.get(f"--{kind}-dropout", "0.1") for kind in ("attention", "hidden"))
-    keeps_scores = values.get("--transformer-impl") == "local" or values.get(
-        "--attention-backend"
-    ) in ("unfused", "local")
-    defaults = {
-        f"--method {BASELINE}": "--method" not in given,
-        "--no-distributed-optimizer": "--use-distributed-optimizer" not in given,
-        "--no-sequence-parallel": "--sequence-parallel" not in given
-        and values.get("--tensor-model-parallel-size", "1") != "1"
-        and not replaced("--sequence-parallel"),
-        "--dropout": any(share.strip(".0") for share in dropouts),
-        "--recompute selective": "--recompute-activations" in given and not replaced("--recompute"),
-        "--num-query-groups 1": "--group-query-attention" in given,
-        "--no-flash-attention": keeps_scores,
-        f"--let-stop-step {values.get('--train-iters')}": "--train-iters" in given
-        and values.get("--let-decay") == "constant",
-    }
     known = (build_parser()._option_string_actions.keys() - UNLIKE) | RENAMED.keys()
-    unwanted = {flag for flag in given if flag not in known or replaced(flag)}
-    if "--group-query-attention" not in given:  # which alone makes Megatron read it
-        unwanted.add("--num-query-groups")
-    if positions != "learned_absolute":  # a limit then, and no rows
-        unwanted.add("--max-position-embeddings")
-    found = " ".join(default for default, holds in defaults.items() if holds).split()
-    kept = without(words, unwanted.__contains__)
-    return [*found, *(RENAMED.get(word, word) for word in kept)]
+    known -= {"--num-query-groups"} if "--group-query-attention" not in values else set()
+    if values.get("--position-embedding-type", "learned_absolute") != "learned_absolute":
+        known -= {"--max-position-embeddings"}  # a limit then, and no rows
+    kept = without(words, (values.keys() - known).__contains__)
+    return [*_defaults(values), *(RENAMED.get(word, word) for word in kept)]
+
+
+def _defaults(values: Mapping[str, str]) -> list[str]:
+    """What a run's flags say without a word of this tool's."""
+    dropouts = (values.get(f"--{kind}-dropout", "0.1") for kind in ("attention", "hidden"))
+    is_split = values.get("--tensor-model-parallel-size", "1") != "1"
+    to_the_end = values.get("--let-decay") == "constant" and "--train-iters" in values
+    is_local = values.get("--transformer-impl") == "local"
+    found = {
+        f"--method {BASELINE}": "--method" not in values,
+        "--no-distributed-optimizer": "--use-distributed-optimizer" not in values,
+        "--no-sequence-parallel": is_split and "--sequence-parallel" not in values,
+        "--no-flash-attention": is_local or values.get("--attention-backend") in UNFUSED,
+        "--dropout": any(share.strip(".0") for share in dropouts),
+        "--recompute selective": "--recompute-activations" in values,
+        "--num-query-groups 1": "--group-query-attention" in values,
+        f"--let-stop-step {values.get('--train-iters')}": to_the_end,
+    }
+    return " ".join(words for words, holds in found.items() if holds).split()
 
 
 def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Part:
@@ -226,7 +226,7 @@ def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Par
 def _refuse_without_effect(args: Namespace) -> None:
     if args.dry_run and not args.search:
         raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
-    guidance = METHODS[args.method]
+    guidance, parser = METHODS[args.method], build_parser()
     idle: dict[str, str] = {}
     if not guidance.aligns:
         idle |= dict.fromkeys(("let_layer", "let_stop_step"), f"--method {args.method}")
@@ -234,10 +234,10 @@ def _refuse_without_effect(args: Namespace) -> None:
         idle["kd_stop_step"] = f"--method {args.method}"
     if not guidance.has_teacher:
         idle["guidance_stop"] = f"--method {args.method}"
-    parser = build_parser()
     if _is_folder(args.student):
         [group] = (group for group in parser._action_groups if group.title == "student")
-        own = {flag.dest for flag in group._group_actions} - NOT_OF_THE_MODEL
+        own = {flag.dest for flag in group._group_actions}
+        own -= {"student", "make_vocab_size_divisible_by"}
         idle |= dict.fromkeys(own, "a folder as --student, whose config.json says it")
     for flag in parser._actions:
         why = idle.get(flag.dest)
@@ -251,32 +251,15 @@ def _is_folder(name: str | None) -> bool:
     return name is not None and Path(name).expanduser().is_dir()
 
 
-def _vocabulary(args: Namespace, teacher: ModelShape | None) -> int:
-    """Tokens that the student knows, before they are padded."""
-    if args.vocab_size is not None:
-        return args.vocab_size
-    name = args.tokenizer_model
-    if name not in (None, args.teacher):
-        try:
-            return shapes.teacher_shape(name).vocab_size
-        except UsageError as error:
-            raise UsageError(
-                f"How many tokens --tokenizer-model {name} has is not known on paper. Add "
-                "--vocab-size with their number."
-            ) from error
-    if teacher is None:
-        raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
-    return teacher.vocab_size
-
-
 def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
-    padded = partial(
-        shapes.padded_vocab_size, tp=args.tp, divisible_by=args.make_vocab_size_divisible_by
-    )
+    def padded(rows: int) -> int:
+        divisor = args.make_vocab_size_divisible_by
+        return shapes.padded_vocab_size(rows, tp=args.tp, divisible_by=divisor)
+
     if _is_folder(args.student):
         found = shapes.folder_shape(args.student)
         return replace(found, vocab_size=padded(found.vocab_size), context=None)
-    rows = args.padded_vocab_size
+    rows, longest = args.padded_vocab_size, args.max_position_embeddings
     if rows is None:
         rows = padded(_vocabulary(args, teacher))
     names = (*shapes.SIZES, "gated", "tied", "qk_norm", "qkv_bias")
@@ -287,7 +270,6 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
         changes |= shapes.NO_BIAS | {"qkv_bias": bool(args.qkv_bias)}
     # Megatron learns positions by default; the presets rotate.
     default = "learned_absolute" if args.student is None else "rope"
-    longest = args.max_position_embeddings
     if (args.position_embedding_type or default) == "learned_absolute":
         changes["position_rows"] = args.seq_length if longest is None else longest
         if changes["position_rows"] < args.seq_length:
@@ -300,6 +282,23 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
             "--position-embedding-type learned_absolute."
         )
     return shapes.student_shape(args.student, vocab_size=rows, changes=changes)
+
+
+def _vocabulary(args: Namespace, teacher: ModelShape | None) -> int:
+    """Tokens that the student knows, before they are padded."""
+    if args.vocab_size is not None:
+        return args.vocab_size
+    if args.tokenizer_model not in (None, args.teacher):
+        try:
+            return shapes.teacher_shape(args.tokenizer_model).vocab_size
+        except UsageError as error:
+            raise UsageError(
+                f"How many tokens --tokenizer-model {args.tokenizer_model} has is not known on "
+                "paper. Add --vocab-size with their number."
+            ) from error
+    if teacher is None:
+        raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")
+    return teacher.vocab_size
 
 
 def _dry(one: Plan, flags: Sequence[str]) -> float | None:
