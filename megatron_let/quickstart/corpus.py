@@ -7,6 +7,7 @@ import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from megatron_let.data.indexed import sha256_file, whole_file
@@ -144,36 +145,24 @@ class Deduplicator:
 
     def __init__(self) -> None:
         self._digests: set[str] = set()
-        self._line_sets: list[frozenset[bytes]] = []
-        self._documents_with: dict[bytes, list[int]] = defaultdict(list)
+        self._sizes: list[int] = []  # distinct lines of each kept document
+        self._documents_with: dict[str, list[int]] = defaultdict(list)
 
     def admit(self, text: str) -> str:
         """Keep a document: `kept`. Or say of what kind of duplicate it is: `exact` or `near`."""
         digest = _sha256(text)
         if digest in self._digests:
             return "exact"
-        distinct = {line.strip().encode() for line in text.splitlines()} - {b""}
-        lines = frozenset(hashlib.blake2b(line, digest_size=8).digest() for line in distinct)
-        # Prefix filter: in any one order of all lines, two sets with Jaccard >= t must share a line
-        # among the first len - ceil(t * len) + 1 of each. Taking one more costs nothing and is safe
-        # against rounding. The order is that of the hashes.
-        prefix = sorted(lines)[: len(lines) - int(NEAR_DUPLICATE_JACCARD * len(lines)) + 1]
-        candidates = {i for line in prefix for i in self._documents_with[line]}
-        if any(_are_near(lines, self._line_sets[i]) for i in candidates):
-            return "near"
+        lines = {line.strip() for line in text.splitlines()} - {""}
+        shared = Counter(chain.from_iterable(self._documents_with[line] for line in lines))
+        for document, count in shared.items():
+            if count >= NEAR_DUPLICATE_JACCARD * (len(lines) + self._sizes[document] - count):
+                return "near"
         self._digests.add(digest)
-        for line in prefix:
-            self._documents_with[line].append(len(self._line_sets))
-        self._line_sets.append(lines)
+        for line in lines:
+            self._documents_with[line].append(len(self._sizes))
+        self._sizes.append(len(lines))
         return "kept"
-
-
-def _are_near(ours: frozenset[bytes], theirs: frozenset[bytes]) -> bool:
-    small, large = sorted((len(ours), len(theirs)))
-    if small < NEAR_DUPLICATE_JACCARD * large:  # sizes alone rule it out
-        return False
-    shared = len(ours & theirs)
-    return shared >= NEAR_DUPLICATE_JACCARD * (small + large - shared)
 
 
 def read_source(path: Path) -> str | None:
