@@ -96,10 +96,7 @@ def plan(
     memory = {split: stages_memory(student, teacher, split, run) for split in splits}
     fullest = {split: max(stage.total for stage in memory[split]) for split in splits}
     fitting = [split for split in splits if fullest[split] <= gpu.memory_gib * GIB]
-    times = [
-        given if split == layout else split_time(student, teacher, split, run, gpu)
-        for split in fitting or splits
-    ]
+    times = [split_time(student, teacher, split, run, gpu) for split in fitting or splits]
 
     def price(time: SplitTime) -> float:
         changes = max(1, time.layout.split_flags.count("--")) * (time.layers != given.layers)

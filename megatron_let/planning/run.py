@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import Literal, NamedTuple
 
 from megatron_let.errors import UsageError
@@ -97,12 +97,8 @@ class Layout:
 
     def splits(self, num_layers: int) -> Iterator["Layout"]:
         """Every split that Megatron takes, those with fewer flags first."""
-        sizes = range(self.vpp, num_layers, self.vpp)
-        ends: list[tuple[int | None, int | None]] = [(None, None)]
-        if self.pp > 1:
-            ends += [(size, None) for size in sizes] + [(None, size) for size in sizes]
-            ends += [(first, last) for first in sizes for last in sizes]
-        for first, last in ends:
+        sizes = [None, *range(self.vpp, num_layers, self.vpp)] if self.pp > 1 else [None]
+        for last, first in sorted(product(sizes, sizes), key=lambda ends: -ends.count(None)):
             layout = replace(self, first_stage_layers=first, last_stage_layers=last)
             if layout._split_or_none(num_layers) is not None:
                 yield layout

@@ -146,6 +146,7 @@ def student_work(student: ModelShape, layout: Layout, run: RunShape) -> Duration
     return Durations(stages(layer, head), stages((backward + again) * layer, backward * head))
 
 
+@cache
 def split_time(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape, gpu: Gpu
 ) -> SplitTime:
