@@ -13,12 +13,11 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, _Argument
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_let.commands import mistakes_told, tool_parser
-from megatron_let.dry_run.flags import named, without
+from megatron_let.dry_run.flags import named, values_of, without
 from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE, LET_LAYER, LET_STOP_STEP, MAIN, METHODS
@@ -178,7 +177,7 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
     words = [part for word in flags for part in word.split("=", 1 if word.startswith("--") else 0)]
     tried = LAYOUT_FLAGS if "--search" in own else named("")
     words = without(words, tried)
-    values = {word: after for word, after in pairwise([*words, ""]) if word.startswith("--")}
+    values = values_of(words)
     for name, value in sorted(values.items()):
         if UNPLANNED(name) or (name in PLANNED and value not in PLANNED[name].split()):
             way_out = f" Only {PLANNED[name]} is." if name in PLANNED else ""

@@ -8,6 +8,7 @@ import math
 import re
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,13 @@ UNSEEN = {
     "it has no step": "skip-train",
 }
 """Why a rank on tensors without contents cannot do it: flags."""
+SEEN = {"--context-parallel-size": "1", "--cuda-graph-impl": "none"}
+"""Values of them that ask for nothing."""
 FLAGS: dict[str, dict[str, Any]] = {
     " ".join(f"{name}-parallel-size" for name in PARALLEL): {"type": int, "default": 1},
-    "num-experts dry-run-world-size": {"type": int},
-    "fp8-format fp4-format step-batch-size-schedule": {},
-    "transformer-impl tokenizer-model teacher-model": {},
-    "use-tp-pp-dp-mapping multi-latent-attention use-megatron-fsdp use-torch-fsdp2 "
-    "enable-cuda-graph external-cuda-graph use-checkpoint-args skip-train": {
-        "action": "store_true"
-    },
-    "cuda-graph-impl": {"default": "none"},
+    "dry-run-world-size": {"type": int},
+    "step-batch-size-schedule transformer-impl tokenizer-model teacher-model": {},
+    "use-tp-pp-dp-mapping": {"action": "store_true"},
     DATA: {"nargs": "+", "default": []},
     "dry-run-ranks": {"default": "one-per-stage"},
     "dry-run-gpu-memory": {"type": float, "default": 80.0},
@@ -55,12 +53,23 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """Read the flags that matter here; all others are the program's."""
+    """Read the flags that matter here; all others are the program's.
+
+    Raises UsageError for one of `UNSEEN`, and if there is no memory to fit.
+    """
+    for name, value in values_of(argv).items():
+        for why in (why for why, names in UNSEEN.items() if named(names)(name)):
+            if value != SEEN.get(name):
+                flag = name if value.startswith("--") else f"{name} {value}".rstrip()
+                raise UsageError(f"{flag} cannot be run dry: {why}. Leave it out here.")
     parser = ArgumentParser("pretrain_let.py", SUPPRESS, add_help=False, allow_abbrev=False)
     for names, how in FLAGS.items():
         for name in names.split():
             parser.add_argument(f"--{name}", **how)
-    return parser.parse_known_args(argv)[0]
+    options = parser.parse_known_args(argv)[0]
+    if not 0 < options.dry_run_gpu_memory < float("inf"):
+        raise UsageError(f"--dry-run-gpu-memory {options.dry_run_gpu_memory} must be positive.")
+    return options
 
 
 def world_size(options: Namespace) -> int:
@@ -91,19 +100,6 @@ def ranks(options: Namespace, world: int) -> list[int]:
             "commas between them, or one-per-stage."
         )
     return sorted({int(word) for word in words})
-
-
-def refuse_unseen(options: Namespace) -> None:
-    """Raise UsageError if there is anything of `UNSEEN`, or no memory to fit."""
-    if not 0 < options.dry_run_gpu_memory < float("inf"):
-        raise UsageError(f"--dry-run-gpu-memory {options.dry_run_gpu_memory} must be positive.")
-    plain = parse([])
-    for why, names in UNSEEN.items():
-        for name in names.split():
-            value = _value(options, name)
-            if value != _value(plain, name):
-                flag = f"--{name}" + f" {value}" * (value is not True)
-                raise UsageError(f"{flag} cannot be run dry: {why}. Leave it out here.")
 
 
 def _value(options: Namespace, name: str) -> Any:
@@ -163,6 +159,12 @@ def _known(name: str | None) -> dict | None:
     if name is None or Path(name).exists():
         return None
     return TEACHERS.get(name.rpartition("/")[2].lower())
+
+
+def values_of(words: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line with the word behind each, another flag or none as well."""
+    parts = [part for word in words for part in word.split("=", word.startswith("--"))]
+    return {word: after for word, after in pairwise([*parts, ""]) if word.startswith("--")}
 
 
 def without(words: Sequence[str], unwanted: Callable[[str], bool]) -> list[str]:

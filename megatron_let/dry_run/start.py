@@ -88,7 +88,6 @@ def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:
     options = flags.parse(words)
     world = flags.world_size(options)
     chosen = flags.ranks(options, world)
-    flags.refuse_unseen(options)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     running: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory(prefix="dry-run-") as name:
