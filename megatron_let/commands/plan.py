@@ -245,8 +245,8 @@ def _student(args: Namespace, teacher: ModelShape | None) -> ModelShape:
         return shapes.padded_vocab_size(rows, tp=args.tp, divisible_by=divisor)
 
     if _is_folder(args.student):
-        found = shapes.folder_shape(args.student)
-        return replace(found, vocab_size=padded(found.vocab_size), context=None)
+        found = shapes.teacher_shape(args.student)
+        return replace(found, vocab_size=padded(found.vocab_size))
     rows, longest = args.padded_vocab_size, args.max_position_embeddings
     if rows is None:
         rows = padded(_vocabulary(args, teacher))

@@ -31,12 +31,11 @@ class StageMemory:
     teacher: float = 0.0  # the teacher's weights
     states: float = 0.0
     """What the teacher computes, and the alignment gradients that wait for the backward pass."""
-    runtime: float = RUNTIME_BYTES
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return sum(astuple(self))
+        """All of it, and what comes with a GPU."""
+        return sum(astuple(self)) + RUNTIME_BYTES
 
 
 def stages_memory(

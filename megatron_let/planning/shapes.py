@@ -248,20 +248,14 @@ def teacher_shape(name: str) -> ModelShape:
 
     An organisation may stand before its name. Raises UsageError for any other, and what is unknown.
     """
-    if Path(name).expanduser().is_dir():
-        return folder_shape(name)
-    short = name.rsplit("/", 1)[-1].lower()
-    if short not in TEACHERS:
+    folder, short = Path(name).expanduser(), name.rsplit("/", 1)[-1].lower()
+    if not folder.is_dir():
+        if short in TEACHERS:
+            return from_hf_config(TEACHERS[short], name=short)
         raise UsageError(
             f"--teacher {name} is neither a folder nor a known name. Choose "
             f"{', '.join(TEACHERS)}, or download the model and give its folder."
         )
-    return from_hf_config(TEACHERS[short], name=short)
-
-
-def folder_shape(name: str) -> ModelShape:
-    """Return the shape of the model in a Hugging Face folder; raises as `from_hf_config`."""
-    folder = Path(name).expanduser()
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime
 
 MEMORY_HEADINGS = ("weights", "grads", "optim", "activ", "teacher", "states")
-"""Of the fields of `StageMemory`, in their order, without the runtime."""
+"""Of the fields of `StageMemory`, in their order."""
 MOST_STAGES = 8  # with more of them, the middle ones are left out
 SECONDS_PER_DAY = 86400
 
@@ -102,7 +102,7 @@ def _stages(plan: Plan) -> list[str]:
     mean_work = sum(given.plain_work) / len(given.plain_work)
     rows = [["stage", "layers", *MEMORY_HEADINGS, "total", *load_headings]]
     for stage, memory in enumerate(plan.memory):
-        gib = [part / GIB for part in (*astuple(memory)[:-1], memory.total)]
+        gib = [part / GIB for part in (*astuple(memory), memory.total)]
         load = [given.plain_work[stage] / mean_work, given.guided_work[stage] / mean_work]
         cells = [f"{value:.2f}" for value in gib + load[: len(load_headings)]]
         rows.append([str(stage), str(given.layers[stage]), *cells])
