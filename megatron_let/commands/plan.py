@@ -43,15 +43,15 @@ UNPLANNED = named(
     "hybrid-layer-pattern hybrid-override-pattern let-teacher-layer mtp-num-layers "
     "multi-latent-attention num-distributed-optimizer-instances num-experts "
     "num-layers-per-virtual-pipeline-stage optimizer-cpu-offload pipeline-model-parallel-layout "
-    "quick-geglu spec step-batch-size-schedule train-samples use-checkpoint-args use-megatron-fsdp "
-    "use-precision-aware-optimizer use-rotary-position-embeddings use-torch-fsdp2 window-size"
+    "quick-geglu recompute-modules spec step-batch-size-schedule train-samples use-checkpoint-args "
+    "use-megatron-fsdp use-precision-aware-optimizer use-rotary-position-embeddings "
+    "use-torch-fsdp2 window-size"
 )
 """Flags of a run that change its size or cost, and not as this tool knows."""
 PLANNED = {
     "--guidance": "flags",
     "--optimizer": "adam",
     "--recompute-method": "uniform",
-    "--recompute-modules": "core_attn",
     "--recompute-num-layers": "1",
     "--teacher-dtype": "bf16 fp16",
 }

@@ -148,10 +148,8 @@ def _time(plan: Plan) -> list[str]:
         f"MFU of a plain step as given, with bubble and recomputation: {plan.given.plain_mfu:.3f}",
     ]
     if plan.teacher is not None:
-        floor = f"Floor, were the teacher spread over all GPUs: +{100 * plan.overhead_floor:.1f} %"
-        if len(plan.given.phase_seconds) > 1:
-            floor += "; after the stop: 0 %"
-        lines.append(floor)
+        spread = f"+{100 * plan.overhead_floor:.1f} %"
+        lines.append(f"Floor, were the teacher spread over all GPUs: {spread}")
     return lines + _advice(plan)
 
 
