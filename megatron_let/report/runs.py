@@ -62,7 +62,7 @@ class Run:
         """The last evaluation. ValueError if the run never evaluated."""
         if not self.evaluations:
             what = "run with --eval-interval and --eval-iters, and wait for the first one"
-            raise ValueError(f"{self.path} holds no evaluation: {what}")
+            raise UsageError(f"{self.path} holds no evaluation: {what}")
         return self.evaluations[-1]
 
     @property
@@ -84,9 +84,9 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: give the folder of a run that has started")
+        raise UsageError(f"{file} does not exist: give the folder of a run that has started")
     if not file.read_bytes().strip():
-        raise ValueError(f"{file} is empty: the run has logged nothing yet, wait for its start")
+        raise UsageError(f"{file} is empty: the run has logged nothing yet, wait for its start")
     try:
         start, records = _kept(file)
         method, small = start["method"], start.get("init_from")
@@ -106,9 +106,9 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
     except UsageError:
         raise
     except KeyError as error:
-        raise ValueError(f"{file}: a record lacks {error}, which this version needs") from error
+        raise UsageError(f"{file}: a record lacks {error}, which this version needs") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: a value was changed, and is none now: {error}") from error
+        raise UsageError(f"{file}: a value was changed, and is none now: {error}") from error
 
 
 def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
+from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE
 from megatron_let.report.runs import Evaluation, Run
 
@@ -119,14 +120,14 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
         if (twin := seen.setdefault(key, run)) is not run:
             also = "" if key[0] == BASELINE else ", or give them labels of their own"
             both = f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}"
-            raise ValueError(f"{both}: leave one out{also}")
+            raise UsageError(f"{both}: leave one out{also}")
     plain_by_seed = {run.seed: run for run in runs if run.method == BASELINE}
     labels = [run.label for run in runs]
     in_order = sorted(runs, key=lambda r: (r.method != BASELINE, labels.index(r.label), r.seed))
     for run in in_order:
         if run.seed not in plain_by_seed:
             problem = f"{run.path} has seed {run.seed}, and no plain run has"
-            raise ValueError(f"{problem}: add the run with --method baseline --seed {run.seed}")
+            raise UsageError(f"{problem}: add the run with --method baseline --seed {run.seed}")
     return [compare(run, plain_by_seed[run.seed]) for run in in_order]
 
 
@@ -146,14 +147,20 @@ def guided(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 def _check_like_with_like(run: Run, plain: Run) -> None:
     if not plain.finished:
         was = f"was last evaluated at step {plain.final.iteration} of {plain.train_iters}"
-        raise ValueError(f"the plain run {plain.path} {was}: let it finish, its end is the target")
+        raise UsageError(f"the plain run {plain.path} {was}: let it finish, its end is the target")
     if not math.isfinite(plain.final.loss):
-        raise ValueError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
+        raise UsageError(f"the plain run {plain.path} ends at loss {plain.final.loss}: no target")
+    for one in (run, plain):
+        if not all(_cost_at(one.final)):
+            raise UsageError(
+                f"{one.path} counts no work before step {one.final.iteration}: the record of its "
+                "training is lost. Leave it out, or train it again"
+            )
     for fact in ("seed", "data", "train_iters", "tokens_per_step", "student_parameters"):
         ours, theirs = getattr(run, fact), getattr(plain, fact)
         if ours != theirs and None not in (ours, theirs):  # None: the run did not say
             what = "data order" if fact == "data" else fact
-            raise ValueError(
+            raise UsageError(
                 f"{run.path} has {what} {ours} and the plain run {plain.path} has {theirs}: "
                 "only runs of the same student, batches and schedule compare"
             )

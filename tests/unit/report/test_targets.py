@@ -2,6 +2,8 @@ import math
 
 import pytest
 
+from megatron_let.errors import UsageError
+from megatron_let.report.runs import read_run
 from megatron_let.report.targets import (
     Cost,
     compare,
@@ -138,6 +140,17 @@ def test_refuses_what_does_not_compare(run_with):
     assert len(compare_all([plain, let, again])) == 3
     with pytest.raises(ValueError, match="both 'let' with seed 1: .*labels of their own"):
         compare_all([plain, let, let.__class__(**{**vars(again), "label": "let"})])
+
+
+def test_a_run_whose_record_is_lost_has_no_cost(write, lines):
+    """It was complete, and was started again without its metrics.jsonl."""
+    start, valid, _ = lines
+    nothing = {"tokens": 0, "flops": 0, "seconds": 0}
+    plain = read_run(write(start(), valid(40, 4.0), folder="plain"))
+    lost = [start(40, method="let"), valid(40, 4.0) | nothing]
+    for runs in ([plain, read_run(write(*lost))], [read_run(write(start(40), lost[1]))]):
+        with pytest.raises(UsageError, match="counts no work before step 40: the record"):
+            compare_all(runs)
 
 
 def test_regime(run_with):
