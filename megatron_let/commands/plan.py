@@ -34,7 +34,6 @@ LAYOUT_FLAGS = named(
     "recompute-method recompute-num-layers recompute"
 )
 """What a search tries; of a run, what the layout that it finds replaces."""
-RENAMED = {"--teacher-model": "--teacher", "--recompute-granularity": "--recompute"}
 UNPLANNED = named(
     "account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split "
     "attention-output-gate cpu-offloading-num-layers experimental-attention-variant "
@@ -97,7 +96,7 @@ def _add_method_flags(group: _ArgumentGroup) -> None:
     add, number = group.add_argument, partial(group.add_argument, type=int, metavar="N")
     add("--method", choices=list(METHODS), default=MAIN, help="default: %(default)s")
     teacher = f"{', '.join(shapes.TEACHERS)}, or a model's folder"
-    add("--teacher", metavar="NAME_OR_FOLDER", help=teacher)
+    add("--teacher", "--teacher-model", metavar="NAME_OR_FOLDER", help=teacher)
     row = "tokens that a teacher with another tokenizer reads for a row (default: the row's)"
     number("--teacher-seq-length", help=row)
     add("--let-layer", type=int, metavar="K", help=f"default: {LET_LAYER}")
@@ -119,7 +118,8 @@ def _add_layout_flags(group: _ArgumentGroup) -> None:
     add("--sequence-parallel", action=switch, help="default: if --tp is above 1")
     add("--distributed-optimizer", action=switch, default=True)
     add("--flash-attention", action=switch, default=True)
-    add("--recompute", choices=["none", "selective", "full"], default="none")
+    levels = ["none", "selective", "full"]
+    add("--recompute", "--recompute-granularity", choices=levels, default="none")
     add("--search", action="store_true", help="rank all layouts and micro-batches that fit")
 
 
@@ -180,12 +180,12 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
             raise UsageError(f"The flags of the run have no {name}. Add it.")
     if "--bf16" not in values and "--fp16" not in values:
         raise UsageError("A run without --bf16 or --fp16 is one in fp32: not planned here.")
-    known = build_parser()._option_string_actions.keys() | RENAMED.keys()
-    known -= {"--num-query-groups"} if "--group-query-attention" not in values else set()
+    known = set(build_parser()._option_string_actions)
+    if "--group-query-attention" not in values:  # which alone makes Megatron read it
+        known -= {"--num-query-groups"}
     if values.get("--position-embedding-type", "learned_absolute") != "learned_absolute":
         known -= {"--max-position-embeddings"}  # a limit then, and no rows
-    kept = without(words, (values.keys() - known).__contains__)
-    return [*_defaults(values), *(RENAMED.get(word, word) for word in kept)]
+    return [*_defaults(values), *without(words, (values.keys() - known).__contains__)]
 
 
 def _defaults(values: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_let.methods.table import METHODS
 from megatron_let.report.runs import Run, shared
-from megatron_let.report.targets import Comparison, by_label, guided, mean_speed_up, verdict
+from megatron_let.report.targets import Comparison, by_label, guided, speed_up, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,9 +143,9 @@ def _draw_runs(
 def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: float) -> None:
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
     plain_end, crossing = fmean(c.plain_total.steps for c in comparisons), 0.0
-    reached = [group for group in guided(comparisons).values() if mean_speed_up(group)]
+    reached = [group for group in guided(comparisons).values() if speed_up(group)]
     beyond = [g for g in reached if not verdict(g, comparisons).startswith("within noise")]
-    best = max((mean_speed_up(group) or 0.0 for group in beyond), default=0.0)
+    best = max((speed_up(group) or 0.0 for group in beyond), default=0.0)
     text = "plain run's final loss: not reached"
     if reached and not beyond:
         text = "no difference beyond the seeds' range"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from megatron_let.report.runs import Run
-from megatron_let.report.targets import Comparison, Cost, by_label, loss_at, mean_speed_up
+from megatron_let.report.targets import Comparison, Cost, by_label, loss_at, speed_up
 
 HEADER = ("method", "seed", "final loss", "steps", "FLOPs", "seconds", "speed-up", "teacher")
 NEVER = "never"
@@ -74,7 +74,7 @@ def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...
     loss = f"{run.final.loss:.3f}" + f" (step {run.final.iteration})" * (not run.finished)
     axes = [NEVER, NEVER, NEVER, "-"]
     if ratio is not None:
-        axes = [*(f"{value:.2f}" for value in ratio), f"{comparison.speed_up:.2f}x"]
+        axes = [*(f"{value:.2f}" for value in ratio), f"{speed_up([comparison]):.2f}x"]
     teacher, total = "-", comparison.plain_total.flops
     if run.teacher_loss is not None or run.init_from is not None:
         teacher = f"{teacher_run.final.flops / total:.2f}" if teacher_run else "not given"
@@ -84,11 +84,11 @@ def _seed_row(comparison: Comparison, teacher_run: Run | None) -> tuple[str, ...
 def _summary_rows(label: str, group: Sequence[Comparison]) -> list[tuple[str, ...]]:
     loss = _mean_and_range([c.run.final.loss for c in group], 3)
     axes = (_mean_and_range([c.ratio and c.ratio[i] for c in group], 2) for i in range(3))
-    speed_ups = [c.speed_up for c in group if c.speed_up is not None]
-    mean = mean_speed_up(group)  # plain steps over mean steps, as the steps column reads
+    mean = speed_up(group)  # plain steps over mean steps, as the steps column reads
     speed = "-", "-"
     if mean is not None:
-        speed = f"{mean:.2f}x", f"{min(speed_ups):.2f}-{max(speed_ups):.2f}x"
+        own = sorted(speed_up([c]) or 0.0 for c in group)
+        speed = f"{mean:.2f}x", f"{own[0]:.2f}-{own[-1]:.2f}x"
     columns = ((label, label), ("mean", "range"), loss, *axes, speed, ("", ""))
     return list(zip(*columns, strict=True))
 

@@ -49,11 +49,6 @@ class Comparison:
             return None
         return Cost(*map(operator.truediv, self.to_target, self.plain_total))
 
-    @property
-    def speed_up(self) -> float | None:
-        """How many times fewer steps than the plain run; None if never."""
-        return mean_speed_up([self])
-
 
 def cost_to_target(run: Run, target_loss: float) -> Cost | None:
     """Interpolated cost after which `run` stays at or below `target_loss`, or None if never."""
@@ -97,7 +92,7 @@ def compare(run: Run, plain: Run) -> Comparison:
     return Comparison(run, plain, target, total, to_target)
 
 
-def mean_speed_up(group: Sequence[Comparison]) -> float | None:
+def speed_up(group: Sequence[Comparison]) -> float | None:
     """Plain steps over steps to target, both averaged over the seeds; None if any seed never."""
     # The reciprocal of the mean ratio, not the mean of reciprocals: a table's two columns agree.
     steps = [c.to_target.steps for c in group if c.to_target is not None]
