@@ -146,16 +146,20 @@ class Teacher:
     def forward_flops(self, tokens: int, sequence_length: int) -> float:
         """FLOPs of the states of `tokens` tokens, without the head, counted as Megatron does.
 
-        Two per matrix weight and token, and causal attention's two products over half of the
-        sequence. Windows read some tokens twice.
+        Two per matrix weight and token, of the experts that a token meets, and causal attention's
+        two products over half of the sequence. Windows read some tokens twice.
         """
         length = min(sequence_length, self.context)
         read = length * len(window_ends(sequence_length, self.context))
         tokens = tokens * read // sequence_length
+        config = self._base.config.get_text_config()
+        count = partial(_matrix_weights, experts=getattr(config, "num_experts_per_tok", 1))
         kept = self._layers[: self._layer]
-        dropped = sum(map(_matrix_weights, self._layers)) - sum(map(_matrix_weights, kept))
-        attention = 2 * 2 * len(kept) * self._base.config.hidden_size * length / 2
-        return tokens * (2.0 * (_matrix_weights(self._base) - dropped) + attention)
+        dropped = sum(map(count, self._layers)) - sum(map(count, kept))
+        heads = getattr(config, "num_attention_heads", 0)  # none in a Mamba
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+        attention = 2 * 2 * len(kept) * width * length / 2
+        return tokens * (2.0 * (count(self._base) - dropped) + attention)
 
 
 def text_model(causal_lm: Any) -> Any:
@@ -232,8 +236,12 @@ def near_random(lm_loss: float, vocab_size: int) -> bool:
     return lm_loss > 0.9 * math.log(vocab_size)
 
 
-def _matrix_weights(model: torch.nn.Module) -> int:
+def _matrix_weights(model: torch.nn.Module, experts: int) -> int:
+    """Weights of the matrices that a token meets: where a layer stacks `[E, ...]`, of `experts`."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
     }
-    return sum(w.numel() for w in model.parameters() if w.dim() == 2 and id(w) not in embeddings)
+    matrices = [weight for weight in model.parameters() if id(weight) not in embeddings]
+    whole = sum(weight.numel() for weight in matrices if weight.dim() == 2)
+    stacks = (weight for weight in matrices if weight.dim() == 3)
+    return whole + sum(min(experts, len(stack)) * stack[0].numel() for stack in stacks)

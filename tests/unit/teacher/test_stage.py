@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let.errors import UsageError
 from megatron_let.teacher import stage
@@ -235,6 +235,24 @@ def test_parameters_and_flops_are_those_of_the_weights(teacher, reference):
     )
     attention = 2 * 2 * 2 * 48 * 64 / 2  # multiply and add, QK and AV, layers, width, half of 64
     assert teacher.forward_flops(10, 64) == 10 * (2 * matrices + attention)
+
+
+@pytest.mark.parametrize(
+    "kind, matrices, width",
+    [
+        # Heads of 64 in a model of 32: queries and output, keys and values; a gated MLP.
+        ("qwen3", 2 * (2 * 32 * 256 + 2 * 32 * 128 + 3 * 32 * 64), 256),
+        # Two of four experts of 16, and what chooses them.
+        ("qwen3_moe", 2 * (4 * 32 * 32 + 2 * 3 * 32 * 16 + 4 * 32), 32),
+    ],
+)
+def test_flops_of_wide_heads_and_of_experts(kind, matrices, width):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2 if kind == "qwen3" else 4}
+    sizes |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(kind, head_dim=width // 4, **sizes)
+    teacher = Teacher(AutoModelForCausalLM.from_config(config), CONTEXT)
+    assert teacher.forward_flops(10, 64) == 10 * 2 * (matrices + 2 * 2 * width * 64 / 2)
 
 
 def test_cpu_platform_does_not_change_what_a_teacher_computes(folder, teacher):
