@@ -22,37 +22,26 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_let.checkpoint.reader import Checkpoint  # noqa: E402
+from megatron_let.conversion.configs import FLAG_OF  # noqa: E402
 from megatron_let.upstream import safe_loading  # noqa: E402
 from megatron_let.upstream.accelerators import platform_defaults  # noqa: E402
 from megatron_let.upstream.mended import gpt_config  # noqa: E402
 
-ONE_PROCESS = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "sequence_parallel": False,
-    "world_size": 1,
-    "bf16": False,
-    "fp16": False,
-    "fp8": None,
-    "params_dtype": torch.float32,
-    "recompute_granularity": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "pipeline_model_parallel_layout": None,
-}
-"""One rank, float32: what the run had there does not change the function."""
+TRANSFORMER_ENGINES = ("use_te_activation_func", "use_transformer_engine_op_fuser")
 
 
 def model_arguments(checkpoint: Checkpoint) -> Namespace:
-    """Return the arguments of a run that holds the checkpoint's model on one rank in float32."""
+    """Return the arguments of a run that holds the checkpoint's model on one rank in float32.
+
+    Those that tell a family are the checkpoint's. How the run was laid out, sped up or kept small
+    does not change the function, and may be impossible here.
+    """
     sys.argv = ["pretrain_let.py", "--cpu"]
     args = parse_args(ignore_unknown_args=True)
-    saved = vars(checkpoint.args()).items()
-    plain = {name: value for name, value in saved if isinstance(value, int | float | str | None)}
-    vars(args).update(plain | platform_defaults() | ONE_PROCESS)
+    saved = vars(checkpoint.args())
+    told = {name: saved[name] for name in (*FLAG_OF, "padded_vocab_size") if name in saved}
+    here = {"params_dtype": torch.float32} | dict.fromkeys(TRANSFORMER_ENGINES, False)
+    vars(args).update(told | platform_defaults() | here)
     return args
 
 
