@@ -38,7 +38,7 @@ def is_finished(folder: Path) -> bool:
     """
     try:
         saved = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         saved = "torch" if any(folder.glob("mp_rank_*")) else None
     except (ValueError, KeyError, TypeError):
         saved = None

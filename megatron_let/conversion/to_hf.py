@@ -46,9 +46,12 @@ def export(
     if source is not None:
         way_out = " Give the run's with --tokenizer-model."
         tokenizer = tokenizer_files.load_tokenizer(source, way_out)
+        # Megatron adds them to what it loads.
+        tokenizer.add_tokens(vars(args).get("special_tokens") or [], special_tokens=True)
         tokenizer_files.check_tokenizer(args, tokenizer, source)
     # A model that came with more rows than tokens keeps them.
-    rows = max(vars(args).get("vocab_size") or 0, 0 if tokenizer is None else len(tokenizer))
+    ids = {} if tokenizer is None else tokenizer.get_vocab()
+    rows = max(vars(args).get("vocab_size") or 0, *(index + 1 for index in ids.values()), 0)
     if vars(args).get("tokenizer_fingerprint") is not None:
         rows = min(rows, args.padded_vocab_size)  # its own tokenizer, of an import with fewer rows
     shape = configs.model_shape(args, rows)
@@ -84,8 +87,16 @@ def sample(folder: Path, prompt: str) -> str:
     """Return what an exported model writes after `prompt`, choosing the likeliest tokens."""
     tokenizer = tokenizer_files.load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
+    number = inputs["input_ids"].shape[1]
+    if number == 0:
         raise UsageError(f"--sample {prompt!r} has no tokens.")
     model = hugging_face.load(AutoModelForCausalLM, folder)
-    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    room = hugging_face.context(model.config) - number
+    if room < 1 or inputs["input_ids"].max() >= model.config.vocab_size:
+        raise UsageError(
+            f"--sample has {number} tokens, with ids up to {inputs['input_ids'].max()}; the model "
+            f"reads fewer than {number + room}, with ids below {model.config.vocab_size}. Give "
+            "another text."
+        )
+    tokens = model.generate(**inputs, max_new_tokens=min(32, room), do_sample=False)
     return tokenizer.decode(tokens[0])

@@ -90,8 +90,8 @@ def check_tokenizer(args: Namespace, tokenizer: Any, source: str) -> None:
             )
     elif source != args.tokenizer_model:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-        size = len(tokenizer)
-        padded = -(-size // multiple) * multiple if args.pad_vocab_size else size
+        size, pads = len(tokenizer), vars(args).get("pad_vocab_size", True)  # before 0.19 always
+        padded = -(-size // multiple) * multiple if pads else size
         if args.padded_vocab_size != padded:
             raise UsageError(
                 f"The tokenizer {source} has {size} tokens, padded to {padded} rows; the run's "

@@ -100,6 +100,9 @@ def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) ->
     assert sample(folder, "w3").startswith("w3 w")
     with pytest.raises(UsageError, match="has no tokens"):
         sample(folder, "")
+    assert len(sample(folder, "w3 " * 31).split()) == 32  # all that the model reads
+    with pytest.raises(UsageError, match="--sample has 32 tokens.* reads fewer than 32"):
+        sample(folder, "w3 " * 32)
 
     source.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="--tokenizer-model"):
@@ -111,6 +114,8 @@ def test_tokenizer_of_the_run_is_copied(made: MadeCheckpoint, tmp_path: Path) ->
 @pytest.mark.parametrize("size", [40, 17])
 def test_another_tokenizer_is_refused(made: MadeCheckpoint, tmp_path: Path, size: int) -> None:
     other = str(write_tokenizer(tmp_path / "tokenizer", size))
+    del made.args.pad_vocab_size  # as Megatron-LM before 0.19, which always pads
+    made.write()
     with pytest.raises(UsageError, match=f"has {size} tokens, padded to .* model has 16"):
         export(made.save, tmp_path / "hf", tokenizer_model=other)
     assert not (tmp_path / "hf").exists()
@@ -140,6 +145,28 @@ def test_rows_that_the_run_was_given_are_believed(made: MadeCheckpoint, tmp_path
     source.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="If the run set --padded-vocab-size"):
         export(made.save, tmp_path / "other", tokenizer_model=str(tmp_path / "moved"))
+
+
+def test_a_token_behind_a_gap_keeps_its_row(made: MadeCheckpoint, tmp_path: Path) -> None:
+    source = write_tokenizer(tmp_path / "tokenizer")
+    with_gap = (source / "tokenizer.json").read_text().replace('"w9": 9', '"w9": 13')
+    (source / "tokenizer.json").write_text(with_gap)
+    made.args.vocab_size = None
+    made.write()
+    folder = export(made.save, tmp_path / "hf", tokenizer_model=str(source))
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 14
+
+
+def test_special_tokens_of_the_run_are_the_exports(made: MadeCheckpoint, tmp_path: Path) -> None:
+    """--tokenizer-special-tokens: Megatron adds them to what it loads from the folder."""
+    source = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
+    made.args.special_tokens = ["<a>", "<b>"]
+    made.args.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer.get_vocab())
+    made.write()
+    folder = export(made.save, tmp_path / "hf", tokenizer_model=str(source))
+    assert AutoTokenizer.from_pretrained(folder)("w3<b>")["input_ids"] == [3, VOCAB_SIZE + 1]
 
 
 def test_tokenizer_without_a_folder_is_refused(made: MadeCheckpoint, tmp_path: Path) -> None:
