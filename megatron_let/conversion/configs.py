@@ -87,7 +87,7 @@ def hugging_face_config(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         index = getattr(tokenizer, name, None)
         tokens[name] = index if index in range(shape.vocab_size) else None
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         family.model_type,
         vocab_size=shape.vocab_size,
         hidden_size=args.hidden_size,
@@ -98,10 +98,6 @@ def hugging_face_config(
         **own,
         **tokens,
     )
-    if "rope_parameters" in own:
-        # Readers older than transformers 5 know this name only, and would fall back to 10000.
-        config.rope_theta = own["rope_parameters"]["rope_theta"]
-    return config
 
 
 def empty_model(config: Any) -> Any:

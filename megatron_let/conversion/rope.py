@@ -52,6 +52,21 @@ def to_megatron(parameters: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def older_names(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` as readers older than transformers 5 look for them.
+
+    Those know no other names, and would compute other positions without a word.
+    """
+    theta, kind = parameters["rope_theta"], parameters["rope_type"]
+    fields: dict[str, Any] = {"rope_theta": theta}
+    if (share := parameters.get("partial_rotary_factor")) is not None:  # a GPT-NeoX's
+        fields |= {"rotary_emb_base": theta, "rotary_pct": share}
+    if kind != "default":
+        shared = ("rope_theta", "partial_rotary_factor")
+        fields["rope_scaling"] = {k: v for k, v in parameters.items() if k not in shared}
+    return fields
+
+
 def _whole(what: str, value: float) -> int:
     if value != int(value):
         raise UsageError(f"{what} {value} cannot be converted: Megatron takes whole numbers.")

@@ -18,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from megatron_let.conversion import rope
 from megatron_let.conversion.checks import check_finite
 from megatron_let.conversion.output import PiecewiseFile
 from megatron_let.errors import UsageError
@@ -109,6 +110,11 @@ def write_folder(
     model.config.architectures = [type(model).__name__]
     model.config.dtype = next(iter(tensors.values())).dtype
     model.config.save_pretrained(folder)
+    positions = getattr(model.config, "rope_parameters", None) or {}
+    if "rope_theta" in positions:
+        path = folder / "config.json"
+        fields = json.loads(path.read_bytes()) | rope.older_names(positions)
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     GenerationConfig.from_model_config(model.config).save_pretrained(folder)
     plan = split_state_dict_into_shards_factory(
         dict(tensors),

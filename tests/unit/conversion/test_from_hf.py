@@ -150,6 +150,25 @@ def test_a_tokenizer_that_only_the_configuration_explains(name: str, tmp_path: P
         assert load_tokenizer(folder)("a b")["input_ids"] == expected("a b")["input_ids"]
 
 
+def test_older_readers_find_the_positions(tmp_path: Path) -> None:
+    """transformers 4 knows no `rope_parameters`, and would not scale, or turn a quarter of each."""
+    llama3 = {"rope_type": "llama3", "factor": 4.0} | rope.LLAMA3
+    parts = {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 3000.0}}
+    for name, changes, older in (
+        ("llama", {}, {"rope_theta": 500000.0, "rope_scaling": llama3}),
+        ("llama-tied", {}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("gpt_neox", parts, {"rotary_pct": 0.5, "rotary_emb_base": 3000.0}),
+    ):
+        original = save_model(name, tmp_path / name)
+        config = original / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        folder = export(import_model(str(original), tmp_path / f"{name}-m"), tmp_path / f"{name}-b")
+        written = json.loads((folder / "config.json").read_text())
+        assert written.items() >= older.items()
+        ours, theirs = (AutoConfig.from_pretrained(place) for place in (folder, original))
+        assert ours.rope_parameters == theirs.rope_parameters
+
+
 def test_more_rows_than_tokens_are_kept(tmp_path: Path) -> None:
     original = save_model("llama", tmp_path / "hf", tokenizer=False)
     write_tokenizer(original, VOCAB - 7)
@@ -208,6 +227,24 @@ def test_refused(tmp_path: Path, name: str, field: str, value: object, message: 
     with pytest.raises(UsageError, match=message):
         import_model(str(original), tmp_path / "megatron")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    original = save_model("llama", tmp_path / "hf")
+    with pytest.raises(UsageError, match="--revision main has no effect on .*/hf"):
+        import_model(str(original), tmp_path / "megatron", revision="main")
+
+
+def test_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["config.json", "model-1.safetensors", "consolidated.safetensors", "tokenizer.model"]
+
+    def fetch(_: str, revision: str, **patterns: Any) -> str:
+        assert revision == "v0.3"
+        assert {*filter_repo_objects(files, **patterns)} == {*files} - {"consolidated.safetensors"}
+        return str(tmp_path)
+
+    monkeypatch.setattr(from_hf, "snapshot_download", fetch)
+    assert from_hf.local_folder("mistralai/Mistral-7B-v0.3", "v0.3") == tmp_path
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Growth computes the same: tolerance 2e-5 of the largest logit, float32, on 2 x 64 tokens."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -279,6 +280,8 @@ def test_a_folder_grows(models, tmp_path):
     assert shape_of(large) == shape_of(model, **sizes)
     assert difference(model, large) <= TOLERANCE
     assert large.dtype == torch.float32
+    written = json.loads((tmp_path / "large" / "config.json").read_text())
+    assert written["rope_theta"] == model.config.rope_parameters["rope_theta"]
 
 
 def test_nothing_is_written_that_is_not_proven(models, tmp_path, monkeypatch):
