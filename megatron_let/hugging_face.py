@@ -93,6 +93,15 @@ def check_folder(folder: Path, weights: bool = False) -> None:
             open_safetensors(path)
 
 
+def check_revision(flag: str, revision: str | None, source: str) -> None:
+    """Refuse a revision of what lies here, where there is but one."""
+    if revision is not None and Path(source).exists():
+        raise UsageError(
+            f"{flag} {revision} has no effect on {source}, which is no hub id but lies here. Leave "
+            "it out."
+        )
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Return each tensor's file as an index has it."""
     try:

@@ -78,11 +78,17 @@ def import_model(
 def local_folder(hf_model: str, revision: str | None, flag: str = "--hf-model") -> Path:
     """Return the model's folder, fetched from the hub if it is none."""
     if Path(hf_model).is_dir():
+        hugging_face.check_revision("--revision", revision, hf_model)
         return Path(hf_model)
     bars_on_a_terminal_only()
     try:
         files = ["*.json", "*.safetensors", *TOKENIZER_FILES]
-        return Path(snapshot_download(hf_model, revision=revision, allow_patterns=files))
+        again = "consolidated*"  # all of Mistral's weights, by other names
+        return Path(
+            snapshot_download(
+                hf_model, revision=revision, allow_patterns=files, ignore_patterns=again
+            )
+        )
     except (OSError, ValueError) as error:
         failure = f"{flag} {hf_model} is no folder, and the hub does not give it."
         raise hugging_face.unreadable(failure, error) from error

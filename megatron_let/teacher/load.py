@@ -52,6 +52,7 @@ def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig
             f"--teacher-model {name}: there is no such folder. Give the folder of a Hugging Face "
             "causal language model, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM-135M."
         )
+    hugging_face.check_revision("--teacher-revision", revision, name)
     where = "folder" if Path(name).exists() else "folder, nor a hub id that can be reached"
     config = hugging_face.load(
         AutoConfig,

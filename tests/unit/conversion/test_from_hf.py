@@ -3,9 +3,11 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.checkpoint.reader import Checkpoint
+from megatron_let.conversion import from_hf, rope
 from megatron_let.conversion.from_hf import import_model, open_model
 from megatron_let.conversion.to_hf import export
 from megatron_let.conversion.tokenizer_files import load_tokenizer

@@ -96,6 +96,11 @@ def test_missing_folder_is_named(tmp_path):
         read_teacher_config(str(tmp_path / "nowhere"))
 
 
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--teacher-revision v2 has no effect on .* lies here"):
+        read_teacher_config(str(tmp_path), "v2")
+
+
 def test_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"not a readable model folder: .* config.json"):
         read_teacher_config(str(tmp_path))
