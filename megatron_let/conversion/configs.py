@@ -102,8 +102,10 @@ def hugging_face_config(
 
 def empty_model(config: Any) -> Any:
     """Return transformers' model of a configuration, on `meta`."""
+    # Not what it may ask for: a type of FP8, a package of kernels that is not here.
+    plain = {"dtype": torch.float32, "attn_implementation": "eager"}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **plain)
 
 
 def family_of_config(config: Any) -> Family:

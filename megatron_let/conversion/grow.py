@@ -31,7 +31,7 @@ from megatron_let.teacher.load import DTYPES
 MODEL_TYPES = ("llama", "qwen2")
 TOLERANCE = 2e-5
 """Of exact growth: the largest difference of a logit, in units of the largest; float32."""
-MAX_TOKENS = 1024
+MAX_TOKENS, MAX_CHARACTERS = 1024, 65_536
 AT_ONCE = 4
 """Tensors that are made, and held, at once."""
 
@@ -104,7 +104,10 @@ def grow_model(
 def _read(text: Path | None, tokenizer: Any, small: Source) -> torch.Tensor | None:
     """The tokens `[1, s]` that losses are told on; looked at before hours of work."""
     if tokenizer is not None:
-        words = text.read_text(errors="replace") if text else TEXT
+        words = TEXT
+        if text is not None:
+            with text.open(errors="replace") as file:  # of a corpus the beginning
+                words = file.read(MAX_CHARACTERS)
         ids_BS = text_ids(words, tokenizer, small.config, MAX_TOKENS)
         if ids_BS.numel() > 1:
             return ids_BS

@@ -238,6 +238,14 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
         import_model(str(original), tmp_path / "megatron", revision="main")
 
 
+def test_how_a_model_would_be_run_is_of_no_account(tmp_path: Path) -> None:
+    original = save_model("llama", tmp_path / "hf")
+    config = original / "config.json"
+    asked = {"_attn_implementation": "flash_attention_2", "dtype": "float8_e4m3fn"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | asked))
+    assert_same_bits(export(import_model(str(original), tmp_path / "m"), tmp_path / "b"), original)
+
+
 def test_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = ["config.json", "model-1.safetensors", "consolidated.safetensors", "tokenizer.model"]
 

@@ -301,7 +301,7 @@ def test_what_is_rounded_is_said(models, tmp_path):
         grow_model(small, tmp_path / "large", SIZES, Growth(), max_shard_size="5")
     write_tokenizer(tmp_path / "small", VOCAB + 3)  # with ids that the model has no row for
     text = tmp_path / "text"
-    text.write_text(f"w5 w{VOCAB + 2}")
+    text.write_text(f"w5 w{VOCAB + 2}{' ' * 65_536}w7")  # of a corpus the beginning is read
     verdict = grow_model(small, tmp_path / "large", SIZES, Growth(), text=text)
     assert "loss on 2 tokens of text" in verdict
     text.write_text("w5")
@@ -329,6 +329,6 @@ def test_one_layer_at_a_time_computes_what_the_model_does(models):
 
         with torch.no_grad():
             expected = model(ids_BS).logits
-        assert torch.allclose(streamed_logits(model.config, noting, ids_BS), expected, atol=1e-6)
+        assert torch.allclose(streamed_logits(model.config, noting, ids_BS), expected, atol=1e-5)
         assert len(read) == len(set(read)) + model.config.tie_word_embeddings
         assert math.isfinite(expected.abs().max())
