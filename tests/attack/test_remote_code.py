@@ -110,3 +110,10 @@ def test_a_family_that_transformers_knows_loads_without_it(file, auto, hostile, 
 def test_a_kernel_of_the_hub_is_code(hostile):
     with pytest.raises(UsageError, match="remote code"):
         hugging_face.load(AutoConfig, hostile([FILES[0]], attn_implementation="a/kernel"), "fails")
+
+
+def test_code_that_nobody_needs_is_no_cause(hostile):
+    folder = hostile()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="cannot be loaded. .*no file named model.safetensors"):
+        hugging_face.load(AutoModelForCausalLM, folder)
