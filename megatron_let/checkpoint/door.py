@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from megatron.training import get_args
 
-from megatron_let.checkpoint import sums
 from megatron_let.checkpoint.choice import choose, mend, refuse_overwriting
 from megatron_let.checkpoint.finite import gathered
-from megatron_let.checkpoint.folder import step_of
+from megatron_let.checkpoint.folder import SUMS, differing, step_of
 from megatron_let.console import say
 from megatron_let.errors import MachineError, UsageError
 from megatron_let.upstream import safe_loading
@@ -54,7 +53,7 @@ class Door:
             self.chosen, args.finetune, self._from = decided[0]
             if self.chosen is None:
                 break
-            found = _agreed(ranks, functools.partial(sums.differing, self.chosen, rank, ranks))
+            found = _agreed(ranks, functools.partial(differing, self.chosen, rank, ranks))
             if not any(found):
                 break
             self._damaged[self.chosen] = next(filter(None, found))
@@ -74,7 +73,7 @@ class Door:
         refuse_overwriting(args, start, self._damaged)
         if chosen is None and args.load is not None:
             say(f"> {args.load} holds no checkpoint yet: starting from scratch")
-        if args.verify_integrity and chosen is not None and not (chosen / sums.FILE).is_file():
+        if args.verify_integrity and chosen is not None and not (chosen / SUMS).is_file():
             say(f"> {chosen} has no sums: nobody can vouch for what is in its files")
         return chosen, finetune, origin
 

@@ -1,15 +1,19 @@
-"""A folder of checkpoints: their names, and whether all their bytes are there."""
+"""A folder of checkpoints: their names, whether all their bytes are there, and what they were."""
 
+import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_let.errors import UsageError
+from megatron_let.errors import MachineError, UsageError
 from megatron_let.upstream.inert import MetadataUnpickler
 
 TRACKER = "latest_checkpointed_iteration.txt"
+SUMS = "integrity.json"
+"""SHA-256 of the files, by Megatron's name and in its format."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -87,6 +91,34 @@ def cut(folder: Path) -> str | None:
         if path.stat().st_size < size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
     return None
+
+
+def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Say which of this rank's share of the files are not what their sums are of, if any.
+
+    A file that is there and cannot be read now is a `MachineError`, no damage.
+    """
+    if not (folder / SUMS).is_file():
+        return None
+    try:
+        every = json.loads((folder / SUMS).read_text())["files"]
+        expected = {folder / name: every[name] for name in sorted(every)[rank::ranks]}
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{SUMS} is no list of sums: {error}"
+    present = [path for path in expected if path.is_file()]
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = dict(zip(present, pool.map(sha256, present), strict=True))
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be read now: {error}") from error
+    others = [path.name for path in expected if found.get(path) != expected[path]]
+    return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -6,23 +6,18 @@ before leaves a whole checkpoint without sums.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from megatron_let.checkpoint.folder import write_whole
+from megatron_let.checkpoint.folder import SUMS, sha256, write_whole
 from megatron_let.console import say
-from megatron_let.errors import MachineError
 from megatron_let.upstream.loop_hooks import Listener, Save
 
-FILE = "integrity.json"
-"""Megatron's name and format."""
 PARTS = "integrity_{}.part"
 PATIENCE_SECONDS = 600.0
 """So long rank 0 waits for the others' sums."""
@@ -39,7 +34,7 @@ class Sums(Listener):
     def before_save(self, save: Save) -> None:
         """Remove the sums of an older attempt before its files are written again."""
         if save.folder and os.environ.get("RANK", "0") == "0":
-            for path in (save.folder / FILE, *save.folder.glob(PARTS.format("*"))):
+            for path in (save.folder / SUMS, *save.folder.glob(PARTS.format("*"))):
                 path.unlink(missing_ok=True)
 
     def after_save(self, folder: Path) -> None:
@@ -53,28 +48,6 @@ class Sums(Listener):
         """Wait for what is being summed at the end of a run, for a while."""
         if self._newest is not None:
             self._newest.join(LAST_SECONDS)
-
-
-def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Say which of this rank's share of the files are not what their sums are of, if any.
-
-    A file that is there and cannot be read now is a `MachineError`, no damage.
-    """
-    if not (folder / FILE).is_file():
-        return None
-    try:
-        every = json.loads((folder / FILE).read_text())["files"]
-        expected = {folder / name: every[name] for name in sorted(every)[rank::ranks]}
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{FILE} is no list of sums: {error}"
-    present = [path for path in expected if path.is_file()]
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            found = dict(zip(present, pool.map(sha256, present), strict=True))
-    except OSError as error:
-        raise MachineError(f"{folder} cannot be read now: {error}") from error
-    others = [path.name for path in expected if found.get(path) != expected[path]]
-    return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
 
 
 def _sum_after(before: threading.Thread | None, folder: Path, rank: int, ranks: int) -> None:
@@ -100,16 +73,10 @@ def _put_together(folder: Path, parts: list[Path]) -> None:
         pause = min(2 * pause, 2.0)  # a thousand files are asked for
     sums = {name: sha for part in parts for name, sha in json.loads(part.read_text()).items()}
     for path in folder.iterdir():  # what all ranks share, and files of an older layout
-        if path.is_file() and path.name not in sums and path not in parts and path.name != FILE:
+        if path.is_file() and path.name not in sums and path not in parts and path.name != SUMS:
             sums[path.name] = sha256(path)
     manifest = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
-    write_whole(folder / FILE, json.dumps(manifest, indent=2))
+    write_whole(folder / SUMS, json.dumps(manifest, indent=2))
     for part in parts:
         with contextlib.suppress(OSError):
             part.unlink()
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -70,7 +70,7 @@ def _add_growth_flags(parser: argparse.ArgumentParser) -> None:
 
 def _to_hf(values: dict[str, Any]) -> None:
     """Export; then what was asked for besides."""
-    from megatron_let.checkpoint.folder import find_checkpoint
+    from megatron_let.checkpoint.folder import differing, find_checkpoint, step_of
     from megatron_let.conversion.to_hf import export, sample
     from megatron_let.conversion.verify import verify
 
@@ -78,7 +78,9 @@ def _to_hf(values: dict[str, Any]) -> None:
     # A run that goes on training must not move on between the export and what follows.
     step = find_checkpoint(values["load"], values["ckpt_step"])
     if step.name != "release":
-        values["ckpt_step"] = int(step.name.removeprefix("iter_"))
+        values["ckpt_step"] = step_of(step)
+    if check and (problem := differing(step)):  # its weights would be damaged on both sides
+        raise UsageError(f"{step} is damaged: {problem}. Choose another with --ckpt-step.")
     folder = export(**values)
     print(f"Wrote {folder}", flush=True)
     if check:

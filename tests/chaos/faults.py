@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from megatron_let.checkpoint import sums
 from megatron_let.checkpoint.choice import find_damage
-from megatron_let.checkpoint.folder import TRACKER
+from megatron_let.checkpoint.folder import SUMS, TRACKER
+from megatron_let.checkpoint.folder import differing as differing_from_sums
 from tests.chaos.compare import differing
 from tests.chaos.jobs import Job
 from tests.support.disk import small_disk
@@ -118,7 +118,7 @@ def late(victim: Victim) -> None:
 
     def ready() -> bool:
         tracked = _tracked(victim.save)
-        return tracked > INTERVAL and (_folder(victim.save, tracked) / sums.FILE).exists()
+        return tracked > INTERVAL and (_folder(victim.save, tracked) / SUMS).exists()
 
     if not victim.job.wait_for(ready) or victim.is_complete():
         raise Missed("it has ended")
@@ -231,11 +231,9 @@ def _file_of_the_newest(victim: Victim) -> Path:
     victim.a_rank()
     victim.job.kill()
     folder = _folder(victim.save, _tracked(victim.save))
-    if not (folder / sums.FILE).exists():
+    if not (folder / SUMS).exists():
         raise Missed("the newest checkpoint has no sums yet")
-    summed = json.loads((folder / sums.FILE).read_text())[
-        "files"
-    ]  # not what is left of making them
+    summed = json.loads((folder / SUMS).read_text())["files"]  # not what is left of making them
     return folder / victim.rng.choice(sorted(summed))
 
 
@@ -340,7 +338,7 @@ def befall(
             if not victim.is_complete():
                 starts += run_to_its_end(corpus, layout, save, folder)
             last = _folder(save, STEPS)
-            damage = sums.differing(last) or find_damage(last)
+            damage = differing_from_sums(last) or find_damage(last)
             found = [damage] if damage else differing(save, whole)
             aside = len(list(save.glob("damaged_iter_*")))
             is_damaged = fault in ("cut a file", "flip a bit")

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_let.checkpoint import sums
 from megatron_let.checkpoint.choice import find_damage
+from megatron_let.checkpoint.folder import SUMS, differing
 from tests.distributed.training import records, run
 from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, STEPS
@@ -23,29 +24,29 @@ def saved(corpus, tmp_path_factory):
 
 
 def files(folder):
-    return {path.name for path in folder.iterdir()} - {sums.FILE}
+    return {path.name for path in folder.iterdir()} - {SUMS}
 
 
 def test_every_checkpoint_of_a_run_has_them(saved):
     for step in (4, STEPS):
         folder = saved / f"iter_{step:07d}"
-        assert json.loads((folder / sums.FILE).read_text())["files"].keys() == files(folder)
+        assert json.loads((folder / SUMS).read_text())["files"].keys() == files(folder)
         assert {name[:4] for name in files(folder) if name.endswith("distcp")} == {"__0_", "__1_"}
-        assert sums.differing(folder) is None and find_damage(folder) is None
+        assert differing(folder) is None and find_damage(folder) is None
 
 
 def test_megatron_verifies_them(corpus, saved, tmp_path):
     load = ["--load", str(saved), "--ckpt-step", "4", "--verify-integrity", "--exit-interval", "6"]
     assert not run(2, *corpus.flags, *LAYOUT, *load, "--save", str(tmp_path))
     assert max(records(tmp_path, "start")) == 4
-    assert (tmp_path / "iter_0000006" / sums.FILE).exists()
+    assert (tmp_path / "iter_0000006" / SUMS).exists()
 
 
 def test_without_them_a_checkpoint_is_whole(corpus, tmp_path):
     """As when a kill comes between; --verify-integrity does not refuse it."""
     folder = tmp_path / "iter_0000004"
     folder.mkdir()
-    (folder / sums.FILE).write_text('{"files": {"__0_0.distcp": "an older attempt\'s"}}')
+    (folder / SUMS).write_text('{"files": {"__0_0.distcp": "an older attempt\'s"}}')
     save = ["--save", str(tmp_path), "--exit-interval", "4"]
     argv = [*FLAGS, *corpus.flags, *LAYOUT, *save]
     function = "tests.distributed.test_sums:train_without"

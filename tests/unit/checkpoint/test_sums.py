@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from megatron_let.checkpoint import sums
+from megatron_let.checkpoint.folder import SUMS, differing
 from megatron_let.upstream.loop_hooks import Save
 
 
@@ -27,11 +28,11 @@ def sum_as(rank, folder, ranks=2, before=None):
 
 
 def listed(folder):
-    return json.loads((folder / sums.FILE).read_text())
+    return json.loads((folder / SUMS).read_text())
 
 
 def expected(folder):
-    files = sorted(path for path in folder.iterdir() if path.name != sums.FILE)
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -42,7 +43,7 @@ def test_each_rank_sums_its_own_files(folder, monkeypatch, order):
     threads = [sum_as(rank, folder) for rank in order]
     for thread in threads:
         thread.join(10)
-    names = {path.name for path in folder.iterdir() if path.name != sums.FILE}
+    names = {path.name for path in folder.iterdir() if path.name != SUMS}
     assert listed(folder) == {"algorithm": "sha256", "files": {name: name[:3] for name in names}}
     assert sorted(summed) == sorted(names) and len(names) == 5  # each once; no part is left
 
@@ -51,15 +52,15 @@ def test_the_sums_are_right(folder):
     (folder / "__7_0.distcp").write_bytes(b"of an attempt with more ranks")
     sum_as(0, folder, ranks=1).join(10)
     assert listed(folder)["files"] == expected(folder)
-    assert sums.FILE not in listed(folder)["files"]
+    assert SUMS not in listed(folder)["files"]
 
 
 def test_another_attempts_sums_do_not_stay(folder):
-    (folder / sums.FILE).write_text('{"files": {"__0_0.distcp": "old"}}')
+    (folder / SUMS).write_text('{"files": {"__0_0.distcp": "old"}}')
     (folder / sums.PARTS.format(1)).write_text('{"__0_0.distcp": "old"}')
-    assert "SHA-256" in sums.differing(folder)
+    assert "SHA-256" in differing(folder)
     sums.Sums().before_save(Save(1, [], None, folder))
-    assert sums.differing(folder) is None
+    assert differing(folder) is None
     assert not list(folder.glob("*.part"))
 
 
@@ -67,7 +68,7 @@ def test_a_rank_that_does_not_come(folder, monkeypatch, capsys):
     monkeypatch.setattr(sums, "PATIENCE_SECONDS", 0.2)
     sum_as(0, folder).join(10)
     assert "stays without sums: no integrity_1.part came" in capsys.readouterr().out
-    assert not (folder / sums.FILE).exists()
+    assert not (folder / SUMS).exists()
 
 
 def test_a_checkpoint_that_is_removed_meanwhile(folder, tmp_path, capsys):

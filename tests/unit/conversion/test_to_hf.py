@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_let.checkpoint.folder import SUMS
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.commands.convert_checkpoint import main
 from megatron_let.conversion.configs import (
@@ -286,3 +287,13 @@ def test_command_line_gives_one_paragraph_for_a_mistake(
     error = capsys.readouterr().err
     assert error.startswith("megatron-let convert: error: No whole checkpoint at ")
     assert len(error.splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_not_verified(
+    made: MadeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made.save / "iter_0000007" / SUMS).write_text('{"files": {"__0_0.distcp": "another"}}')
+    with pytest.raises(SystemExit):
+        main(["to-hf", "--load", str(made.save), "--output", str(tmp_path / "hf"), "--verify"])
+    assert "iter_0000007 is damaged: the SHA-256 of __0_0.distcp" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
