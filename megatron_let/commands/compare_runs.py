@@ -5,16 +5,16 @@
 Every seed needs its plain run (--method baseline); the target is that run's final validation loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_let.commands import mistakes_told, tool_parser
-from megatron_let.report.page import differing, write_page
+from megatron_let.report.page import arguments_of, differing, write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
 from megatron_let.report.table import comparison_table, losses_table, markdown_table
-from megatron_let.report.targets import compare_all, regime_sentence
+from megatron_let.report.targets import by_label, compare_all, regime_sentence
 
 JUDGED_BY = (
     "valid_data_path", "per_split_data_args_path", "full_validation", "eval_iters",
@@ -36,15 +36,25 @@ def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
     """Return the tables and the sentence that names the regime; raises as `compare_all`."""
     comparisons = compare_all(runs)
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
-    judged = [replace(c.run, label=f"{c.run.label}, seed {c.run.seed}") for c in comparisons]
-    judged += [replace(teacher, label="teacher")] if teacher is not None else []
-    header, *rows = differing(judged)
-    if rows := [row for row in rows if row[0] in JUDGED_BY]:
-        warning = "WARNING: the losses are not of the same text. The runs differ in"
-        parts.append("\n".join([warning, *markdown_table(header, rows)]))
+    judged = {f"{c.run.label}, seed {c.run.seed}": c.run for c in comparisons}
+    judged |= {} if teacher is None else {"teacher": teacher}
+    parts += _differences("the losses are not of the same text. The runs", judged, JUDGED_BY)
+    for label, group in by_label(comparisons).items():
+        seeds = {f"seed {c.run.seed}": c.run for c in group}
+        parts += _differences(f"the means of {label!r} are of runs that", seeds)
     if teacher is not None:
         parts.append(regime_sentence(comparisons[0].plain, teacher.final.loss))
     return "\n\n".join(parts)
+
+
+def _differences(
+    what: str, runs: Mapping[str, Run], names: Sequence[str] | None = None
+) -> list[str]:
+    """A warning with the arguments, of these names, in which some runs differ; none if in none."""
+    known = [replace(run, label=label) for label, run in runs.items() if arguments_of(run)]
+    header, *rows = differing(known)
+    rows = [row for row in rows if names is None or row[0] in names]
+    return ["\n".join([f"WARNING: {what} differ in", *markdown_table(header, rows)])] * bool(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

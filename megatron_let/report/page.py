@@ -18,9 +18,10 @@ LOGGED = ("let gradient cosine", "let gradient ratio", "let weight", "kd weight"
 """What is drawn over the steps where a run has logged it."""
 OF_A_START = frozenset(
     "save load rank local_rank world_size iteration consumed_train_samples consumed_valid_samples "
-    "data_cache_path tensorboard_dir listener_states wandb_exp_name seed method_module".split()
+    "data_cache_path tensorboard_dir listener_states wandb_exp_name seed method_module "
+    "teacher_row_tokens".split()
 )
-"""Arguments that say where a run lies, or how far it is."""
+"""Arguments that say where a run lies, how far it is, or what it has measured."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 h1 { font-size: 1.3em } h2 { font-size: 1.1em; margin-top: 2em }
@@ -116,13 +117,13 @@ def _logged(runs: Sequence[Run]) -> Iterator[Any]:
 def differing(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of the arguments in which the labels' first runs differ, the names of these first."""
     first = {run.label: run for run in reversed(runs)}
-    found = {label: _arguments(run) for label, run in reversed(first.items())}
+    found = {label: arguments_of(run) for label, run in reversed(first.items())}
     names = sorted(set().union(*found.values()) - OF_A_START)
     rows = [[name, *(str(own.get(name, "-")) for own in found.values())] for name in names]
     return [["", *found], *(row for row in rows if len(set(row[1:])) > 1)]
 
 
-def _arguments(run: Run) -> dict[str, Any]:
+def arguments_of(run: Run) -> dict[str, Any]:
     """Those of a run's latest start; none where it kept no record."""
     starts = sorted((run.path.parent / "starts").glob("*.json"), key=lambda p: p.stat().st_mtime)
     try:

@@ -66,6 +66,24 @@ def test_every_seed_and_the_teacher_are_judged_by_one_text(folders, write, lines
     assert re.search(r"^\| eval_iters \| +5 \| +6 \| +7 \|$", told, re.MULTILINE)
 
 
+def test_seeds_of_one_label_that_are_not_alike_are_told(write, lines, capsys):
+    start, valid, _ = lines
+    words = []
+    for seed, weight in ((1, 0.1), (2, 3.0), (3, None)):
+        for method in ("baseline", "let"):
+            run = start(seed=seed, method=method), valid(40, 4.0)
+            folder = write(*run, folder=f"{method}{seed}")
+            words.append(str(folder))
+            if weight is not None:  # else nothing is known of it but its losses
+                (folder / "starts").mkdir()
+                record = {"arguments": {"seed": seed, "let_weight": weight * (method == "let")}}
+                (folder / "starts" / "1.json").write_text(json.dumps(record))
+    main(words)
+    before, told = capsys.readouterr().out.split("WARNING: ")
+    assert told.startswith("the means of 'let' are of runs that differ in")
+    assert re.search(r"^\| let_weight \| +0.1 \| +3.0 \|$", told, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
