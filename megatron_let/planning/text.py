@@ -5,7 +5,7 @@ from dataclasses import astuple
 from itertools import groupby
 
 from megatron_let.planning.memory import GIB, RUNTIME_BYTES
-from megatron_let.planning.plan import WORTH_A_FLAG, Plan
+from megatron_let.planning.plan import Plan
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.time import SplitTime
 
@@ -154,24 +154,17 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _layers(time: SplitTime) -> str:
-    """`5 7 7 5`, and with many stages `5 7x14 5`."""
-    if len(time.layers) <= 4:
-        return " ".join(map(str, time.layers))
+    """Of the stages: `5 7x14 5`."""
     runs = [(layers, len(list(stages))) for layers, stages in groupby(time.layers)]
     return " ".join(f"{layers}x{count}" if count > 1 else str(layers) for layers, count in runs)
 
 
 def _advice(plan: Plan) -> list[str]:
-    given, suggested = plan.given, plan.suggested
-    if plan.layout.pp == 1:
+    if plan.suggested.layers == plan.given.layers:
         return []
-    if suggested.layers == given.layers:
-        worth = f"{100 * WORTH_A_FLAG:g} % of the run a flag"
-        return [f"Keep this split: others save less than {worth}"]
-    saved = 100 * (1 - suggested.run_seconds / given.run_seconds)
-    gain = f"saves {saved:.1f} %" if saved > 0 else f"fits, and costs {-saved:.1f} %"
-    flags = suggested.layout.split_flags or "no flags, an even split"
-    return [f"Suggested, {gain} of the run:", f"  {flags}"]
+    change = 100 * (plan.suggested.run_seconds / plan.given.run_seconds - 1)
+    flags = plan.suggested.layout.split_flags or "no flags, an even split"
+    return [f"Suggested, {change:+.1f} % of the run:", f"  {flags}"]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
