@@ -300,4 +300,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given = [word.partition("=")[0] for word in own if word.startswith("--")]
             own = [*words_of(flags, given), *own]
         args = parser.parse_args(own)
-        print(ranking(search(*parts(args))) if args.search else page(plan(*parts(args))))
+        asked = parts(args)
+        divisor = None if args.padded_vocab_size else args.make_vocab_size_divisible_by
+        print(ranking(search(*asked, divisor)) if args.search else page(plan(*asked)))

@@ -7,7 +7,7 @@ from itertools import product
 from megatron_let.errors import UsageError
 from megatron_let.planning.memory import GIB, StageMemory, stages_memory
 from megatron_let.planning.run import Gpu, Layout, RunShape
-from megatron_let.planning.shapes import ModelShape
+from megatron_let.planning.shapes import ModelShape, padded_vocab_size
 from megatron_let.planning.time import SplitTime, split_time
 from megatron_let.teacher.work import SCORED_EVERY
 
@@ -153,20 +153,31 @@ def _check(
 
 
 def search(
-    student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape, gpu: Gpu
+    student: ModelShape,
+    teacher: ModelShape | None,
+    layout: Layout,
+    run: RunShape,
+    gpu: Gpu,
+    divisible_by: int | None = None,
 ) -> list[Plan]:
     """Return the best plans for so many GPUs, the fastest first.
 
     TP, PP, VPP, rows of a micro-batch and recomputation are tried; the rest is as given. Of equal
-    times the one with fewer ranks to talk to, and more rows at once, comes first. Raises UsageError
+    times the one with fewer ranks to talk to, and more rows at once, comes first. Each TP rank gets
+    a multiple of `divisible_by` rows of the vocabulary; None: its rows are fixed. Raises UsageError
     if nothing fits; if nothing is possible, with what Megatron would say to the plainest layout.
     """
     plans: list[Plan] = []
     refusals: list[UsageError] = []
     for split, rows in candidates(student, layout, run):
         try:
-            own = replace(run, micro_batch_size=rows)
-            plans.append(plan(student, teacher, split, own, gpu, ()))
+            own, sized = replace(run, micro_batch_size=rows), student
+            if divisible_by is not None:
+                padded = padded_vocab_size(
+                    student.vocab_size, tp=split.tp, divisible_by=divisible_by
+                )
+                sized = replace(student, vocab_size=padded)
+            plans.append(plan(sized, teacher, split, own, gpu, ()))
         except UsageError as refusal:
             refusals.append(refusal)
     if not plans:

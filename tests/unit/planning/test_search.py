@@ -40,6 +40,15 @@ def test_memory_decides_what_a_large_student_needs(run_with):
         search(llama, None, Layout(gpus=8), run, Gpu())
 
 
+def test_each_layout_has_the_padding_of_its_own(run_with):
+    """Rows that TP does not divide are as many as the tokens, or fixed."""
+    odd = student_shape("7b", vocab_size=50257)
+    run, small = run_with(method="baseline"), Gpu(memory_gib=24)
+    padded = search(odd, None, Layout(gpus=8), run, small, 1)[0]
+    assert (padded.layout.tp, padded.student.vocab_size) == (4, 50260)
+    assert search(odd, None, Layout(gpus=8), run, small)[0].layout.tp == 1
+
+
 def test_what_no_layout_mends_is_said(student, teacher, run_with):
     with pytest.raises(UsageError, match="--global-batch-size 512 is not a multiple of .* 31"):
         search(student, teacher, Layout(gpus=31), run_with(), Gpu())
