@@ -198,7 +198,8 @@ def candidates(student: ModelShape, layout: Layout, run: RunShape) -> Iterator[t
     """All layouts, and rows of a micro-batch, that divide."""
     even = replace(layout, sequence_parallel=None, first_stage_layers=None, last_stage_layers=None)
     for tp, pp, vpp in product(SHARDS, range(1, student.num_layers + 1), CHUNKS):
-        if layout.gpus // layout.cp % (tp * pp) == 0 and (pp > 1 or vpp == 1):
+        divides = layout.gpus // layout.cp % (tp * pp) == student.num_layers % (pp * vpp) == 0
+        if divides and (pp > 1 or vpp == 1):
             for recompute in ("none", "full"):
                 own = replace(even, tp=tp, pp=pp, vpp=vpp, recompute=recompute)
                 yield from ((own, rows) for rows in ROWS)
