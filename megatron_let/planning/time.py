@@ -98,6 +98,7 @@ def _played(durations: Durations, micro_batches: int) -> float:
     return max(clock)
 
 
+@cache
 def _needed(stage: int, one: Pass, pp: int, vpp: int) -> tuple[int, Pass] | None:
     """The pass, and its stage, that must have ended; None for the first of a micro-batch."""
     place = one.chunk * pp + stage
