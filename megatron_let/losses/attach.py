@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_let.errors import UsageError
 from megatron_let.losses.table import OF_ALL_TOKENS, Loss
 
 
@@ -169,4 +170,11 @@ class Alignment(Queue[Target]):
     ) -> torch.Tensor:
         if self._loss in OF_ALL_TOKENS:
             return self._loss(activation_SBH, target.states_SBT, target.mask_SB, target.group)
-        return self._loss(activation_SBH, resize(target.states_SBT))
+        losses_SB = self._loss(activation_SBH, resize(target.states_SBT))
+        if losses_SB.shape != target.mask_SB.shape:  # which would be broadcast
+            raise UsageError(
+                f"The --let-loss of a --method-module returns {list(losses_SB.shape)} where it "
+                f"must return a loss for each token, {list(target.mask_SB.shape)}: reduce the "
+                "features alone, without keepdim."
+            )
+        return losses_SB

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_let.errors import UsageError
 from megatron_let.losses.attach import Alignment, Resize, Target, interpolate
 
 S, B, H, T = 5, 2, 8, 12
@@ -90,6 +91,22 @@ def make_alignment(*targets):
     for target in targets:
         alignment.push(target)
     return alignment
+
+
+def mean(*states):
+    return exact_cosine(*states).mean()
+
+
+def of_one_feature(*states):
+    return exact_cosine(*states)[..., None]
+
+
+@pytest.mark.parametrize("loss", [mean, of_one_feature])
+def test_a_loss_that_is_none_of_each_token_is_refused(loss):
+    alignment = Alignment(loss)
+    alignment.push(make_target())
+    with pytest.raises(UsageError, match=r"returns \[.*a loss for each token, \[5, 2\]"):
+        alignment.attach(randn(2, S, B, H), make_resize())
 
 
 @pytest.mark.parametrize("kind", ["interpolate", "linear"])
