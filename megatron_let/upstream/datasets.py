@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets import gpt_dataset
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args
 
 from megatron_let.errors import UsageError
@@ -96,6 +98,20 @@ def _knowing_no_length(evaluate_and_print: Any, *args: Any, **kwargs: Any) -> No
     evaluate_and_print(*args, **kwargs)
 
 
+def _leave_out_a_step(data_iterator: Any) -> None:
+    """`dummy_train_step` of `--iterations-to-skip`: each chunk that reads data draws its own.
+
+    Upstream knows one iterator a rank: virtual stages have a list of them, and of a stage that
+    reads nothing it draws, too.
+    """
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+    machine = get_rerun_state_machine()
+    while machine.should_run_forward_backward(data_iterator):
+        for iterator in filter(None, iterators):
+            for _ in range(get_num_microbatches()):
+                next(iterator)
+
+
 @around
 def _with_missing_rows(get: Any, blend: Any, index: int | None) -> Any:
     """A blend's row that does not count, as the data sets that it is made of have one."""
@@ -117,5 +133,6 @@ REDIRECTS = [
     *alike(_CACHED, "safe_numpy_load", instead(_load_index), "takes some pickles for arrays"),
     Redirect(_SAMPLERS, _SAMPLER, instead(whole_set), "a row at a time"),
     Redirect(_BLEND, "__getitem__", _with_missing_rows, "knows no missing row"),
+    Redirect(_LOOP, "dummy_train_step", instead(_leave_out_a_step), "knows one iterator a rank"),
     Redirect(_LOOP, "evaluate_and_print_results", _knowing_no_length, "None for a length"),
 ]
