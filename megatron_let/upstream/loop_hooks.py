@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,15 +147,22 @@ class LoopHooks:
     def on_load(self, saved: Namespace) -> None:
         """Give each listener back what it had in the checkpoint with these arguments."""
         states = vars(saved).get("listener_states", {})
-        for listener in self.listeners:
-            if (state := states.get(type(listener).__name__)) is not None:
+        for name, listener in self._named_listeners():
+            if (state := states.get(name)) is not None:
                 listener.on_load(state)
+
+    def _named_listeners(self) -> Iterator[tuple[str, Listener]]:
+        """By their class, and from the second one of a class on with its number."""
+        seen: Counter[str] = Counter()
+        for listener in self.listeners:
+            name = type(listener).__name__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name} {seen[name]}", listener
 
     def _states(self) -> dict[str, Any]:
         """What the listeners keep, made plain: no checkpoint with anything else would load."""
         states = {}
-        for listener in self.listeners:
-            name = type(listener).__name__
+        for name, listener in self._named_listeners():
             try:
                 states[name] = _plain(listener.state())
             except TypeError as error:
