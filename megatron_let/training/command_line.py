@@ -49,7 +49,8 @@ BOUNDS = {
         "micro_batch_size global_batch_size eval_micro_batch_size "
         "tensor_model_parallel_size context_parallel_size "
         "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
-        "seed lr_decay_iters lr_decay_samples save_retain_interval distributed_timeout_minutes",
+        "exit_interval exit_duration_in_mins seed lr_decay_iters lr_decay_samples "
+        "save_retain_interval distributed_timeout_minutes loss_scale_window hysteresis",
     ),
     "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)": (
         1,
@@ -61,8 +62,10 @@ BOUNDS = {
         0,
         FINITE,
         "train_iters train_samples eval_iters num_workers lr min_lr lr_warmup_init lr_warmup_iters "
-        "lr_warmup_samples weight_decay start_weight_decay end_weight_decay adam_eps",
+        "lr_warmup_samples weight_decay start_weight_decay end_weight_decay adam_eps "
+        "manual_gc_interval",
     ),
+    "more than 0": (sys.float_info.min, FINITE, "loss_scale initial_loss_scale min_loss_scale"),
     "0, which clips nothing, or more": (0, math.inf, "clip_grad"),
     "from 0 to 1": (
         0,

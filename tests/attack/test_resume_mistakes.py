@@ -78,6 +78,11 @@ REFUSED = {
     "bf16 off": ("", "This run has no --bf16, .*--bf16. .*--no-load-optim", "bf16"),
     "no evaluation interval": ("--eval-interval 0", "--eval-interval 0 .*--eval-iters 0"),
     "no log interval": ("--log-interval 0", "--log-interval 0 must be at least 1"),
+    "an exit after no step": ("--exit-interval 0", "--exit-interval 0 must be at least 1"),
+    "an exit at once": ("--exit-duration-in-mins 0", "--exit-duration-in-mins 0 must be at least"),
+    "no loss scale": ("--fp16 --loss-scale 0", "--loss-scale 0.0 must be more than 0"),
+    "no window": ("--fp16 --loss-scale-window 0", "--loss-scale-window 0.0 must be at least 1"),
+    "a negative interval": ("--manual-gc --manual-gc-interval -1", "-1 must be 0 or more"),
     "no save interval": ("--save-interval 0", "--save-interval 0 .*leave --save out"),
     "no validation split": ("--split 100,0,0", "--split 100,0,0 .*or add --eval-iters 0"),
 }
