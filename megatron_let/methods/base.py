@@ -24,9 +24,10 @@ class Hooks(Listener):
 
     @classmethod
     def check_flags(cls, args: Namespace) -> None:
-        """Check its own flags, and fill in defaults that depend on others; called twice.
+        """Check its own flags, and fill in defaults that depend on others; called several times.
 
-        First before Megatron looks at the command line, then when all is known.
+        First before Megatron looks at the command line, then after, a signal's when the data is
+        there, too.
 
         Raises:
             UsageError: naming the flag, its value and the way out.

@@ -190,6 +190,8 @@ class TeacherMethod(Method):
 
     def on_data(self, train_dataset: Any) -> None:
         """Load the teacher on its stages and score it on the run's first micro-batch."""
+        for signal in self.signals:  # by now the steps are known of a run with growing batches
+            signal.check_flags(self.args)
         self._set_weights(self.args.iteration)
         self.host.agree(bool(self._guiding))
         if any(signal.owner_chunks for signal in self._guiding):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.distributed.training import TP2_PP2, records, run, series
+from tests.support.testing import run_distributed
 from tests.support.tiny_run import FLAGS, checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,3 +116,14 @@ def wait_for_steps(process, save, count):
             return
         time.sleep(0.2)
     raise AssertionError((save / "log.txt").read_text()[-5000:])
+
+
+def test_a_stop_behind_the_end_of_a_run_with_growing_batches(corpus):
+    """How many steps its samples make is known when the data is there."""
+    words = " ".join([*FLAGS, "--eval-global-batch-size 8 --train-samples 64"])
+    words = words.replace("--train-iters 8 ", "").replace("--global-batch-size 8 ", "", 1)
+    for stop, told in ("12", "--let-stop-step 12 is beyond the run's 11"), ("11", None):
+        grown = ["--step-batch-size-schedule", "0:4,384:8", *corpus.let("--let-stop-step", stop)]
+        argv = [*words.split(), *corpus.flags, *grown]
+        [error] = run_distributed("tests.distributed.training:train", 1, argv)
+        assert error is None if told is None else told in error
