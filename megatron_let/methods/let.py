@@ -270,31 +270,26 @@ class Let(Signal):
         for batch, states_SBT in zip(batches, states_SBD, strict=True):
             mask_SB = batch["loss_mask"].transpose(0, 1).float()
             scale = weight * self._loss_scale(mask_SB.sum())
-            if self.slices_sequence():
-                mask_SB = scatter_to_sequence_parallel_region(mask_SB)
-                if len(states_SBT) > len(mask_SB):  # another signal wants the whole sequence
-                    states_SBT = scatter_to_sequence_parallel_region(states_SBT)
+            mask_SB = self._own_part(mask_SB)
+            if len(states_SBT) > len(mask_SB):  # another signal wants the whole sequence
+                states_SBT = self._own_part(states_SBT)
             self._score(batch, states_SBT, mask_SB)
-            if self.is_translated:
+            if self.is_translated:  # the tokens with a target weigh what they would among others
                 self.alignment.add(all_tokens=mask_SB.sum())
-                mask_SB = mask_SB * self._has_target_SB(batch[TEACHER_INDEX])
+                has_target_SB = (batch[TEACHER_INDEX] >= 0).transpose(0, 1).float()
+                mask_SB = mask_SB * self._own_part(has_target_SB)
             target = Target(states_SBT, mask_SB, None if self.is_control else scale, group)
             self.alignment.push(target)
 
     def _score(self, batch: Batch, states_SBT: torch.Tensor, mask_SB: torch.Tensor) -> None:
         if self._teacher_loss is None or not self._teacher_loss.is_due(self.args.curr_iteration):
             return
-        labels_SB = batch["labels"].transpose(0, 1)
-        if self.slices_sequence():
-            labels_SB = scatter_to_sequence_parallel_region(labels_SB)
+        labels_SB = self._own_part(batch["labels"].transpose(0, 1))
         self.alignment.add(**self._teacher_loss.sums(states_SBT, labels_SB, mask_SB))
 
-    def _has_target_SB(self, index_BS: torch.Tensor) -> torch.Tensor:
-        """Which of this rank's tokens have one; they weigh what they would among others."""
-        has_target_SB = (index_BS >= 0).transpose(0, 1).float()
-        if self.slices_sequence():
-            return scatter_to_sequence_parallel_region(has_target_SB)
-        return has_target_SB
+    def _own_part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a sequence `[S, ...]`, where it has but one."""
+        return scatter_to_sequence_parallel_region(whole) if self.slices_sequence() else whole
 
     def _loss_scale(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """The factor that Megatron puts on the language-model loss's sum over tokens.
