@@ -50,7 +50,8 @@ BOUNDS = {
         "tensor_model_parallel_size context_parallel_size "
         "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
         "exit_interval exit_duration_in_mins seed lr_decay_iters lr_decay_samples "
-        "save_retain_interval distributed_timeout_minutes loss_scale_window hysteresis",
+        "save_retain_interval distributed_timeout_minutes loss_scale_window hysteresis "
+        "check_weight_hash_across_dp_replicas_interval",
     ),
     "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)": (
         1,

@@ -81,8 +81,12 @@ def refuse_ignored(args: Namespace, argv: list[str]) -> None:
     if args.transformer_impl != "transformer_engine":
         way_out = "Install it (docs/install.md), or leave the flag out."
         idle[NEEDS_TRANSFORMER_ENGINE] = f"without Transformer Engine. {way_out}"
+    if args.rerun_mode == "report_stats":
+        idle["rerun-mode"] = "with report_stats: Megatron-Core 0.19 has no working code for it."
     if cpu.is_active():
         idle[NEEDS_GPU] = "without a GPU. Leave it out."
+        if not args.use_pytorch_profiler:
+            idle["profile"] = "without a GPU but with --use-pytorch-profiler. Add it."
     for names, why in idle.items():
         _refuse(argv, names, f"has no effect {why}")
 

@@ -39,6 +39,8 @@ REFUSED = {
     "--fp4-format e2m1": "without Transformer Engine. Install it",
     "--record-memory-history": "without a GPU. Leave it out",
     "--log-memory-to-tensorboard": "without a GPU. Leave it out",
+    "--profile": "without a GPU but with --use-pytorch-profiler. Add it",
+    "--rerun-mode report_stats": "with report_stats: Megatron-Core 0.19 has no working code",
     "--gpu-sniff-test-interval 2": "without a GPU. Leave it out",
     "--enable-cuda-graph": "without a GPU. Leave it out",
     "--ckpt-step 4": "without --load: the run would start from random weights",

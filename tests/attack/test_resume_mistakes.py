@@ -83,6 +83,10 @@ REFUSED = {
     "no loss scale": ("--fp16 --loss-scale 0", "--loss-scale 0.0 must be more than 0"),
     "no window": ("--fp16 --loss-scale-window 0", "--loss-scale-window 0.0 must be at least 1"),
     "a negative interval": ("--manual-gc --manual-gc-interval -1", "-1 must be 0 or more"),
+    "no interval of hashes": (
+        "--check-weight-hash-across-dp-replicas-interval 0",
+        "--check-weight-hash-across-dp-replicas-interval 0 must be at least 1",
+    ),
     "no save interval": ("--save-interval 0", "--save-interval 0 .*leave --save out"),
     "no validation split": ("--split 100,0,0", "--split 100,0,0 .*or add --eval-iters 0"),
 }
