@@ -82,7 +82,7 @@ def _to_hf(values: dict[str, Any]) -> None:
     if check and (problem := differing(step)):  # its weights would be damaged on both sides
         raise UsageError(f"{step} is damaged: {problem}. Choose another with --ckpt-step.")
     folder = export(**values)
-    print(f"Wrote {folder}", flush=True)
+    print(f"Wrote {folder}, of {step}", flush=True)  # not of a newer one that is cut
     if check:
         print(f"Verified: {verify(step, folder)}", flush=True)
     if prompt is not None:

@@ -273,7 +273,7 @@ def test_command_line_works_from_anywhere(made: MadeCheckpoint, tmp_path: Path) 
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     wrote, text = result.stdout.splitlines()
-    assert wrote == "Wrote hf" and text.startswith("w3 w4 w")
+    assert wrote == f"Wrote hf, of {made.save}/iter_0000007" and text.startswith("w3 w4 w")
     assert (tmp_path / "hf" / "config.json").exists()
 
 
@@ -287,6 +287,14 @@ def test_command_line_gives_one_paragraph_for_a_mistake(
     error = capsys.readouterr().err
     assert error.startswith("megatron-let convert: error: No whole checkpoint at ")
     assert len(error.splitlines()) == 1
+
+
+def test_the_step_is_told(
+    made: MadeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made.save / "iter_0000009").mkdir()  # cut, or still being written
+    main(["to-hf", "--load", str(made.save), "--output", str(tmp_path / "hf")])
+    assert capsys.readouterr().out == f"Wrote {tmp_path}/hf, of {made.save}/iter_0000007\n"
 
 
 def test_a_damaged_checkpoint_is_not_verified(
