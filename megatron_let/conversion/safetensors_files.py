@@ -22,7 +22,7 @@ from megatron_let.conversion import rope
 from megatron_let.conversion.checks import check_finite
 from megatron_let.conversion.output import PiecewiseFile
 from megatron_let.errors import UsageError
-from megatron_let.hugging_face import check_folder, open_safetensors, weight_map
+from megatron_let.hugging_face import check_folder, open_safetensors, weight_files
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsReader:
-    """The tensors of a model's `model.safetensors`, or of the files that its index names.
+    """The tensors of those files of a model's folder that transformers reads.
 
     `base` is the prefix of the model inside the causal one, which some older folders leave out.
     """
@@ -39,7 +39,17 @@ class SafetensorsReader:
     def __init__(self, folder: Path, base: str) -> None:
         self.folder = folder
         check_folder(folder)
-        self._files = _weight_map(folder)
+        self._files: dict[str, Path] = {}
+        for path in weight_files(str(folder)):
+            if path.suffix == ".safetensors":
+                with open_safetensors(path) as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
+        if not self._files:
+            raise UsageError(
+                f"{folder} holds no model.safetensors with weights, and no index of such files. "
+                "Weights in other formats are not read: load the model with transformers and save "
+                "it with save_pretrained."
+            )
         # GPT-2's own folder has `h.0...` where transformers writes `transformer.h.0...`.
         prefix = "" if any(name.startswith(f"{base}.") for name in self._files) else f"{base}."
         self._names = {
@@ -67,25 +77,11 @@ class SafetensorsReader:
     def _get(self, name: str, method: str) -> Any:
         saved = self._names[name]
         # A file left open keeps all that was read of it in memory.
-        with open_safetensors(self.folder / self._files[saved]) as file:
+        with open_safetensors(self._files[saved]) as file:
             try:
                 return getattr(file, method)(saved)
             except SafetensorError as error:
                 raise UsageError(f"{name} in {self.folder} cannot be read: {error}") from error
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Return each tensor's file; of a single one and an index transformers reads the first."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single.name)
-    if (folder / INDEX).is_file():
-        return weight_map(folder / INDEX)
-    raise UsageError(
-        f"{folder} holds no model.safetensors and no index of such files. Weights in other formats "
-        "are not read: load the model with transformers and save it with save_pretrained."
-    )
 
 
 def check_shard_size(max_shard_size: str) -> None:
