@@ -75,11 +75,8 @@ class Checkpoint:
 
     def unreadable_state(self) -> str | None:
         """Say why a run could not read what it reads first, None if it can."""
-        older = self.folder / OLDER_COMMON_STATE
         try:
-            new = not older.exists()
-            state = self._mapped(MetadataIndex(COMMON_STATE)) if new else older.read_bytes()
-            torch.load(io.BytesIO(state), "cpu", weights_only=True)
+            torch.load(self._common_state(), "cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
@@ -88,16 +85,12 @@ class Checkpoint:
 
     def args(self) -> Namespace:
         """Return the run's arguments."""
-        older = self.folder / OLDER_COMMON_STATE
-        if older.exists():
-            common = load_inert(io.BytesIO(older.read_bytes()))
-        elif COMMON_STATE in self.names:
-            common = self._object(COMMON_STATE)[0]
-        else:
-            common = {}
-        if "args" not in common:
-            raise UsageError(f"{self.folder} does not hold the arguments of its run.")
-        return common["args"]
+        try:
+            with self._told(COMMON_STATE):
+                common = load_inert(self._common_state())
+            return (common[0] if isinstance(common, list) else common)["args"]
+        except (KeyError, IndexError) as error:
+            raise UsageError(f"{self.folder} does not hold the arguments of its run.") from error
 
     def _tensor(self, name: str) -> TensorStorageMetadata:
         meta = self._metadata.state_dict_metadata[name]
@@ -107,9 +100,11 @@ class Checkpoint:
             raise UsageError(f"{self.folder} does not hold all of {name}.")
         return meta
 
-    def _object(self, name: str) -> Any:
-        with self._told(name):
-            return load_inert(io.BytesIO(self._mapped(MetadataIndex(name))))
+    def _common_state(self) -> io.BytesIO:
+        """Read what is not sharded; a KeyError without."""
+        older = self.folder / OLDER_COMMON_STATE
+        found = older.read_bytes() if older.exists() else self._mapped(MetadataIndex(COMMON_STATE))
+        return io.BytesIO(found)
 
     def _piece(self, item: ReadItem) -> torch.Tensor:
         stored = self._metadata.storage_data[item.storage_index]

@@ -4,6 +4,7 @@ It goes layer by layer from disk to disk. The checkpoint is what Megatron calls 
 without optimizer, from which a run starts at step 0.
 """
 
+import functools
 import sys
 import warnings
 from argparse import Namespace
@@ -81,14 +82,11 @@ def local_folder(hf_model: str, revision: str | None, flag: str = "--hf-model") 
         hugging_face.check_revision("--revision", revision, hf_model)
         return Path(hf_model)
     bars_on_a_terminal_only()
+    files = ["*.json", "*.safetensors", *TOKENIZER_FILES]
+    again = "consolidated*"  # all of Mistral's weights, by other names
+    fetch = functools.partial(snapshot_download, allow_patterns=files, ignore_patterns=again)
     try:
-        files = ["*.json", "*.safetensors", *TOKENIZER_FILES]
-        again = "consolidated*"  # all of Mistral's weights, by other names
-        return Path(
-            snapshot_download(
-                hf_model, revision=revision, allow_patterns=files, ignore_patterns=again
-            )
-        )
+        return Path(fetch(hf_model, revision=revision))
     except (OSError, ValueError) as error:
         failure = f"{flag} {hf_model} is no folder, and the hub does not give it."
         raise hugging_face.unreadable(failure, error) from error

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_let.checkpoint.reader import COMMON_STATE, Checkpoint
-from megatron_let.upstream.inert import Inert
+from megatron_let.upstream.inert import Inert, load_inert
 from tests.support.tiny_run import checkpoint, hashes, tensor_names
 
 OF_THE_START = {
@@ -34,7 +34,7 @@ def contents(save: Path) -> dict[str, str]:
     saved = checkpoint(save)
     objects = saved.names - tensor_names(saved) - {COMMON_STATE}
     found = hashes(save) | {name: _of_bytes(saved, name) for name in objects}
-    common = saved._object(COMMON_STATE)[0]
+    common = load_inert(saved._common_state())[0]
     found |= dict(_flat("common", {k: v for k, v in common.items() if k != "args"}))
     args = {k: v for k, v in vars(common["args"]).items() if k not in OF_THE_START}
     return found | dict(_flat("args", args))
