@@ -156,9 +156,7 @@ class Teacher:
         count = partial(_matrix_weights, experts=getattr(config, "num_experts_per_tok", 1))
         kept = self._layers[: self._layer]
         dropped = sum(map(count, self._layers)) - sum(map(count, kept))
-        heads = getattr(config, "num_attention_heads", 0)  # none in a Mamba
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
-        attention = 2 * 2 * len(kept) * width * length / 2
+        attention = 2 * 2 * sum(_attention_width(layer, config) for layer in kept) * length / 2
         return tokens * (2.0 * (count(self._base) - dropped) + attention)
 
 
@@ -234,6 +232,13 @@ def _shuffle(states_BSD: torch.Tensor, tokens_BS: torch.Tensor) -> torch.Tensor:
 def near_random(lm_loss: float, vocab_size: int) -> bool:
     """Whether a teacher predicts little better than a uniform guess: probably not loaded."""
     return lm_loss > 0.9 * math.log(vocab_size)
+
+
+def _attention_width(layer: torch.nn.Module, config: Any) -> int:
+    """Of all its heads, which may be wider than the states; Gemma 4's layers differ."""
+    heads = getattr(config, "num_attention_heads", 0)  # none in a Mamba
+    own = (getattr(module, "head_dim", None) for module in layer.modules())
+    return heads * next(filter(None, own), config.hidden_size // max(1, heads))
 
 
 def _matrix_weights(model: torch.nn.Module, experts: int) -> int:

@@ -255,6 +255,12 @@ def test_flops_of_wide_heads_and_of_experts(kind, matrices, width):
     assert teacher.forward_flops(10, 64) == 10 * 2 * (matrices + 2 * 2 * width * 64 / 2)
 
 
+def test_flops_of_layers_with_heads_of_their_own():
+    pytest.importorskip("transformers.models.gemma4")
+    model = tiny_model("gemma4_text")  # its configuration has no head_dim of all layers
+    assert Teacher(model, CONTEXT).forward_flops(10, 64) > 10 * 2 * 2 * 32 * 64
+
+
 def test_cpu_platform_does_not_change_what_a_teacher_computes(folder, teacher):
     """Its patched factories once kept Hugging Face from building a model on the meta device."""
     function = "tests.unit.teacher.platform:states_and_fingerprint"
