@@ -11,7 +11,7 @@ from megatron_let.errors import UsageError
 NOT_WEIGHTS = {
     r"(^|\.)_extra_state(/|$)": "Transformer Engine's scaling state",
     r"(^|\.)let_resize\.": "LET's learned map, which only training uses",
-    r"^optimizer\.": "the optimizer",
+    r"^(chained_\d+\.)?optimizer\.": "the optimizer, or one of several",
     r"^rng_state(/|$)": "random number generators",
     r"^rerun_state_machine_state(/|$)": "Megatron's check for faulty devices",
     r"^common_state(/|$)": "arguments, counters and the scheduler",

@@ -153,6 +153,7 @@ def test_what_is_no_weight() -> None:
         "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4",
         "decoder.layers.let_resize.weight",
         "optimizer.state.exp_avg.output_layer.weight",
+        "chained_1.optimizer.state.exp_avg.output_layer.weight",
         "rng_state/shard_0.0_1.1",
         "rerun_state_machine_state/shard_0_1",
         "common_state/shard_0_1",
