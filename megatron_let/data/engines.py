@@ -68,6 +68,8 @@ class Gigatoken:
             # A SentencePiece model it would take, but then reads "</s>" in a text as the end token
             # and normalizes U+0085 and some combined letters differently.
             raise Unsuited("gigatoken does not take this kind of tokenizer")
+        if tokenizer.fast.encode_special_tokens:  # which its own description does not tell
+            raise Unsuited("gigatoken is not used with split_special_tokens")
         source = orjson.loads(tokenizer.fast.to_str())
         _check_features(source)
         normalizer = _take_out_unicode_form(source, tokenizer.fast)

@@ -67,7 +67,7 @@ def corpus() -> list[str]:
     return [*source.split("\n\n"), *hard_texts(400, seed=9)]
 
 
-def save(folder: Path, tokenizer: Tokenizer, **names: str) -> TokenizerConfig:
+def save(folder: Path, tokenizer: Tokenizer, **names: Any) -> TokenizerConfig:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return TokenizerConfig(tokenizer_model=str(folder))
 
@@ -297,12 +297,14 @@ def test_marks_of_words_are_the_librarys(tmp_path, name) -> None:
             lambda made: made.add_tokens([AddedToken("random", single_word=True)]),
             "finds the added token 'random' inside words",
         ),
+        (lambda made: {"split_special_tokens": True}, "with split_special_tokens"),
     ],
 )
 def test_what_gigatoken_does_not_do_goes_to_the_library(tmp_path, change, why) -> None:
     made = load_tokenizer(byte_level(tmp_path / "first")).fast
-    change(made)
-    tokenizer = load_tokenizer(save(tmp_path / "second", made, eos_token=EOD))
+    changed = change(made)
+    options = changed if isinstance(changed, dict) else {}
+    tokenizer = load_tokenizer(save(tmp_path / "second", made, eos_token=EOD, **options))
     told: list[str] = []
     assert make_engine("auto", tokenizer, told.append).name == "tokenizers"
     assert why in told[0]
