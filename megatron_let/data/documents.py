@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import orjson
 
 from megatron_let.data.sources import Block, Kind
@@ -83,8 +84,11 @@ def _contents(block: Block) -> Iterable[Any]:
     return lines if lines[-1] else lines[:-1]  # the last one may lack its end
 
 
-def _rows(table: Any) -> list[dict[str, Any]]:
-    """Its rows; a cell that is not UTF-8 is an error instead of a value."""
+def _rows(content: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of a stream; a cell that is not UTF-8 is an error instead of a value."""
+    import pyarrow
+
+    table = pyarrow.ipc.open_stream(content).read_next_batch()
     try:
         return table.to_pylist()
     except UnicodeDecodeError:

@@ -53,8 +53,8 @@ class Block:
     kind: Kind
     first: int
     """Number of its first record in the file, from 1."""
-    content: Any
-    """Bytes `[size]` of whole lines, of a text, or of what is wrong; a `pyarrow.RecordBatch`."""
+    content: np.ndarray
+    """Bytes `[size]` of whole lines, of a text, of rows in Arrow's stream, or of what is wrong."""
     end: Position
     """Where the next block begins."""
 
@@ -180,12 +180,13 @@ class InputFile:
                 continue
             kind: Kind = self.kind
             if isinstance(content, str):
-                kind, content = "damage", np.frombuffer(content.encode(), np.uint8)
+                kind, content = "damage", content.encode()
             elif kind == "rows":
-                content = content.slice(known)
+                content = _streamed(content.slice(known))
             else:
-                content = np.frombuffer(content.split(b"\n", known)[-1], np.uint8)
-            yield Block(self.path, kind, first, content, Position(self.index, read))
+                content = content.split(b"\n", known)[-1]
+            place = Position(self.index, read)
+            yield Block(self.path, kind, first, np.frombuffer(content, np.uint8), place)
 
     def _contents(self) -> Iterator[tuple[Any, int]]:
         """What the blocks of the whole file hold, and the number of their records."""
@@ -246,8 +247,11 @@ def _parquet(path: str, columns: Sequence[str]) -> Any:
         raise ValueError(f"input {path} needs pyarrow; install it: pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"input {path} is not a whole Parquet file: {error}") from error
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's fault, not the file's
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"input {path} is not a whole Parquet file: {why}") from error
     for column in columns:
         if column not in file.schema_arrow.names:
             raise ValueError(
@@ -274,6 +278,16 @@ def _rows(table: Any, columns: list[str]) -> Iterator[tuple[Any, int]]:
             why = " ".join(str(error).split())
             place = f"number {group + 1} of {table.num_row_groups}"
             yield f"in a damaged row group: {place}, its last {left} rows: {why}", left
+
+
+def _streamed(rows: Any) -> Any:
+    """Their bytes and no others: a slice itself would be sent with all of its table."""
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_batch(rows)
+    return sink.getvalue()
 
 
 def _whole_lines(pieces: Iterator[bytes], longest: float) -> Iterator[bytes | None]:

@@ -252,3 +252,13 @@ def test_what_cannot_be_read_is_left_out_and_counted(
     assert (about["documents"], about["skipped"]) == (kept, reason)
     (listed,) = Path(f"{config['output_prefix']}_skipped.jsonl").read_text().splitlines()
     assert json.loads(listed)["record"] == record
+
+
+def test_a_table_with_a_damaged_end_is_named(tmp_path: Path, config: Config) -> None:
+    path = tmp_path / "in.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"] * 100}), path)
+    content = bytearray(path.read_bytes())
+    content[-60:-8] = b"\xff" * 52
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="in.parquet is not a whole Parquet file: "):
+        preprocess(PreprocessConfig(**config | {"input": (str(path),)}))

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -24,8 +25,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import megatron_let
 from megatron_let.data import sources
+from megatron_let.data.documents import parse
 from megatron_let.data.engines import Gigatoken, Rows
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.data.sources import Position
 from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer, tokenizer_fingerprint
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
@@ -52,13 +55,15 @@ def make_records(count: int) -> list[dict[str, object]]:
     return records
 
 
-def save_tokenizer(folder: Path, eos: str | None = EOD, bos: str | None = None) -> str:
+def save_tokenizer(
+    folder: Path, eos: str | None = EOD, bos: str | None = None, size: int = 320
+) -> str:
     """Train a tiny byte-level BPE; with `bos` it adds that token by itself, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=size,
         special_tokens=[token for token in (eos, bos) if token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -231,6 +236,17 @@ def test_a_text_file_is_one_document(tmp_path: Path, config: dict[str, object]) 
         tmp_path, str(config["tokenizer_model"]), ["one\ntwo\n", "three"], False
     )
     assert dataset_bytes(prefix) == expected  # an empty file holds no document
+
+
+def test_rows_of_a_table_are_sent_without_the_others(tmp_path: Path) -> None:
+    texts = [str(i) * 100_000 for i in range(100)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "in.parquet")
+    blocks = list(sources.InputFile(str(tmp_path / "in.parquet"), 0, ["text"]).blocks(Position()))
+    assert len(blocks) > 1
+    sent = sum(len(pickle.dumps(block, protocol=5)) for block in blocks)
+    assert sent < 1.1 * sum(map(len, texts))
+    found = [text for block in blocks for text in parse(block, ["text"], None).texts["text"]]
+    assert found == texts
 
 
 def test_a_binary_column_is_text(tmp_path: Path, config: dict[str, object]) -> None:
