@@ -168,10 +168,9 @@ def _complete(
     for key in config.json_keys if config.split_by_meta else ():
         # Behind the datasets that it lists, as far as they are not empty, weighed by their tokens.
         made.append(f"{key}_blend.txt")
-        sizes = {name: counts["tokens"] for name, counts in state.counts.items()}
-        end = f"_{dataset_name('', key)}"
-        listed = [(n, name) for name, n in sizes.items() if n and name.endswith(end)]
-        blend = " ".join(f"{n} {config.output_prefix}_{name}" for n, name in listed)
+        names = [dataset_name(group, key) for group in dict.fromkeys(state.groups.values())]
+        listed = [(state.counts[name]["tokens"], name) for name in names if name in state.counts]
+        blend = " ".join(f"{n} {config.output_prefix}_{name}" for n, name in listed if n)
         (folder / made[-1]).write_text(f"{blend}\n")
     state.moves = {name: f"{config.output_prefix}_{name}" for name in made}
     workplace.save()

@@ -249,6 +249,18 @@ def test_rows_of_a_table_are_sent_without_the_others(tmp_path: Path) -> None:
     assert found == texts
 
 
+def test_a_blend_holds_the_subsets_of_its_key(tmp_path: Path, config: dict[str, object]) -> None:
+    """A subset without a name too, and none of a key that ends like this one."""
+    subsets = ["", "A", "B"]
+    records = [{"text": "a", "my_text": "b", "meta": {"set": name}} for name in subsets]
+    config["input"] = (write_jsonl(tmp_path / "in.jsonl", records),)
+    preprocess(PreprocessConfig(**config, json_keys=("text", "my_text"), split_by_meta="set"))
+    for key in ("text", "my_text"):
+        listed = (tmp_path / f"out_{key}_blend.txt").read_text().split()[1::2]
+        names = [f"out_{key}_document", f"out_A_{key}_document", f"out_B_{key}_document"]
+        assert [Path(prefix).name for prefix in listed] == names
+
+
 def test_a_binary_column_is_text(tmp_path: Path, config: dict[str, object]) -> None:
     table = pyarrow.table({"text": [b"one", "Gr\u00fc\u00dfe".encode()]})
     parquet.write_table(table, tmp_path / "in.parquet")
