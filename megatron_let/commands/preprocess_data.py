@@ -21,7 +21,7 @@ def _build_parser() -> ArgumentParser:
     """Every flag is a field of `PreprocessConfig`."""
     parser = tool_parser(__doc__, "preprocess")
     _add_data(parser.add_argument_group("input and output").add_argument)
-    _add_tokenizer(parser.add_argument_group("tokenizer").add_argument)
+    add_tokenizer(parser.add_argument_group("tokenizer").add_argument)
     _add_work(parser.add_argument_group("work").add_argument)
     return parser
 
@@ -55,7 +55,8 @@ def _add_data(add: Callable[..., Any]) -> None:
     add("--max-document-mb", type=float, default=PreprocessConfig.max_document_mb, help=longest)
 
 
-def _add_tokenizer(add: Callable[..., Any]) -> None:
+def add_tokenizer(add: Callable[..., Any]) -> None:
+    """The flags of a `TokenizerConfig`, Megatron's."""
     types, default = TOKENIZER_TYPES, TOKENIZER_TYPES[0]
     add("--tokenizer-type", choices=types, default=default, help="default: %(default)s")
     model = "tokenizer folder or Hugging Face id, or SentencePiece model"

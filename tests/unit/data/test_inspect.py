@@ -15,7 +15,7 @@ from megatron_let.commands.merge_datasets import merge
 from megatron_let.data.inspect import check_tokens, checksum, open_pair, summary
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
 from megatron_let.errors import UsageError
-from tests.unit.data.test_preprocess import make_records, save_tokenizer, write_jsonl
+from tests.unit.data.test_preprocess import EOD, make_records, save_tokenizer, write_jsonl
 
 HEAD = 34  # bytes in front of the lengths
 
@@ -123,11 +123,39 @@ def test_tool_shows_documents(
     set_count(prefix, "tokenizer_fingerprint", "0123456789abcdef")
     inspect_data.main([prefix, "--tokenizer-model", tokenizer_model, "--documents", "0"])
     assert "made with another tokenizer (fingerprint 0123456789ab)" in capsys.readouterr().out
+    small = save_tokenizer(Path(prefix).parent / "small", size=260)
+    with pytest.raises(SystemExit):
+        inspect_data.main([prefix, "--tokenizer-model", small])
+    assert f"--tokenizer-model {small} has 260 tokens: give the" in capsys.readouterr().err
     Path(f"{prefix}.json").unlink()
     change(Path(f"{prefix}.bin"), 4, "<H", 60_000)
     with pytest.raises(SystemExit):
         inspect_data.main([prefix, "--tokenizer-model", tokenizer_model])
     assert "the id 60000 at token 2" in capsys.readouterr().err
+
+
+def test_tool_takes_the_flags_by_which_the_data_were_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    vocab.write_text(json.dumps({letter: i for i, letter in enumerate("abc")} | {EOD: 3}))
+    merges.write_text("#version: 0.2\n")
+    kind = {
+        "tokenizer_type": "GPT2BPETokenizer",
+        "vocab_file": str(vocab),
+        "merge_file": str(merges),
+    }
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "abba"}])
+    (prefix,) = preprocess(
+        PreprocessConfig(input=(source,), output_prefix=str(tmp_path / "out"), **kind)
+    )
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in kind.items()]
+    inspect_data.main([prefix, *flags])
+    said = capsys.readouterr().out
+    assert said.endswith("document 0 (4 tokens): abba\n") and "WARNING" not in said
+    with pytest.raises(SystemExit):
+        inspect_data.main([prefix, "--documents", "5"])
+    assert "--documents needs --tokenizer-model" in capsys.readouterr().err
 
 
 def test_merged_pair_is_megatrons(tmp_path: Path, tokenizer_model: str) -> None:
