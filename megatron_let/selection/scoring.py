@@ -72,14 +72,15 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
     A chunk is scored by one rank, whichever, and kept on disk: an interrupted call goes on.
     """
     candidates = number_of_candidates(config, args, len(dataset))
-    if config.scorer_model is None:
-        scores, flops = np.random.default_rng(args.seed).random(candidates), 0.0
-    else:
+    scores, parts, flops = np.random.default_rng(args.seed).random(candidates), [], 0.0
+    if config.scorer_model is not None:
         _check_tokens(config.scorer_model, args)
         scorer = Scorer(config.scorer_model, config, args.seq_length)
-        scores, flops = _score_all(scorer, dataset, candidates)
+        parts, flops = _score_all(scorer, dataset, candidates), scorer.flops_per_sample * candidates
     if torch.distributed.get_rank() != 0:
         return None
+    if parts:
+        scores = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
     samples = highest(scores, number_wanted(args))
     selection = Selection(
         data=dataset.unique_description_hash,
@@ -89,6 +90,8 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
         beyond_reach=int(np.isinf(scores[samples]).sum()),
     )
     selection.save(config.output)
+    if parts:
+        shutil.rmtree(parts[0].parent)
     return selection
 
 
@@ -125,16 +128,16 @@ class Scorer:
             for key in ("tokens", "labels", "loss_mask")
         )
         found = logits(self._model, tokens).float()
-        scores = difficulty_B(found, labels, mask, self.config.top_k).double().cpu().numpy()
-        if np.isnan(scores).any():
+        if not found.amax(-1).isfinite().all():
             raise UsageError(
                 "--scorer-model gives scores that are no numbers: it is damaged, or "
                 f"--scorer-dtype {self.config.dtype} is too small for it."
             )
-        return scores
+        return difficulty_B(found, labels, mask, self.config.top_k).double().cpu().numpy()
 
 
-def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarray, float]:
+def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> list[Path]:
+    """Files with the scores of all candidates, in order, once every rank has scored its own."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config, data = scorer.config, dataset.unique_description_hash
     settings = f"{config.top_k} {config.dtype} {scorer.context}"
@@ -152,13 +155,4 @@ def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> tuple[np.ndarra
         with whole_file(files[first]) as file:
             np.save(file, np.concatenate(scores))
     torch.distributed.barrier()
-    if rank != 0:
-        return np.empty(0), 0.0
-    return _joined(list(files.values())), scorer.flops_per_sample * candidates
-
-
-def _joined(parts: list[Path]) -> np.ndarray:
-    """Read all parts and remove them."""
-    scores = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
-    shutil.rmtree(parts[0].parent)
-    return scores
+    return list(files.values())

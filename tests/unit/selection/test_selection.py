@@ -104,14 +104,45 @@ def test_nothing_is_overwritten(kept):
         SelectConfig(output=kept.parent / "selection.npz", keep_fraction=0.5, scorer_model=None)
 
 
-def test_scores_that_are_no_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_scores_that_are_no_numbers(tmp_path, monkeypatch, wrong):
+    """One token's is enough: its median would leave it out, or be the highest."""
     scorer = object.__new__(scoring.Scorer)
     scorer.config = SelectConfig(output=tmp_path / "x", keep_fraction=1, scorer_model="bad")
     scorer.context, scorer._device, scorer._model = 3, torch.device("cpu"), None
-    monkeypatch.setattr(scoring, "logits", lambda _, tokens: torch.full((*tokens.shape, 9), np.nan))
+    logits = torch.zeros(1, 3, 9)
+    logits[0, 2, 4] = wrong
+    monkeypatch.setattr(scoring, "logits", lambda *_: logits)
     sample = dict.fromkeys(("tokens", "labels", "loss_mask"), torch.ones(4, dtype=torch.long))
     with pytest.raises(UsageError, match="--scorer-model gives scores that are no numbers"):
         scorer.score([sample])
+
+
+def test_scores_stay_until_the_selection_is_written(tmp_path, monkeypatch):
+    def disk_is_full(*_):
+        raise OSError("no space left on device")
+
+    part = tmp_path / "x.parts" / "0.npy"
+    part.parent.mkdir()
+    np.save(part, np.arange(80.0))
+    monkeypatch.setattr(scoring, "_check_tokens", lambda *_: None)
+    monkeypatch.setattr(scoring, "Scorer", lambda *_: Namespace(flops_per_sample=1.0))
+    monkeypatch.setattr(scoring, "_score_all", lambda *_: [part])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(Selection, "save", disk_is_full)
+    config = SelectConfig(output=tmp_path / "x", keep_fraction=1, scorer_model="m")
+    with pytest.raises(OSError, match="no space"):
+        scoring.select(config, run_flags(seed=1, seq_length=3), Dataset80())
+    assert part.exists()
+
+
+class Dataset80:
+    """A stream of 80 samples."""
+
+    unique_description_hash = "x"
+
+    def __len__(self):
+        return 80
 
 
 @pytest.mark.parametrize(
