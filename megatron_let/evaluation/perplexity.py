@@ -116,9 +116,9 @@ def score_text(
         first = [token for token in start if token is not None][:1]
         for document in documents:
             ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-            if max(ids, default=0) >= rows:
+            if (largest := max(first + ids, default=0)) >= rows:
                 raise UsageError(
-                    f"The tokenizer gives the id {max(ids)} and the model has {rows} rows: put the "
+                    f"The tokenizer gives the id {largest} and the model has {rows} rows: put the "
                     "tokenizer of its training beside it."
                 )
             found = list(windows(document.subset, first + ids, context, stride))
@@ -131,6 +131,11 @@ def score_text(
     for waiting in batched(cut(), WINDOWS_AT_ONCE):
         for batch in batched(sorted(waiting, key=lambda window: len(window.ids)), batch_size):
             for window, loss in zip(batch, _losses(model, batch), strict=True):
+                if math.isnan(loss):
+                    raise UsageError(
+                        f"The loss is NaN: the model is damaged, or its {model.dtype} too small "
+                        "for it, where --dtype float32 helps."
+                    )
                 scores[window.subset].loss += loss
     return dict(scores)
 

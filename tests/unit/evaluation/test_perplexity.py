@@ -107,6 +107,20 @@ def test_a_tokenizer_of_another_model(tokenizer) -> None:
         score_text(model, tokenizer, [Document("", "w299")], context=8, stride=8, batch_size=1)
 
 
+def test_an_end_token_that_the_model_has_not(tokenizer) -> None:
+    model = make_model("gpt2")
+    model.resize_token_embeddings(tokenizer.eos_token_id)
+    with pytest.raises(UsageError, match="put the tokenizer of its training beside it"):
+        score_text(model, tokenizer, [Document("", "")], context=8, stride=8, batch_size=1)
+
+
+def test_a_damaged_model_has_no_loss(tokenizer) -> None:
+    model = make_model("gpt2")
+    model.transformer.ln_f.weight.data[0] = math.nan
+    with pytest.raises(UsageError, match="NaN: .* --dtype float32 helps"):
+        score_text(model, tokenizer, [Document("", "w5")], context=8, stride=8, batch_size=1)
+
+
 def test_table() -> None:
     scores = {
         "plain": {"b": TextScore(2, 10, 40, 30.0), "a": TextScore(1, 5, 20, 10.0)},
