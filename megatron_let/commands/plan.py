@@ -18,10 +18,12 @@ from typing import Any
 
 from megatron_let.commands import mistakes_told, tool_parser
 from megatron_let.dry_run.flags import named, values_of, without
+from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE, LET_LAYER, LET_STOP_STEP, MAIN, METHODS
 from megatron_let.planning import shapes
-from megatron_let.planning.plan import plan, search
+from megatron_let.planning.memory import RUNTIME_BYTES
+from megatron_let.planning.plan import Plan, plan, search
 from megatron_let.planning.run import Gpu, Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.text import page, ranking
@@ -57,6 +59,9 @@ PLANNED = {
 """Others such, and the values that are known."""
 NEEDED = ("--seq-length", "--micro-batch-size", "--global-batch-size")
 """What this tool has defaults for, and a run has none, or one that depends on its layout."""
+BESIDE_A_DRY_RUN = named(
+    "gpus search dry-run mfu gpu-peak-tflops gpu-memory-gib student teacher vocab-size"
+)
 UNFUSED = ("unfused", "local")
 """Attention that keeps its scores."""
 
@@ -121,6 +126,8 @@ def _add_layout_flags(group: _ArgumentGroup) -> None:
     levels = ["none", "selective", "full"]
     add("--recompute", "--recompute-granularity", choices=levels, default="none")
     add("--search", action="store_true", help="rank all layouts and micro-batches that fit")
+    dry = "and run the best ones dry; needs flags behind --"
+    add("--dry-run", action="store_true", help=dry)
 
 
 def _add_run_flags(group: _ArgumentGroup) -> None:
@@ -173,14 +180,14 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
         if UNPLANNED(name) or (name in PLANNED and value not in PLANNED[name].split()):
             way_out = f" Only {PLANNED[name]} is." if name in PLANNED else ""
             raise UsageError(
-                f"{name} is not planned here; pretrain_let.py --dry-run may take it.{way_out}"
+                f"{name} is not planned here; --dry-run says whether it takes it.{way_out}"
             )
     for name in NEEDED:
         if name not in [*values, *own] and not tried(name):
             raise UsageError(f"The flags of the run have no {name}. Add it.")
     if "--bf16" not in values and "--fp16" not in values:
         raise UsageError("A run without --bf16 or --fp16 is one in fp32: not planned here.")
-    known = set(build_parser()._option_string_actions)
+    known = build_parser()._option_string_actions.keys() - {"--dry-run"}
     if "--group-query-attention" not in values:  # which alone makes Megatron read it
         known -= {"--num-query-groups"}
     if values.get("--position-embedding-type", "learned_absolute") != "learned_absolute":
@@ -214,6 +221,8 @@ def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Par
 
 
 def _refuse_without_effect(args: Namespace) -> None:
+    if args.dry_run and not args.search:
+        raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
     guidance, parser = METHODS[args.method], build_parser()
     idle: dict[str, str] = {}
     if not guidance.aligns:
@@ -289,6 +298,25 @@ def _vocabulary(args: Namespace, teacher: ModelShape | None) -> int:
     return teacher.vocab_size
 
 
+def _dry(one: Plan, flags: Sequence[str]) -> float | None:
+    """Bytes of the fullest of a layout's stages, by a dry run; None where that ends in an error."""
+    words = [*without(flags, LAYOUT_FLAGS), *one.flags.split()]
+    world = ["--dry-run", "--dry-run-world-size", str(one.layout.gpus)]
+    try:
+        return max(rank.peak for rank in found_by([*words, *world])[0]) + RUNTIME_BYTES
+    except UsageError as error:
+        print(f"{one.flags}: {error}", file=sys.stderr)
+        return None
+
+
+def _refuse_unseen(given: Sequence[str], flags: Sequence[str]) -> None:
+    if not flags:
+        raise UsageError("--dry-run needs the run's own flags, behind --.")
+    for flag in given:
+        if not BESIDE_A_DRY_RUN(flag):
+            raise UsageError(f"{flag} stands before --, where no dry run sees it: put it behind.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = build_parser()
@@ -296,10 +324,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at = own.index("--") if "--" in own else len(own)
     own, flags = own[:at], own[at + 1 :]
     with mistakes_told(parser):
-        if flags := expanded(flags):
-            given = [word.partition("=")[0] for word in own if word.startswith("--")]
-            own = [*words_of(flags, given), *own]
-        args = parser.parse_args(own)
+        flags = expanded(flags)
+        given = [word.partition("=")[0] for word in own if word.startswith("--")]
+        args = parser.parse_args([*(words_of(flags, given) if flags else ()), *own])
+        if args.dry_run:
+            _refuse_unseen(given, flags)
         asked = parts(args)
-        divisor = None if args.padded_vocab_size else args.make_vocab_size_divisible_by
-        print(ranking(search(*asked, divisor)) if args.search else page(plan(*asked)))
+        if not args.search:
+            print(page(plan(*asked)))
+            return
+        found = search(
+            *asked, None if args.padded_vocab_size else args.make_vocab_size_divisible_by
+        )
+        print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))

@@ -31,10 +31,10 @@ def page(plan: Plan) -> str:
     return "\n".join([*head, "", *_stages(plan), "", *_time(plan)])
 
 
-def ranking(plans: Sequence[Plan]) -> str:
-    """Return the best layouts as a table, and the flags of the first."""
+def ranking(plans: Sequence[Plan], dry_bytes: Sequence[float | None] | None) -> str:
+    """Return the best layouts as a table, and the flags of the first; bytes are of dry runs."""
     heads = ["TP", "PP", "VPP", "rows", "recompute", "GiB", "MFU", "guided step", "whole run"]
-    rows = [["", *heads]]
+    rows = [["", *heads, *(["dry run"] if dry_bytes else [])]]
     for number, one in enumerate(plans):
         layout, time = one.layout, one.given
         cells = [number + 1, layout.tp, layout.pp, layout.vpp, one.run.micro_batch_size]
@@ -42,6 +42,9 @@ def ranking(plans: Sequence[Plan]) -> str:
         step, days = f"{time.phase_seconds[0]:.3f} s", time.run_seconds / SECONDS_PER_DAY
         costs = [f"{gib:.1f}", mfu, step, f"{days:.2f} days"]
         rows.append([*map(str, cells), layout.recompute, *costs])
+        if dry_bytes:
+            dry = dry_bytes[number]
+            rows[-1].append("-" if dry is None else f"{dry / GIB:.1f}")
     memory = f"{plans[0].gpu.memory_gib:g} GiB"
     head = f"The fastest layouts of {plans[0].layout.gpus} GPUs of {memory} that fit:"
     left_out = "Communication is left out: among near ones fewer TP and PP are better."

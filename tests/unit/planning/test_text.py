@@ -169,6 +169,7 @@ def test_learned_positions_are_megatrons_default(page):
         (f"{ISSUE} --vocab-size 0", "--vocab-size 0"),
         (f"{ISSUE} --gpus 30", "--gpus 30 is not a multiple"),
         (f"{ISSUE} --cp 5", "x --cp 5 = 20"),
+        (f"{ISSUE} --dry-run", "--dry-run has no effect without --search"),
         (f"{ISSUE} --cp 2 --method salt", "--cp 2 is not supported with --method salt"),
         (f"{ISSUE} --search", "--pp has no effect with --search"),
         ("--gpus 8 -- --num-experts 4 --lr 1", "--num-experts is not planned here"),
@@ -182,6 +183,8 @@ def test_learned_positions_are_megatrons_default(page):
         (f"--gpus 8 -- {STEP.replace('--bf16', '')}", "is one in fp32: not planned here"),
         (f"{ISSUE} --position-embedding-type learned_absolute --max-position-embeddings -1", "-1"),
         ("--gpus 8 -- @/no/such.flags", "is no readable run file"),
+        ("--gpus 8 --seq-length 64 --search --dry-run -- --lr 1", "before --, where"),
+        (f"{ISSUE} --search --dry-run", "--dry-run needs the run's own flags, behind --"),
     ],
 )
 def test_a_mistake_ends_in_one_paragraph(main, capsys, monkeypatch, flags, message):
