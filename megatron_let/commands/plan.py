@@ -180,7 +180,7 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
         if UNPLANNED(name) or (name in PLANNED and value not in PLANNED[name].split()):
             way_out = f" Only {PLANNED[name]} is." if name in PLANNED else ""
             raise UsageError(
-                f"{name} is not planned here; --dry-run says whether it takes it.{way_out}"
+                f"{name} is not planned here; pretrain_let.py --dry-run may take it.{way_out}"
             )
     for name in NEEDED:
         if name not in [*values, *own] and not tried(name):
@@ -221,8 +221,6 @@ def _of[Part: (Layout, RunShape, Gpu)](part: type[Part], args: Namespace) -> Par
 
 
 def _refuse_without_effect(args: Namespace) -> None:
-    if args.dry_run and not args.search:
-        raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
     guidance, parser = METHODS[args.method], build_parser()
     idle: dict[str, str] = {}
     if not guidance.aligns:
@@ -309,7 +307,9 @@ def _dry(one: Plan, flags: Sequence[str]) -> float | None:
         return None
 
 
-def _refuse_unseen(given: Sequence[str], flags: Sequence[str]) -> None:
+def _check_dry_run(given: Sequence[str], flags: Sequence[str]) -> None:
+    if "--search" not in given:
+        raise UsageError("--dry-run has no effect without --search: pretrain_let.py has one, too.")
     if not flags:
         raise UsageError("--dry-run needs the run's own flags, behind --.")
     for flag in given:
@@ -326,9 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with mistakes_told(parser):
         flags = expanded(flags)
         given = [word.partition("=")[0] for word in own if word.startswith("--")]
+        if "--dry-run" in given:
+            _check_dry_run(given, flags)
         args = parser.parse_args([*(words_of(flags, given) if flags else ()), *own])
-        if args.dry_run:
-            _refuse_unseen(given, flags)
         asked = parts(args)
         if not args.search:
             print(page(plan(*asked)))

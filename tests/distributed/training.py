@@ -93,7 +93,7 @@ def select_samples(argv: list[str]) -> None:
 
 
 def select_samples_interrupted(argv: list[str]) -> tuple[int, int]:
-    """The same, killed before it puts its parts together, and again; batches scored each time."""
+    """The same, killed when all is scored, and again; batches scored each time."""
     from megatron_let.selection import scoring
 
     scored, score = [0, 0], scoring.Scorer.score
@@ -103,17 +103,17 @@ def select_samples_interrupted(argv: list[str]) -> tuple[int, int]:
         scored[attempt] += 1
         return score(self, samples)
 
-    def dying(parts: list[Path]) -> object:
+    def dying(scores: object, number: int) -> object:
         raise KeyboardInterrupt
 
-    joined = scoring._joined
-    scoring.Scorer.score, scoring._joined = counting, dying
+    highest = scoring.highest
+    scoring.Scorer.score, scoring.highest = counting, dying
     try:
         select_samples(argv)
     except KeyboardInterrupt:
         attempt = 1
     finally:
-        scoring._joined = joined
+        scoring.highest = highest
     try:
         select_samples(argv)
     finally:
