@@ -186,16 +186,20 @@ def costs(results: Results) -> list[str]:
 def auto(results: Results) -> list[str]:
     """Guidance that sets itself, beside the tuned arm of the same method, regime and seed."""
     header = ("regime", "arm", "seed", "final loss", "tuned by hand", "plain", "gain kept")
-    rows: Rows = []
+    cells: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {}
     for result in results.group("auto"):
         planned, tuned = result.planned, results.tuned_beside(result.planned)
         if tuned is not None:
-            plain, hand = tuned.comparison.plain.final.loss, tuned.summary.loss
-            kept = (plain - result.summary.loss) / (plain - hand)
-            losses = (f"{loss:.3f}" for loss in (result.summary.loss, hand, plain))
-            rows.append(
-                (planned.regime, planned.arm.label, str(planned.seed), *losses, f"{kept:.2f}")
-            )
+            plain = tuned.comparison.plain.final.loss
+            losses = result.summary.loss, tuned.summary.loss, plain
+            cells.setdefault((planned.regime, planned.arm.label), {})[str(planned.seed)] = losses
+    rows: Rows = []
+    for cell, seeds in cells.items():
+        means = tuple(map(fmean, zip(*seeds.values(), strict=True)))
+        for seed, losses in (seeds | ({"mean": means} if len(seeds) > 1 else {})).items():
+            own, hand, plain = losses
+            kept = (plain - own) / (plain - hand)
+            rows.append((*cell, seed, *(f"{loss:.3f}" for loss in losses), f"{kept:.2f}"))
     return markdown_table(header, rows)
 
 
