@@ -93,7 +93,7 @@ def select_samples(argv: list[str]) -> None:
 
 
 def select_samples_interrupted(argv: list[str]) -> tuple[int, int]:
-    """The same, killed when all is scored, and again; batches scored each time."""
+    """The same, killed before its selection is written, and again; batches scored each time."""
     from megatron_let.selection import scoring
 
     scored, score = [0, 0], scoring.Scorer.score
@@ -103,17 +103,17 @@ def select_samples_interrupted(argv: list[str]) -> tuple[int, int]:
         scored[attempt] += 1
         return score(self, samples)
 
-    def dying(scores: object, number: int) -> object:
+    def dying(selection: scoring.Selection, path: Path) -> None:
         raise KeyboardInterrupt
 
-    highest = scoring.highest
-    scoring.Scorer.score, scoring.highest = counting, dying
+    save = scoring.Selection.save
+    scoring.Scorer.score, scoring.Selection.save = counting, dying
     try:
         select_samples(argv)
     except KeyboardInterrupt:
         attempt = 1
     finally:
-        scoring.highest = highest
+        scoring.Selection.save = save
     try:
         select_samples(argv)
     finally:

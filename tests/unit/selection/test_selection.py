@@ -118,33 +118,6 @@ def test_scores_that_are_no_numbers(tmp_path, monkeypatch, wrong):
         scorer.score([sample])
 
 
-def test_scores_stay_until_the_selection_is_written(tmp_path, monkeypatch):
-    def disk_is_full(*_):
-        raise OSError("no space left on device")
-
-    part = tmp_path / "x.parts" / "0.npy"
-    part.parent.mkdir()
-    np.save(part, np.arange(80.0))
-    monkeypatch.setattr(scoring, "_check_tokens", lambda *_: None)
-    monkeypatch.setattr(scoring, "Scorer", lambda *_: Namespace(flops_per_sample=1.0))
-    monkeypatch.setattr(scoring, "_score_all", lambda *_: [part])
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(Selection, "save", disk_is_full)
-    config = SelectConfig(output=tmp_path / "x", keep_fraction=1, scorer_model="m")
-    with pytest.raises(OSError, match="no space"):
-        scoring.select(config, run_flags(seed=1, seq_length=3), Dataset80())
-    assert part.exists()
-
-
-class Dataset80:
-    """A stream of 80 samples."""
-
-    unique_description_hash = "x"
-
-    def __len__(self):
-        return 80
-
-
 @pytest.mark.parametrize(
     "scorers, message",
     [(TokenIds({"a": 1}), "'a' is 0 .* and 1 in that of --scorer-model m"), (None, "has 4 rows")],
