@@ -68,7 +68,14 @@ def merge(prefixes: list[str], output: str) -> None:
 
 
 def _check_together(pairs: list[Pair]) -> None:
-    first = pairs[0]
+    first, names = pairs[0], {Path(pair.prefix).name for pair in pairs}
+    for pair in pairs:
+        for part in pair.sidecar.get("merged", ()):
+            if Path(part).name in names:
+                raise UsageError(
+                    f"{pair.prefix} was merged from {part}, which is in its folder: its documents "
+                    "would be there twice. Take one of them away."
+                )
     for pair in pairs[1:]:
         if pair.dtype != first.dtype:
             raise ValueError(

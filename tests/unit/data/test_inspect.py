@@ -233,6 +233,13 @@ def test_merge_names_what_is_wrong_with_a_folder(
     assert message in capsys.readouterr().err
 
 
+def test_what_was_merged_is_not_merged_with_its_parts(tmp_path: Path, prefix: str) -> None:
+    folder = Path(prefix).parent
+    merge([prefix], str(folder / "all"))
+    with pytest.raises(ValueError, match="all was merged from .*would be there twice"):
+        merge([str(folder / "all"), prefix], str(tmp_path / "again"))
+
+
 def test_merge_overwrites_nothing(tmp_path: Path, prefix: str) -> None:
     (tmp_path / "all.idx").write_text("precious")
     with pytest.raises(ValueError, match="exists already"):
