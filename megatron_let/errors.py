@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions that a user is meant to read, and what others say."""
 
 
 class UsageError(ValueError):
@@ -15,3 +15,8 @@ class MachineError(UsageError):
     """The same, but the fault is this machine's at this time: a scheduler may try again."""
 
     status = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_let.errors import MachineError, UsageError
+from megatron_let.errors import MachineError, UsageError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
@@ -171,11 +171,6 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder holds a tokenizer."""
     places = folder, folder / OWN_FOLDER
     return any((place / name).is_file() for place in places for name in TOKENIZER_FILES)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def unreadable(failure: str, error: BaseException, *files: str) -> UsageError:

@@ -14,6 +14,7 @@ import psutil
 from megatron_let.data.characters import UNICODE_FORMS, Encode, Screen, revealing
 from megatron_let.data.cuts import is_proven
 from megatron_let.data.tokenizer import Tokenizer
+from megatron_let.errors import first_line
 
 ENGINES = ("auto", "gigatoken", "tokenizers")
 """`tokenizers` stands for the tokenizer's own library; `auto` tries gigatoken and falls back."""
@@ -192,6 +193,6 @@ def make_engine(name: str, tokenizer: Tokenizer, tell: Callable[[str], None]) ->
         except Unsuited as error:
             if name == "gigatoken":
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             tell(f"{reason}: tokenizing with the tokenizer's own library")
     return Library(tokenizer)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let import hugging_face
-from megatron_let.errors import UsageError
+from megatron_let.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Harness:
                     task_manager=self._manager,
                 )
             except (OSError, ValueError) as error:
-                reason = hugging_face.first_line(error)
+                reason = first_line(error)
                 raise UsageError(
                     f"{task.name}: {task.dataset} cannot be loaded: {reason} Without internet give "
                     "the data sets with --task-data."

@@ -12,8 +12,8 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
 
-from megatron_let.errors import UsageError
-from megatron_let.hugging_face import first_line, own_folder
+from megatron_let.errors import UsageError, first_line
+from megatron_let.hugging_face import own_folder
 from megatron_let.teacher import load, probe
 from megatron_let.teacher.load import DTYPES, TeacherConfig, numbers_alike
 from megatron_let.teacher.stage import Rows, Teacher, near_random, text_model

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_let.console import say
+from megatron_let.errors import first_line
 
 SHAPES = 4
 """Recorded at most; a run has one or two, and each holds memory."""
@@ -63,7 +64,7 @@ class Recorded:
             self._possible = False
             for layer in self._layers:
                 layer._compiled_call_impl = None
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             say(f"> the teacher runs uncompiled, which is slower: {reason}")
 
 

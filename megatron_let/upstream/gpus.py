@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_let.console import show
+from megatron_let.errors import first_line
 
 COUNTS = "SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPUS".split()
 """What a job was given, as a number or as `a100:8`."""
@@ -50,7 +51,7 @@ def reason() -> str:
     try:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
-        return str(error).splitlines()[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return "it counts no device"
 
 
