@@ -4,8 +4,10 @@ It goes layer by layer from disk to disk: the largest thing in memory is one lay
 embedding.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -42,19 +44,8 @@ def export(
     args = checkpoint.args()
     family = configs.family_of_run(args)
     source = tokenizer_model or tokenizer_files.tokenizer_of_run(args)
-    tokenizer = None
-    if source is not None:
-        way_out = " Give the run's with --tokenizer-model."
-        tokenizer = tokenizer_files.load_tokenizer(source, way_out)
-        # Megatron adds them to what it loads.
-        tokenizer.add_tokens(vars(args).get("special_tokens") or [], special_tokens=True)
-        tokenizer_files.check_tokenizer(args, tokenizer, source)
-    # A model that came with more rows than tokens keeps them.
-    ids = {} if tokenizer is None else tokenizer.get_vocab()
-    rows = max(vars(args).get("vocab_size") or 0, *(index + 1 for index in ids.values()), 0)
-    if vars(args).get("tokenizer_fingerprint") is not None:
-        rows = min(rows, args.padded_vocab_size)  # its own tokenizer, of an import with fewer rows
-    shape = configs.model_shape(args, rows)
+    tokenizer = None if source is None else _tokenizer(source, args)
+    shape = configs.model_shape(args, _rows(args, tokenizer))
     config = configs.hugging_face_config(family, args, shape, tokenizer)
 
     rules = checks.rules_of(family.rules, tied=config.tie_word_embeddings)
@@ -81,6 +72,24 @@ def export(
         if source is not None:
             tokenizer_files.write_tokenizer(source, tokenizer, folder)
     return output
+
+
+def _tokenizer(source: str, args: Namespace) -> Any:
+    way_out = " Give the run's with --tokenizer-model."
+    tokenizer = tokenizer_files.load_tokenizer(source, way_out)
+    # Megatron adds them to what it loads.
+    tokenizer.add_tokens(vars(args).get("special_tokens") or [], special_tokens=True)
+    tokenizer_files.check_tokenizer(args, tokenizer, source)
+    return tokenizer
+
+
+def _rows(args: Namespace, tokenizer: Any) -> int:
+    """Of the embedding, for all ids; a model that came with more rows than tokens keeps them."""
+    ids = {} if tokenizer is None else tokenizer.get_vocab()
+    rows = max(vars(args).get("vocab_size") or 0, *(index + 1 for index in ids.values()), 0)
+    if vars(args).get("tokenizer_fingerprint") is not None:
+        rows = min(rows, args.padded_vocab_size)  # its own tokenizer, of an import with fewer rows
+    return rows
 
 
 def sample(folder: Path, prompt: str) -> str:

@@ -152,9 +152,7 @@ def split_time(
     student: ModelShape, teacher: ModelShape | None, layout: Layout, run: RunShape, gpu: Gpu
 ) -> SplitTime:
     """What this layout's split costs."""
-    peak = gpu.peak_tflops * 1e12
-    rate = layout.sharing * peak * gpu.mfu
-    counted = student.training_flops_per_token(run.seq_length) * run.tokens_per_step
+    rate = layout.sharing * gpu.peak_tflops * 1e12 * gpu.mfu
     plain = student_work(student, layout, run)
 
     def teacher_chunks(phase: Phase) -> dict[int, int]:
@@ -187,6 +185,7 @@ def split_time(
     phases = run.phases()
     phase_seconds = tuple(seconds(work(phase)) for phase in phases)
     run_seconds = sum(phase.steps * s for phase, s in zip(phases, phase_seconds, strict=True))
+    counted = student.training_flops_per_token(run.seq_length) * run.tokens_per_step
     return SplitTime(
         layout=layout,
         layers=layout.split(student.num_layers),
@@ -198,5 +197,5 @@ def split_time(
         run_seconds=run_seconds,
         guided_overhead=phase_seconds[0] / seconds(plain) - 1,
         run_overhead=run_seconds / (run.train_iters * seconds(plain)) - 1,
-        plain_mfu=counted / (layout.gpus * peak * seconds(plain)),
+        plain_mfu=counted / (layout.gpus * gpu.peak_tflops * 1e12 * seconds(plain)),
     )
