@@ -205,7 +205,7 @@ def auto(results: Results) -> list[str]:
 
 def widths(results: Results) -> list[str]:
     """How the teacher's width is met, beside interpolation of the same seed."""
-    found = [r for r in results.group("auto") if re.match("auto-let-seed", r.planned.name)]
+    found = [r for r in results.group("auto") if r.planned.name.startswith("auto-let-seed")]
     rows: Rows = []
     for result in sorted([*found, *results.group("widths")], key=lambda r: r.planned.seed):
         documentation = result.summary.scores["documentation"].bits_per_byte

@@ -69,7 +69,7 @@ class Distill(Signal):
     refused_flags = Signal.refused_flags | {"context_parallel_size": (1,), "use_mup": (False,)}
     danger = "the loss could be computed without the teacher."
     logged = ("kd loss", "kd weight")
-    recorded = ("loss", "tokens", "lm", "teacher", "better")
+    recorded = ("loss", "tokens", "teacher", "better")
     measure = "loss"
 
     def __init__(self, args: Namespace, teacher: TeacherConfig) -> None:
@@ -182,8 +182,8 @@ class Distill(Signal):
             self.flags.kd_token_gate,
         )
         self.queue.micro_batches += 1
-        recorded = losses.kd, losses.lm, losses.teacher, losses.is_better
-        for name, each_SB in zip(("loss", "lm", "teacher", "better"), recorded, strict=True):
+        recorded = losses.kd, losses.teacher, losses.is_better
+        for name, each_SB in zip(("loss", "teacher", "better"), recorded, strict=True):
             counted_BS = each_SB.transpose(0, 1).where(mask_BS > 0, 0.0)  # others may be infinite
             self.queue.add(**{name: counted_BS.sum()})
         self.queue.add(tokens=mask_BS.sum())
@@ -196,14 +196,14 @@ class Distill(Signal):
         """The teacher's own loss on the same tokens, too, and the share on which it is better."""
         report = super().report(loss, tokens)
         if self.flags.kd_temperature == 1:  # at another they are others
-            for name, total in zip(("teacher loss", "teacher better share"), own[1:], strict=True):
+            for name, total in zip(("teacher loss", "teacher better share"), own, strict=True):
                 report[name] = total / tokens.clamp(min=1)
         return report
 
     def measured(self, student_loss: torch.Tensor, *totals: torch.Tensor) -> torch.Tensor:
         """How far the student's loss is above the teacher's, nats a token."""
-        _, tokens, lm, teacher, _ = totals
-        return (lm - teacher) / tokens
+        _, tokens, teacher, _ = totals
+        return student_loss - teacher / tokens
 
     def language_model_losses(self) -> torch.Tensor | None:
         """The labels' cross-entropy of the micro-batch that has just had a distilled loss."""

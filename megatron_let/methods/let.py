@@ -311,7 +311,7 @@ class Let(Signal):
         report = super().report(loss, tokens)
         if not self.is_control:  # which adds no gradient
             report["let gradient ratio"] = (let_square / lm_square.clamp(min=1e-30)).sqrt()
-            report["let gradient cosine"] = product / (lm_square.sqrt() * let_square.sqrt())
+            report["let gradient cosine"] = _cosine(lm_square, let_square, product)
         if self._balance is not None and not self.is_control:
             report["let weight"] = self._lambda(loss.device).view(1)
         if self.is_translated:
@@ -325,7 +325,7 @@ class Let(Signal):
         *_, lm_square, let_square, product, teacher, scored = totals
         if self._teacher_loss is not None:
             return student_loss - teacher / scored  # NaN in steps that are not scored: no measure
-        return product / lm_square.sqrt() / let_square.sqrt()  # NaN without gradients, likewise
+        return _cosine(lm_square, let_square, product)
 
     def learn(self, *totals: torch.Tensor) -> None:
         """The gradients of a step decide about the next one's weight."""
@@ -353,6 +353,12 @@ class Let(Signal):
             f"{flags.let_teacher_layer} of {self.teacher_config.num_layers}, {loss}{weight} "
             f"{course}"
         )
+
+
+def _cosine(
+    lm_square: torch.Tensor, let_square: torch.Tensor, product: torch.Tensor
+) -> torch.Tensor:
+    return product / lm_square.sqrt() / let_square.sqrt()  # NaN without gradients: no measure
 
 
 def _resolve_stop(args: Namespace) -> None:

@@ -72,7 +72,8 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
     A chunk is scored by one rank, whichever, and kept on disk: an interrupted call goes on.
     """
     candidates = number_of_candidates(config, args, len(dataset))
-    scores, parts, flops = np.random.default_rng(args.seed).random(candidates), [], 0.0
+    parts: list[Path] = []
+    flops = 0.0
     if config.scorer_model is not None:
         _check_tokens(config.scorer_model, args)
         scorer = Scorer(config.scorer_model, config, args.seq_length)
@@ -81,6 +82,8 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
         return None
     if parts:
         scores = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
+    else:
+        scores = np.random.default_rng(args.seed).random(candidates)
     samples = highest(scores, number_wanted(args))
     selection = Selection(
         data=dataset.unique_description_hash,

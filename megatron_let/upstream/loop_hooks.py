@@ -195,11 +195,13 @@ class LoopHooks:
         for name in self._reported - step.reported.keys():
             totals.pop(name, None)  # else 0.0 for the rest of the run
         self._reported = set(step.reported)
-        is_drawn = (
-            get_tensorboard_writer() and step.number % self.args.tensorboard_log_interval == 0
-        )
-        if is_drawn or step.number % self.args.log_interval == 0:
-            step.losses.update(step.reported)
+        writer, drawn = get_tensorboard_writer(), self.args.tensorboard_log_interval
+        is_logged = step.number % self.args.log_interval == 0
+        if is_logged or (writer and step.number % drawn == 0):
+            # Megatron divides by all steps of an interval: what comes at its end alone stays out.
+            is_late = is_logged and totals.get("advanced iterations", 0) > 0
+            known = totals if is_late else step.reported
+            step.losses.update((n, v) for n, v in step.reported.items() if n in known)
         elif not step.is_skipped:
             for name, value in step.reported.items():
                 totals[name] = totals.get(name, 0) + value

@@ -1,6 +1,6 @@
 from argparse import Namespace
 
-from megatron_let.upstream.loop_hooks import Listener, LoopHooks
+from megatron_let.upstream.loop_hooks import Listener, LoopHooks, Step
 
 
 class Average(Listener):
@@ -29,3 +29,16 @@ def test_each_of_two_listeners_of_a_class_gets_its_own_state_back():
     assert [listener.value for listener in listeners] == [0.9, 0.99]
     # The twin: a checkpoint of a single one is as it always was.
     assert hooks_with(Average(0.9))._states() == {"Average": {"value": 0.9}}
+
+
+def test_megatron_gets_what_it_can_take_the_mean_of():
+    """Over three steps: of a name in each the sum so far, of one at the end alone nothing."""
+    hooks = LoopHooks(Namespace(log_interval=3, tensorboard_log_interval=1))
+    totals = {"advanced iterations": 0}
+    for number in (1, 2, 3):
+        step = Step(number, losses={}, grad_norm=None, learning_rate=None, is_skipped=False)
+        step.reported = {"always": number} | ({"seldom": 7} if number in (1, 3) else {})
+        hooks._log_reported(step, totals)
+        totals["advanced iterations"] += 1
+    assert totals == {"advanced iterations": 3, "always": 1 + 2}
+    assert step.losses == {"always": 3}  # which Megatron adds
