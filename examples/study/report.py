@@ -204,15 +204,26 @@ def auto(results: Results) -> list[str]:
 
 
 def widths(results: Results) -> list[str]:
-    """How the teacher's width is met, beside interpolation of the same seed."""
+    """How the teacher's width is met: interpolation first, each arm's seeds and their mean."""
     found = [r for r in results.group("auto") if r.planned.name.startswith("auto-let-seed")]
+    arms: dict[str, list[Result]] = {}
+    for result in (*found, *results.group("widths")):
+        arms.setdefault(result.planned.arm.label, []).append(result)
     rows: Rows = []
-    for result in sorted([*found, *results.group("widths")], key=lambda r: r.planned.seed):
-        documentation = result.summary.scores["documentation"].bits_per_byte
-        losses = (f"{result.summary.loss:.3f}", f"{documentation:.3f}")
-        steps = spread([result.steps], 2)
-        rows.append((result.planned.arm.label, str(result.planned.seed), *losses, steps))
-    return markdown_table(("arm", "seed", "final loss", "other domain", "steps"), rows)
+    for label, runs in arms.items():
+        measures = [
+            (r.summary.loss, r.summary.scores["documentation"].bits_per_byte, r.steps, r.flops)
+            for r in runs
+        ]
+        seeds = [str(r.planned.seed) for r in runs]
+        if len(runs) > 1:
+            columns = zip(*measures, strict=True)
+            measures.append(tuple(None if None in column else fmean(column) for column in columns))
+            seeds.append("mean")
+        for seed, (loss, other, *costs) in zip(seeds, measures, strict=True):
+            shown = (spread([cost], 2) for cost in costs)
+            rows.append((label, seed, f"{loss:.3f}", f"{other:.3f}", *shown))
+    return markdown_table(("arm", "seed", "final loss", "other domain", "steps", "FLOPs"), rows)
 
 
 def again(results: Results) -> list[str]:
