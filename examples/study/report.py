@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from examples.study.results import Result, Results  # noqa: E402
 from examples.study.run import RECORD  # noqa: E402
 from examples.study.study import Study  # noqa: E402
-from examples.study.table import LARGER, MEET, PLAIN, STUDY, Arm  # noqa: E402
+from examples.study.table import AUTO, LARGER, MEET, PLAIN, STUDY, Arm  # noqa: E402
 from megatron_let.report.plot import plot_comparison  # noqa: E402
 from megatron_let.report.table import markdown_table, spread  # noqa: E402
 
@@ -205,12 +205,14 @@ def auto(results: Results) -> list[str]:
 
 def widths(results: Results) -> list[str]:
     """How the teacher's width is met: interpolation first, each arm's seeds and their mean."""
-    found = [r for r in results.group("auto") if r.planned.name.startswith("auto-let-seed")]
-    arms: dict[str, list[Result]] = {}
+    interpolated = AUTO[0][1]
+    found = [r for r in results.group("auto") if r.planned.arm == interpolated]
+    cells: dict[tuple[str, str], list[Result]] = {}
     for result in (*found, *results.group("widths")):
-        arms.setdefault(result.planned.arm.label, []).append(result)
+        planned = result.planned
+        cells.setdefault((planned.regime, planned.arm.label), []).append(result)
     rows: Rows = []
-    for label, runs in arms.items():
+    for cell, runs in sorted(cells.items(), key=lambda item: item[0][0] != MEET):
         measures = [
             (r.summary.loss, r.summary.scores["documentation"].bits_per_byte, r.steps, r.flops)
             for r in runs
@@ -222,8 +224,9 @@ def widths(results: Results) -> list[str]:
             seeds.append("mean")
         for seed, (loss, other, *costs) in zip(seeds, measures, strict=True):
             shown = (spread([cost], 2) for cost in costs)
-            rows.append((label, seed, f"{loss:.3f}", f"{other:.3f}", *shown))
-    return markdown_table(("arm", "seed", "final loss", "other domain", "steps", "FLOPs"), rows)
+            rows.append((*cell, seed, f"{loss:.3f}", f"{other:.3f}", *shown))
+    header = ("regime", "arm", "seed", "final loss", "other domain", "steps", "FLOPs")
+    return markdown_table(header, rows)
 
 
 def again(results: Results) -> list[str]:

@@ -283,6 +283,7 @@ STUDY = Table(
             Planned(f"{CCA.name}-seed-{n}", "widths", CCA, n, GUIDED.tuning_runs, CCA.settings[0])
             for n in (2, 3)
         ),
+        Planned("ahead-cca-let", "widths", CCA, 1, PLAIN.tuning_runs, CCA.settings[0], "ahead"),
     ),
     hashes={
         "corpus/train.jsonl": "06bdd03793ffea91b7cecbbd823796926b2849eb9e72e37941712476af9a1bb1",
