@@ -238,8 +238,9 @@ def again(results: Results) -> list[str]:
             rates = (f"{result.summary.facts['rate']:.2g}" for result in pair)
             losses = (f"{result.summary.loss:.3f}" for result in pair)
             steps = (spread([result.steps], 2) for result in pair)
-            facts = now.summary.facts
-            rows.append((facts["label"], facts["setting"], *rates, *losses, *steps))
+            settings = dict.fromkeys(result.summary.facts["setting"] for result in pair)
+            label = now.summary.facts["label"]
+            rows.append((label, ", ".join(settings), *rates, *losses, *steps))
     names = (
         f"{what}, {where}" for what in ("rate", "final loss", "steps") for where in ("CPU", "GPU")
     )
