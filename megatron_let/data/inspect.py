@@ -49,7 +49,7 @@ class Pair:
 
 def open_pair(prefix: str) -> Pair:
     """Read `prefix`.idx and compare it with itself and `prefix`.bin; ValueError names a damage."""
-    pair = Pair(prefix, *_read_index(prefix), _sidecar(Path(f"{prefix}.json")))
+    pair = Pair(prefix, *_read_index(prefix), read_sidecar(prefix))
     lengths, documents = pair.lengths, pair.documents
     if (lengths < 0).any():
         raise ValueError(f"{prefix}.idx has a sequence of negative length")
@@ -64,7 +64,9 @@ def open_pair(prefix: str) -> Pair:
     return pair
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
+def read_sidecar(prefix: str) -> dict[str, Any]:
+    """Return what is written beside a pair, if anything; UsageError if that is damaged."""
+    path = Path(f"{prefix}.json")
     try:
         about = json.loads(path.read_text()) if path.exists() else {}
         if not isinstance(about, dict):

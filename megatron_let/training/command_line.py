@@ -1,7 +1,6 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_let.checkpoint import choice
 from megatron_let.data.checked import check_ids
-from megatron_let.data.inspect import first_tokens
+from megatron_let.data.inspect import first_tokens, read_sidecar
 from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from megatron_let.hugging_face import remote_code
@@ -294,7 +293,7 @@ def _check_data_tokenizer(args: Namespace) -> None:
     if args.tokenizer_type == "HuggingFaceTokenizer":
         args.tokenizer_fingerprint = own  # for who exports the checkpoint
     for prefix in _data_prefixes(args):
-        made_with = _fingerprint_of(Path(f"{prefix}.json")) if ids else None
+        made_with = read_sidecar(prefix).get("tokenizer_fingerprint") if ids else None
         if made_with not in (None, own):
             raise UsageError(
                 f"{prefix} was made with another tokenizer (fingerprint {str(made_with)[:12]}) "
@@ -302,14 +301,6 @@ def _check_data_tokenizer(args: Namespace) -> None:
                 "Use that tokenizer, or preprocess again."
             )
         check_ids(first_tokens(prefix, LOOKED_AT), args.padded_vocab_size, prefix)
-
-
-def _fingerprint_of(sidecar: Path) -> Any:
-    try:
-        text = sidecar.read_bytes() if sidecar.exists() else b"{}"
-        return json.loads(text).get("tokenizer_fingerprint")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{sidecar} is damaged ({error!r}): remove it.") from error
 
 
 def model_config(args: Namespace, method: Method) -> Any:
