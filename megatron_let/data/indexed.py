@@ -85,6 +85,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_folder_of(prefix: str) -> None:
+    """Raise ValueError if there is no folder for what a prefix names."""
+    folder = os.path.dirname(prefix) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"the output folder {folder} does not exist; create it first")
+
+
 def check_absent(outputs: Iterable[str]) -> None:
     """Raise ValueError if there is one of the files already."""
     for path in filter(os.path.exists, outputs):

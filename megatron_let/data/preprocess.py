@@ -16,7 +16,13 @@ import numpy as np
 from megatron_let import __version__
 from megatron_let.data.encode import EngineDiffers, PreprocessConfig, dataset_name
 from megatron_let.data.engines import ENGINES
-from megatron_let.data.indexed import ENDINGS, check_absent, token_dtype, write_index
+from megatron_let.data.indexed import (
+    ENDINGS,
+    check_absent,
+    check_folder_of,
+    token_dtype,
+    write_index,
+)
 from megatron_let.data.sources import expand
 from megatron_let.data.stream import Stream, tell
 from megatron_let.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -33,7 +39,7 @@ def preprocess(config: PreprocessConfig) -> list[str]:
     paths = expand(config.input)
     tokenizer = load_tokenizer(config)
     ids = tokenizer.ids()
-    identity = _identity(config, paths, ids)
+    identity = _identity(config, paths, tokenizer)
     with closing(Workplace(config.output_prefix, identity, config.engine)) as workplace:
         if not workplace.state.moves:
             names = [f"{dataset_name('', key)}{end}" for key in config.json_keys for end in ENDINGS]
@@ -49,7 +55,7 @@ def preprocess(config: PreprocessConfig) -> list[str]:
 
 
 def _check(config: PreprocessConfig) -> None:
-    keys, folder = config.json_keys, Path(config.output_prefix).parent
+    keys, prefix = config.json_keys, config.output_prefix
     numbers = f"--workers {config.workers} and --log-interval {config.log_interval}"
     fraction = f"--verify-fraction {config.verify_fraction}"
     for is_good, problem in (
@@ -60,12 +66,17 @@ def _check(config: PreprocessConfig) -> None:
             f"--json-keys {' '.join(keys)} names a key twice; name it once",
         ),
         (config.engine in ENGINES, f"--engine {config.engine} is not one of {', '.join(ENGINES)}"),
+        (
+            not config.split_by_meta or len(prefix.split()) == 1,
+            f"--output-prefix {prefix!r} has a blank in it, at which Megatron would cut the names "
+            "in the blend of --split-by-meta; choose another",
+        ),
         (config.max_document_mb > 0, f"--max-document-mb {config.max_document_mb} must be above 0"),
         (0 <= config.verify_fraction <= 1, f"{fraction} must lie between 0 and 1"),
-        (folder.is_dir(), f"the output folder {folder} does not exist; create it first"),
     ):
         if not is_good:
             raise ValueError(problem)
+    check_folder_of(prefix)
 
 
 def _check_tokenizer(config: PreprocessConfig, tokenizer: Tokenizer, ids: dict[str, int]) -> None:
@@ -101,15 +112,16 @@ WAYS = (
 """Flags by which one tokenizer may give other tokens."""
 
 
-def _identity(config: PreprocessConfig, paths: list[str], ids: dict[str, int]) -> dict[str, Any]:
+def _identity(config: PreprocessConfig, paths: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "tokenizer": tokenizer_fingerprint(ids),
+        "tokenizer": tokenizer_fingerprint(tokenizer.ids()),
+        "around_text": tokenizer.tokenize(""),
+        "eod_id": tokenizer.eod if config.append_eod else None,
         "input": [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths],
         "json_keys": config.json_keys,
         "split_by_meta": config.split_by_meta,
         "append_eod": config.append_eod,
         "engine": config.engine,
-        "include_special_tokens": not config.tokenizer_hf_no_include_special_tokens,
         **{name: getattr(config, name) for name in WAYS},
     }
 
@@ -152,6 +164,7 @@ def _complete(
         "engine": state.engine,
         "tokenizer_fingerprint": state.identity["tokenizer"],
         "vocab_size": tokenizer.vocab_size,
+        "around_text": tokenizer.tokenize(""),
         "eod_id": tokenizer.eod if config.append_eod else None,
         "arguments": asdict(config),
         "inputs": state.inputs,

@@ -60,10 +60,12 @@ class Workplace:
         try:
             # Not `flock`: a killed run's workers would hold that one a moment longer.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise ValueError(
                 f"another process is writing {prefix}; wait, or choose another --output-prefix"
             ) from error
+        except OSError:  # a file system without locks, as Lustre often is: nothing is known
+            pass
         self.state = State(identity, engine)
         if self._state_file.exists():
             self._take_up(json.loads(self._state_file.read_text()))

@@ -190,6 +190,7 @@ BAD: dict[str, Callable[[Path, Config], Config]] = {
     "an unknown engine": change(engine="fast"),
     "a fraction outside 0 to 1": change(verify_fraction=2.0),
     "no worker": change(workers=0),
+    "a blank in a blend": change(output_prefix="out of it/x", split_by_meta="set"),
     "no length": change(max_document_mb=0),
 }
 

@@ -1,5 +1,6 @@
 """A preprocessing run that is killed and called again gives the bytes of one that was not."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let.data import preprocess as module
-from megatron_let.data import sources, stream
+from megatron_let.data import sources, stream, workplace
 from megatron_let.data.preprocess import WAYS, PreprocessConfig, preprocess
 from tests.unit.data.test_preprocess import make_records, save_tokenizer
 
@@ -190,6 +191,26 @@ def test_another_run_does_not_go_on(
         del state["identity"][name]
     file.write_text(json.dumps(state))
     preprocess(PreprocessConfig(**config))
+
+
+def test_another_end_of_documents_does_not_go_on(
+    tmp_path: Path, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    interrupted(config, monkeypatch)
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "a"}))
+    with pytest.raises(ValueError, match="an interrupted run with another eod_id"):
+        preprocess(PreprocessConfig(**config))
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(workplace.fcntl, "lockf", lockf)
+    workplace.Workplace(str(tmp_path / "x"), {}, "auto").close()
+    assert not (tmp_path / "x.partial").exists()
 
 
 def test_an_input_that_changed_is_refused(
