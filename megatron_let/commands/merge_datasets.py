@@ -5,13 +5,14 @@ megatron-let merge --input folder --output-prefix data/all_text_document
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megatron_let import __version__
 from megatron_let.commands import mistakes_told, tool_parser
-from megatron_let.data.indexed import ENDINGS, check_absent
+from megatron_let.data.indexed import ENDINGS, check_absent, check_folder_of
 from megatron_let.data.inspect import Pair, open_pair
 from megatron_let.data.sources import file_identity
 from megatron_let.errors import UsageError
@@ -21,6 +22,8 @@ SAME = {
     "tokenizer_fingerprint": _OTHER_TOKENIZER,
     "vocab_size": _OTHER_TOKENIZER,
     "eod_id": "their documents end differently; make all with --append-eod, or none",
+    "around_text": "one holds what the tokenizer puts around a text, such as BOS; make all with "
+    "--tokenizer-hf-no-include-special-tokens, or none",
 }
 """What the sidecars must agree on, and what it means where they do not."""
 ADDED = ("documents", "empty_documents", "tokens", "text_bytes")
@@ -53,6 +56,7 @@ def merge(prefixes: list[str], output: str) -> None:
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+    check_folder_of(output)
     check_absent(output + ending for ending in ENDINGS)
     pairs = [open_pair(prefix) for prefix in prefixes]
     _check_together(pairs)
@@ -96,6 +100,8 @@ def _sidecar(pairs: list[Pair]) -> dict[str, object]:
     known = [key for key in (*SAME, *ADDED) if all(key in pair.sidecar for pair in pairs)]
     about |= {key: pairs[0].sidecar[key] for key in SAME if key in known}
     about |= {key: sum(pair.sidecar[key] for pair in pairs) for key in ADDED if key in known}
+    if all("skipped" in pair.sidecar for pair in pairs):
+        about["skipped"] = sum((Counter(pair.sidecar["skipped"]) for pair in pairs), Counter())
     return about | {"merged": [pair.prefix for pair in pairs]}
 
 

@@ -162,6 +162,9 @@ def test_merged_pair_is_megatrons(tmp_path: Path, tokenizer_model: str) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
     parts = [make_pair(folder, name, tokenizer_model, n) for name, n in (("b", 30), ("a", 20))]
+    for part in parts:
+        sidecar = Path(f"{part}.json")
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"skipped": {"why": 2}}))
     merge_datasets.main(f"--input {folder} --output-prefix {tmp_path}/all".split())
     builder = IndexedDatasetBuilder(str(tmp_path / "reference.bin"), dtype=np.uint16)
     for part in sorted(parts):
@@ -172,7 +175,7 @@ def test_merged_pair_is_megatrons(tmp_path: Path, tokenizer_model: str) -> None:
         assert (tmp_path / f"all{suffix}").read_bytes() == expected
     pair = open_pair(str(tmp_path / "all"))
     check_tokens(pair, pair.sidecar["vocab_size"])
-    assert pair.sidecar["documents"] == 50
+    assert (pair.sidecar["documents"], pair.sidecar["skipped"]) == (50, {"why": 4})
     assert len(summary(pair).splitlines()) < 24
 
 
@@ -189,11 +192,20 @@ def test_pairs_of_two_tokenizers_are_not_merged(tmp_path: Path, tokenizer_model:
     assert not list(tmp_path.glob("all*"))
 
 
-def test_pairs_with_and_without_an_end_are_not_merged(tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"eod_id": 0}, "eod_id None and .* 0: their documents end differently"),
+        ({"around_text": [5]}, r"around_text \[\] and .* \[5\]: one holds what the tokenizer puts"),
+    ],
+)
+def test_pairs_that_were_made_otherwise_are_not_merged(
+    tmp_path: Path, prefix: str, other: dict[str, object], message: str
+) -> None:
     sidecar = Path(f"{prefix}.json")
     shutil.copytree(tmp_path, tmp_path / "other")
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"eod_id": 0}))
-    with pytest.raises(UsageError, match="eod_id None and .* 0: their documents end differently"):
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | other))
+    with pytest.raises(UsageError, match=message):
         merge([prefix, f"{tmp_path}/other/a_text_document"], str(tmp_path / "all"))
 
 
@@ -245,3 +257,5 @@ def test_merge_overwrites_nothing(tmp_path: Path, prefix: str) -> None:
     with pytest.raises(ValueError, match="exists already"):
         merge([prefix], str(tmp_path / "all"))
     assert (tmp_path / "all.idx").read_text() == "precious"
+    with pytest.raises(ValueError, match="output folder .*absent does not exist"):
+        merge([prefix], str(tmp_path / "absent" / "all"))
