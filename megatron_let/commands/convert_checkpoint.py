@@ -79,7 +79,7 @@ def _to_hf(values: dict[str, Any]) -> None:
     step = find_checkpoint(values["load"], values["ckpt_step"])
     if step.name != "release":
         values["ckpt_step"] = step_of(step)
-    if check and (problem := differing(step)):  # its weights would be damaged on both sides
+    if problem := differing(step):  # --verify would read the same damage on both sides
         raise UsageError(f"{step} is damaged: {problem}. Choose another with --ckpt-step.")
     folder = export(**values)
     print(f"Wrote {folder}, of {step}", flush=True)  # not of a newer one that is cut

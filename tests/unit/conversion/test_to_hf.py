@@ -297,11 +297,11 @@ def test_the_step_is_told(
     assert capsys.readouterr().out == f"Wrote {tmp_path}/hf, of {made.save}/iter_0000007\n"
 
 
-def test_a_damaged_checkpoint_is_not_verified(
+def test_a_damaged_checkpoint_is_not_exported(
     made: MadeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (made.save / "iter_0000007" / SUMS).write_text('{"files": {"__0_0.distcp": "another"}}')
     with pytest.raises(SystemExit):
-        main(["to-hf", "--load", str(made.save), "--output", str(tmp_path / "hf"), "--verify"])
+        main(["to-hf", "--load", str(made.save), "--output", str(tmp_path / "hf")])
     assert "iter_0000007 is damaged: the SHA-256 of __0_0.distcp" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
