@@ -5,6 +5,7 @@ the folder, and what cannot be loaded ends in a sentence. Imports neither torch 
 """
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -46,13 +47,13 @@ def load(auto: Any, source: str | Path, failure: str = "", **options: Any) -> An
     if is_gguf(source):
         options["gguf_file"] = Path(source).name
         source = Path(source).parent
-    if auto.__name__ != "AutoTokenizer" and (Path(source) / "adapter_config.json").is_file():
-        raise OutsideError(
-            f"{source} holds an adapter (adapter_config.json) of a model that lies elsewhere. "
-            "Merge them: load the folder with peft's AutoPeftModelForCausalLM, call "
-            "merge_and_unload, and save what that returns with save_pretrained."
-        )
     with told(source, failure, weights=auto.__name__.startswith("AutoModel")):
+        if auto.__name__ != "AutoTokenizer" and (Path(source) / "adapter_config.json").is_file():
+            raise OutsideError(
+                f"{source} holds an adapter (adapter_config.json) of a model that lies elsewhere. "
+                "Merge them: load the folder with peft's AutoPeftModelForCausalLM, call "
+                "merge_and_unload, and save what that returns with save_pretrained."
+            )
         loaded = auto.from_pretrained(source, trust_remote_code=False, **options)
     # A kernel of the hub, as "owner/name", is code too.
     if "/" in str(getattr(loaded, "_attn_implementation", "")):
@@ -66,9 +67,11 @@ def told(source: str | Path, failure: str = "", weights: bool = False) -> Iterat
 
     Without `failure` it is said that the source cannot be loaded.
     """
-    check_folder(Path(source), weights)
     try:
+        check_folder(Path(source), weights)
         yield
+    except UsageError:
+        raise
     except Exception as error:  # each library has its own kinds
         if "trust_remote_code" in str(error):
             raise remote_code(source) from error
@@ -151,7 +154,7 @@ def bars_on_a_terminal_only() -> None:
 
 def is_gguf(source: str | Path) -> bool:
     """Whether a model is one file of llama.cpp's form."""
-    return str(source).endswith(".gguf") and Path(source).is_file()
+    return str(source).endswith(".gguf") and os.path.isfile(source)
 
 
 def context(config: Any) -> int:

@@ -188,5 +188,5 @@ def explain_failed_save(error: BaseException) -> str | None:
             f"Megatron says: {says}"
         )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f"{error.filename or 'a file'} cannot be written: {error.strerror}."
+        return f"{error.filename or 'a file'} cannot be written, or read: {error.strerror}."
     return None

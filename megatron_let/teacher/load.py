@@ -1,6 +1,7 @@
 """Loads a teacher from a Hugging Face folder or hub id, and checks that it is one."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ class TeacherConfig:
 
 def read_teacher_config(name: str, revision: str | None = None) -> TeacherConfig:
     """Read a teacher's configuration; raises UsageError if it is no causal language model's."""
-    if name.startswith(("/", ".", "~")) and not (Path(name).is_dir() or is_gguf(name)):
+    if name.startswith(("/", ".", "~")) and not (os.path.isdir(name) or is_gguf(name)):
         raise UsageError(
-            f"--teacher-model {name}: there is no such folder. Give the folder of a Hugging Face "
-            "causal language model, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM-135M."
+            f"--teacher-model {name}: there is no such folder, or you may not read it. Give the "
+            "folder of a Hugging Face causal language model, a .gguf file, or a hub id such as "
+            "HuggingFaceTB/SmolLM-135M."
         )
     hugging_face.check_revision("--teacher-revision", revision, name)
     where = "folder" if Path(name).exists() else "folder, nor a hub id that can be reached"

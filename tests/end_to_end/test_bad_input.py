@@ -31,7 +31,7 @@ def test_a_mistake_ends_with_one_paragraph():
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     [line] = [x for x in result.stderr.splitlines() if x.startswith("pretrain_let.py: error: ")]
-    assert "--teacher-model ./nowhere: there is no such folder. Give the folder" in line
+    assert "--teacher-model ./nowhere: there is no such folder, or" in line
     assert result.stderr.endswith(f"{line}\n")
 
 

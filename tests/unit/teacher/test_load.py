@@ -18,6 +18,7 @@ from transformers import (
     T5Config,
 )
 
+from megatron_let import hugging_face
 from megatron_let.errors import MachineError, UsageError
 from megatron_let.hugging_face import told
 from megatron_let.teacher.load import (
@@ -94,6 +95,15 @@ def test_width_context_and_vocabulary_of_every_architecture(architecture, tmp_pa
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"--teacher-model .*/nowhere: there is no such folder"):
         read_teacher_config(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(hugging_face.Path, "is_file", denied)  # root may read everything
+    with pytest.raises(UsageError, match="is not a readable model folder: .*Permission denied"):
+        read_teacher_config(str(tmp_path))
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path):
