@@ -439,6 +439,7 @@ def test_sidecar_says_what_made_the_pair(tmp_path: Path, config: dict[str, objec
         "without_text": [],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.get_vocab()),
         "vocab_size": len(tokenizer),
+        "around_text": [],
         "eod_id": tokenizer.eos_token_id,
         "inputs": [
             {
