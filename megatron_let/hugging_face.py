@@ -176,6 +176,16 @@ def has_tokenizer(folder: Path) -> bool:
     return any((place / name).is_file() for place in places for name in TOKENIZER_FILES)
 
 
+def check_vocabulary(tokenizer: Any) -> Any:
+    """Return a tokenizer; refuse what transformers makes up, for some, of a folder without one."""
+    if len(tokenizer) > len(tokenizer.added_tokens_decoder):
+        return tokenizer
+    raise UsageError(
+        f"it has special tokens alone, as where {tokenizer.name_or_path} holds no tokenizer: give "
+        f"a folder that does; beside a model of ours it may be the folder {OWN_FOLDER!r} in it"
+    )
+
+
 def unreadable(failure: str, error: BaseException, *files: str) -> UsageError:
     """Return what is said of something that cannot be loaded; a hub that is away may come back."""
     from huggingface_hub.errors import OfflineModeIsEnabled  # a ConnectionError

@@ -16,7 +16,11 @@ from megatron_let.hugging_face import OWN_FOLDER, TOKENIZER_FILES, own_folder
 def load_tokenizer(source: str | Path, way_out: str = "") -> Any:
     """Load a tokenizer from a folder or hub id, without remote code; a UsageError without one."""
     failure = f"The tokenizer {source} cannot be loaded.{way_out}"
-    return hugging_face.load(AutoTokenizer, own_folder(Path(source)), failure)
+    tokenizer = hugging_face.load(AutoTokenizer, own_folder(Path(source)), failure)
+    try:
+        return hugging_face.check_vocabulary(tokenizer)
+    except UsageError as error:
+        raise UsageError(f"{failure} ({error})") from error
 
 
 def tokenizer_of_run(args: Namespace) -> str | None:

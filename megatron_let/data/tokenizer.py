@@ -16,7 +16,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
-from megatron_let.hugging_face import remote_code
+from megatron_let.hugging_face import check_vocabulary, remote_code
 
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer GPT2BPETokenizer SentencePieceTokenizer GPTSentencePieceTokenizer "
@@ -188,12 +188,13 @@ def _from_transformers(config: TokenizerConfig) -> Any:
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     files = {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
-    return AutoTokenizer.from_pretrained(
+    found = AutoTokenizer.from_pretrained(
         config.tokenizer_model,
         use_fast=not config.tokenizer_hf_no_use_fast,
         trust_remote_code=config.trust_remote_code,
         **{name: file for name, file in files.items() if file and config.vocab_file},
     )
+    return check_vocabulary(found)
 
 
 def _check(config: TokenizerConfig) -> None:

@@ -24,6 +24,7 @@ from megatron_let.conversion.configs import (
 )
 from megatron_let.conversion.families import FAMILIES
 from megatron_let.conversion.to_hf import export, sample
+from megatron_let.conversion.tokenizer_files import load_tokenizer
 from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
 from tests.unit.conftest import VOCAB_SIZE, MadeCheckpoint
@@ -305,3 +306,9 @@ def test_a_damaged_checkpoint_is_not_exported(
         main(["to-hf", "--load", str(made.save), "--output", str(tmp_path / "hf")])
     assert "iter_0000007 is damaged: the SHA-256 of __0_0.distcp" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UsageError, match="cannot be loaded. .it has special tokens alone"):
+        load_tokenizer(tmp_path)

@@ -65,6 +65,13 @@ def change(**values: Any) -> Callable[[Path, Config], Config]:
     return lambda folder, config: values
 
 
+def model_alone(folder: Path, config: Config) -> Config:
+    """For a Gemma, transformers makes up five special tokens, one of them for any word."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "gemma3_text"}')
+    return {"tokenizer_model": str(folder / "model")}
+
+
 def table(folder: Path, config: Config) -> Config:
     parquet.write_table(pyarrow.table({"body": ["a"]}), folder / "in.parquet")
     return {"input": (str(folder / "in.parquet"),)}
@@ -185,6 +192,7 @@ BAD: dict[str, Callable[[Path, Config], Config]] = {
     "an absent tokenizer": change(tokenizer_model="./no/such/folder"),
     "an unknown tokenizer type": change(tokenizer_type="NullTokenizer"),
     "GPT-2 without its files": change(**GPT2),
+    "a model without a tokenizer": model_alone,
     "no tokenizer": change(tokenizer_model=None),
     "--append-eod without such a token": no_eos,
     "an unknown engine": change(engine="fast"),
