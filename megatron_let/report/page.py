@@ -1,5 +1,6 @@
 """A comparison as one page of HTML that needs no network: curves, tables, what differs."""
 
+import contextlib
 import html
 import json
 import math
@@ -70,7 +71,8 @@ def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> An
     """Each label's mean over the seeds and their range as a band, over any of `AXES`."""
     figure = _figure(height=520, yaxis_title="validation loss (nats a token)")
     xs: dict[str, list[list[float]]] = {name: [] for name in AXES}
-    shown = [] if teacher_loss is None else [teacher_loss]
+    shown = [c.target_loss for c in comparisons]
+    shown += [] if teacher_loss is None else [teacher_loss]
     groups = by_label(comparisons)
     for label, (colour, _) in looks(comparisons).items():
         points = shared([c.run for c in groups[label]])
@@ -124,9 +126,11 @@ def differing(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def arguments_of(run: Run) -> dict[str, Any]:
-    """Those of a run's latest start; none where it kept no record."""
-    starts = sorted((run.path.parent / "starts").glob("*.json"), key=lambda p: p.stat().st_mtime)
-    try:
-        return dict(json.loads(starts[-1].read_text())["arguments"])
-    except (IndexError, KeyError, OSError, TypeError, ValueError):
-        return {}
+    """Those of a run's latest start to train; none where it kept no record."""
+    starts = (run.path.parent / "starts").glob("*.json")
+    for start in sorted(starts, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
+            arguments = dict(json.loads(start.read_text())["arguments"])
+            if not arguments.get("skip_train"):
+                return arguments
+    return {}

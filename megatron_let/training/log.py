@@ -61,12 +61,14 @@ class RunLog(Listener):
     def on_start(self, data: str | None) -> None:
         """Print what the run will do, and write its facts."""
         args = self.args
-        path = Path(args.save) / "metrics.jsonl" if args.save and is_last_rank() else None
+        # An evaluation by itself is no part of the training there, maybe of its middle.
+        name = "evaluated.jsonl" if args.skip_train else "metrics.jsonl"
+        path = Path(args.save) / name if args.save and is_last_rank() else None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 record_start(path.parent, args)
-                if args.iteration:
+                if args.iteration and not args.skip_train:
                     take_over(Path(args.load) / path.name, path)
             except OSError as error:  # it is no reason not to train
                 say(f"> not all of this start is recorded: {error}")
@@ -82,7 +84,7 @@ class RunLog(Listener):
             name=Path(args.save).name if args.save else args.method,
             method=args.method,
             seed=args.seed,
-            train_iters=None if args.skip_train else args.train_iters,
+            train_iters=args.train_iters,
             tokens_per_step=tokens_per_step(args),
             student_parameters=self._num_parameters,
             data=data,

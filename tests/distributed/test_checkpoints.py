@@ -128,12 +128,13 @@ def test_validation_is_the_language_model_loss_alone(corpus, tmp_path):
     flags = [*corpus.flags, "--train-iters", "3", "--eval-interval", "100"]
     let = corpus.let("--let-stop-step", "3", "--let-decay", "step")
     assert not run(1, *flags, *let, "--save", str(tmp_path / "let"))
-    load = ["--load", str(tmp_path / "let"), "--save", str(tmp_path / "baseline"), "--skip-train"]
+    trained = (tmp_path / "let" / "metrics.jsonl").read_bytes()
+    load = ["--load", str(tmp_path / "let"), "--save", str(tmp_path / "let"), "--skip-train"]
     assert not run(1, *flags, *load)
-    [with_teacher], [plain] = (
-        records(tmp_path / name, "valid").values() for name in ("let", "baseline")
-    )
+    [with_teacher] = records(tmp_path / "let", "valid").values()
+    [plain] = records(tmp_path / "let", "valid", "evaluated.jsonl").values()
     assert with_teacher["lm loss"] == plain["lm loss"]
+    assert (tmp_path / "let" / "metrics.jsonl").read_bytes() == trained
     assert not [key for key in with_teacher if key.startswith("let")]
 
 

@@ -171,9 +171,9 @@ def run(world_size: int, *argv: str) -> str | None:
     return errors[0]
 
 
-def records(save: Path, kind: str) -> dict[int, dict[str, float]]:
+def records(save: Path, kind: str, name: str = "metrics.jsonl") -> dict[int, dict[str, float]]:
     """What a run logged, by iteration; `kind` is `train`, `valid` or `start`."""
-    lines = (save / "metrics.jsonl").read_text().splitlines()
+    lines = (save / name).read_text().splitlines()
     return {r["iteration"]: r for r in map(json.loads, lines) if r["kind"] == kind}
 
 

@@ -1,13 +1,14 @@
 """The page of a comparison: what it says, and that a browser runs it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 
 import pytest
 
-from megatron_let.report.page import differing, write_page
+from megatron_let.report.page import arguments_of, differing, write_page
 from megatron_let.report.runs import read_run
 from megatron_let.report.targets import compare_all, verdict
 
@@ -75,6 +76,20 @@ def test_other_verdicts(runs, write, lines, end, word):
 def test_a_run_without_a_record_differs_in_nothing(runs):
     shutil.rmtree(runs[0].path.parent / "starts")
     assert ["lr", "-", "0.001"] in differing(runs)
+
+
+def test_a_later_evaluation_by_itself_is_no_start_of_the_training(runs):
+    folder = runs[0].path.parent / "starts"
+    (folder / "b.json").write_text(json.dumps({"arguments": {"skip_train": True, "lr": 1.0}}))
+    os.utime(folder / "b.json", (2e9, 2e9))
+    assert arguments_of(runs[0])["lr"] == 1e-3
+
+
+def test_seeds_that_were_evaluated_at_other_steps(write, lines, tmp_path):
+    start, valid, _ = lines
+    first = read_run(write(start(), valid(40, 4.0), folder="1"))
+    second = read_run(write(start(seed=2, train_iters=30), valid(30, 4.0), folder="2"))
+    assert write_page(compare_all([first, second]), tmp_path / "page.html", "").exists()
 
 
 @pytest.mark.slow
