@@ -95,15 +95,15 @@ def report(quickstart: Quickstart, runs: list[Run], teacher: Run, scores: str) -
         for arm in (same, other)
     ]
     kept = f"Of the gain in the last loss {100 * gains[1] / gains[0]:.0f} % is kept."
-    warning = quickstart.recipe.warning
+    warning, comparisons = quickstart.recipe.warning, compare_all(runs)
     text = "\n\n".join(
-        [*([warning] if warning else []), compare_runs(runs, teacher), f"{scores} {kept}"]
+        [*([warning] if warning else []), compare_runs(comparisons, teacher), f"{scores} {kept}"]
     )
     (quickstart.results / "other-tokenizer.md").write_text(text + "\n")
     picture = quickstart.results / "other-tokenizer.png"
     loss = teacher.final.loss
     title = "A teacher with the student's tokenizer, and one with another"
-    plot_comparison(compare_all(runs), picture, teacher_loss=loss, title=title)
+    plot_comparison(comparisons, picture, teacher_loss=loss, title=title)
     print(f"\n{text}\n\nPicture: {picture}\n", flush=True)
 
 

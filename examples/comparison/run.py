@@ -107,12 +107,13 @@ def compare(quickstart: Quickstart, seeds: int) -> None:
 def report(quickstart: Quickstart, runs: list[Run], teacher: Run) -> None:
     """Print and keep the tables, draw the picture."""
     folder, warning = quickstart.results, quickstart.recipe.warning
-    text = f"{warning}\n\n" * bool(warning) + compare_runs(runs, teacher)
+    comparisons = compare_all(runs)
+    text = f"{warning}\n\n" * bool(warning) + compare_runs(comparisons, teacher)
     (folder / "comparison.md").write_text(text + "\n")
     picture = folder / "comparison.png"
     title = f"{len(variants(FULL)) + 1} ways to train on the same batches"
     loss = teacher.final.loss
-    plot_comparison(compare_all(runs), picture, teacher_loss=loss, title=title)
+    plot_comparison(comparisons, picture, teacher_loss=loss, title=title)
     print(f"\n{text}\n\nPicture: {picture}\n", flush=True)
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.comparison.run import REGIMES, Comparison, build_parser, open_quickstart  # noqa: E402
 from megatron_let.commands.compare_runs import compare_runs  # noqa: E402
+from megatron_let.report.targets import compare_all  # noqa: E402
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         # The flags are the name, so that other flags are another run.
         name = "sweep " + words.replace("--", "")
         runs.append(comparison.student(name, f"--method {words}", options.seed))
-    print(f"\n{compare_runs(runs, comparison.teacher)}")
+    print(f"\n{compare_runs(compare_all(runs), comparison.teacher)}")
 
 
 if __name__ == "__main__":

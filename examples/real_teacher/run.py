@@ -85,16 +85,17 @@ def report(folder: Path, runs: list[Run], scores: dict[str, list[Score]]) -> Non
     ]
     key = "let guided share"
     shares = [record[key] for run in runs for record in run.train if key in record]
+    comparisons = compare_all(runs)
     text = "\n\n".join(
         [
-            compare_runs(runs, None),
+            compare_runs(comparisons, None),
             f"Bits per byte of the validation text: {'; '.join(bits)}.",
             f"{100 * sum(shares) / len(shares):.1f} % of the tokens had a target.",
         ]
     )
     (folder / "report.md").write_text(text + "\n")
     picture = folder / "report.png"
-    plot_comparison(compare_all(runs), picture, title="A student guided by SmolLM2-135M")
+    plot_comparison(comparisons, picture, title="A student guided by SmolLM2-135M")
     print(f"\n{text}\n\nPicture: {picture}\n", flush=True)
 
 

@@ -14,7 +14,7 @@ from megatron_let.report.page import arguments_of, differing, write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
 from megatron_let.report.table import comparison_table, losses_table, markdown_table
-from megatron_let.report.targets import by_label, compare_all, regime_sentence
+from megatron_let.report.targets import Comparison, by_label, compare_all, regime_sentence
 
 JUDGED_BY = (
     "valid_data_path", "per_split_data_args_path", "full_validation", "eval_iters",
@@ -32,9 +32,8 @@ def _read_labelled(word: str) -> Run:
     return read_run(Path(word.partition("=")[2] or word))
 
 
-def compare_runs(runs: Sequence[Run], teacher: Run | None) -> str:
-    """Return the tables and the sentence that names the regime; raises as `compare_all`."""
-    comparisons = compare_all(runs)
+def compare_runs(comparisons: Sequence[Comparison], teacher: Run | None) -> str:
+    """Return the tables and the sentence that names the regime."""
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
     judged = {f"{c.run.label}, seed {c.run.seed}": c.run for c in comparisons}
     judged |= {} if teacher is None else {"teacher": teacher}
@@ -71,13 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with mistakes_told(parser, (ValueError, ImportError, OSError)):
         runs = [_read_labelled(word) for word in options.runs]
         teacher = read_run(options.teacher) if options.teacher else None
-        text = compare_runs(runs, teacher)
+        compared = compare_all(runs)
+        text = compare_runs(compared, teacher)
         print(text)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(text + "\n")
         loss = teacher.final.loss if teacher else None
-        compared = compare_all(runs)
         if options.plot:
             print(f"\nPicture: {plot_comparison(compared, options.plot, teacher_loss=loss)}")
         if options.html:

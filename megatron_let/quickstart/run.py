@@ -199,10 +199,10 @@ class Quickstart:
 
     def report(self, runs: list[Run], teacher: Run) -> None:
         """Print and keep the table; draw the picture."""
-        warning = self.recipe.warning
-        text = f"{warning}\n\n" * bool(warning) + compare_runs(runs, teacher)
+        warning, loss = self.recipe.warning, teacher.final.loss
+        comparisons = compare_all(runs)
+        text = f"{warning}\n\n" * bool(warning) + compare_runs(comparisons, teacher)
         (self.results / "report.md").write_text(text + "\n")
-        comparisons, loss = compare_all(runs), teacher.final.loss
         picture = self.results / "report.png"
         title = warning and warning.split(":")[0]
         plot_comparison(comparisons, picture, teacher_loss=loss, title=title)

@@ -111,11 +111,11 @@ def compare_all(runs: Sequence[Run]) -> list[Comparison]:
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
         # A label cannot make a second plain run of a seed: which of them would be the target?
-        key = (BASELINE if run.method == BASELINE else run.label, run.seed)
-        if (twin := seen.setdefault(key, run)) is not run:
-            also = "" if key[0] == BASELINE else ", or give them labels of their own"
-            both = f"{twin.path} and {run.path} are both {key[0]!r} with seed {run.seed}"
-            raise UsageError(f"{both}: leave one out{also}")
+        for name in [BASELINE] * (run.method == BASELINE) + [run.label]:
+            if (twin := seen.setdefault((name, run.seed), run)) is not run:
+                also = "" if name == BASELINE else ", or give them labels of their own"
+                both = f"{twin.path} and {run.path} are both {name!r} with seed {run.seed}"
+                raise UsageError(f"{both}: leave one out{also}")
     plain_by_seed = {run.seed: run for run in runs if run.method == BASELINE}
     labels = [run.label for run in runs]
     in_order = sorted(runs, key=lambda r: (r.method != BASELINE, labels.index(r.label), r.seed))
@@ -182,7 +182,9 @@ def regime_sentence(plain: Run, teacher_loss: float) -> str:
     """Say whether the plain student stays worse than its teacher, on one text, or passes it."""
     passed = cost_to_target(plain, teacher_loss)
     what = "stays worse than its teacher"
-    if passed is not None:
+    if math.isnan(teacher_loss):
+        what = "has a teacher that diverged"
+    elif passed is not None:
         what = f"passes its teacher at step {passed.steps:.0f} of {plain.train_iters}"
     losses = f"final loss {plain.final.loss:.3f}, teacher {teacher_loss:.3f}"
     return f"Regime: the plain student {what} ({losses})."

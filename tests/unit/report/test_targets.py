@@ -139,6 +139,8 @@ def test_refuses_what_does_not_compare(run_with):
     again = run_with([5.0, 4.0, 3.9, 3.6], method="let", label="let again")
     assert len(compare_all([plain, let, again])) == 3
     with pytest.raises(ValueError, match="both 'let' with seed 1: .*labels of their own"):
+        compare_all([plain.__class__(**{**vars(plain), "label": "let"}), let])
+    with pytest.raises(ValueError, match="both 'let' with seed 1: .*labels of their own"):
         compare_all([plain, let, let.__class__(**{**vars(again), "label": "let"})])
 
 
@@ -157,3 +159,4 @@ def test_regime(run_with):
     plain = run_with([5.0, 4.0, 3.0, 2.0])
     assert "stays worse than its teacher" in regime_sentence(plain, 1.5)
     assert "passes its teacher at step 25 of 40" in regime_sentence(plain, 3.5)
+    assert "has a teacher that diverged" in regime_sentence(plain, math.nan)
