@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -81,8 +81,11 @@ def keep(folder: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Show nothing but what is said, and errors, as long as it lasts."""
+def quiet(words: Iterable[str]) -> Iterator[None]:
+    """Show nothing but what is said, and errors, as long as it lasts; unless a flag is `LOUD`."""
+    if not LOUD.isdisjoint(words):
+        yield
+        return
     terminal = sys.stdout
     console = Console(terminal)
 

@@ -1,6 +1,5 @@
 """The program: `pretrain_let.py`, `megatron-let pretrain`, `torchrun -m megatron_let.pretrain`."""
 
-import contextlib
 import functools
 import sys
 
@@ -25,7 +24,7 @@ from megatron_let.checkpoint.finite import FiniteCheck
 from megatron_let.checkpoint.lock import one_run_in, save_folder
 from megatron_let.checkpoint.retention import Retention
 from megatron_let.checkpoint.sums import Sums
-from megatron_let.console import LOUD, quiet
+from megatron_let.console import quiet
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import build_method
 from megatron_let.training.log import RunLog
@@ -85,7 +84,7 @@ def train() -> None:
 def run() -> None:
     """Run the program; a mistake of the user's ends in one paragraph and exit status 2."""
     try:
-        with contextlib.nullcontext() if LOUD & set(sys.argv) else quiet():
+        with quiet(sys.argv):
             main()
     except UsageError as error:
         print(f"pretrain_let.py: error: {scrubbed(str(error))}", file=sys.stderr)

@@ -20,12 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     cpu.activate()  # before Megatron is imported, which reads torch.compile at import
 
+    from megatron_let.console import quiet
     from megatron_let.selection.run_data import build_datasets, parse_run
 
-    with mistakes_told(parser):
+    with quiet(flags), mistakes_told(parser, (UsageError, OSError)):
         args = parse_run(parser.prog, flags)
         if args.data_cache_path is None or args.mock_data:
-            raise UsageError("Add --data-cache-path: it is where the caches are put.")
+            raise UsageError("Add --data-cache-path, where caches are put; mock data have none.")
         if "--global-batch-size" not in " ".join(flags):
             raise UsageError("Add --global-batch-size: how many samples a run takes depends on it.")
         datasets = build_datasets(args)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_let.commands import mistakes_told, number, parse_beside_run, tool_parser
+from megatron_let.errors import UsageError
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -37,17 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool; a mistake of the user ends in one paragraph and exit status 2."""
     parser = _build_parser()
     options, flags = parse_beside_run(parser, arguments)
+    scoring = ("top_k", "dtype", "batch")
+    is_given = [vars(options)[name] != parser.get_default(name) for name in scoring]
+    if options.scorer_model is None and any(is_given):
+        parser.error("--top-k, --scorer-dtype and --scorer-batch need --scorer-model. Add it.")
 
     from megatron_let.upstream import cpu
 
     # Before Megatron is imported, which reads torch.compile at import.
     cpu.activate_if_wanted(work="scoring")
 
+    from megatron_let.console import quiet
     from megatron_let.data.selection import number_wanted
     from megatron_let.selection.run_data import build_datasets, parse_run
     from megatron_let.selection.scoring import SelectConfig, select
 
-    with mistakes_told(parser):
+    with quiet(flags), mistakes_told(parser, (UsageError, OSError)):
         config = SelectConfig(**vars(options))
         args = parse_run(parser.prog, flags)
         number_wanted(args)

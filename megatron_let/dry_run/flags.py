@@ -27,6 +27,7 @@ WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
 )
+TRACKERS = "tensorboard-dir wandb-project wandb-exp-name wandb-save-dir wandb-entity"
 PARALLEL = ("tensor-model", "context", "pipeline-model")
 UNSEEN = {
     "only Transformer Engine has attention over parts of a sequence": "context-parallel-size",
@@ -112,8 +113,7 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
     Returns the words of a rank's command line, and what was replaced, a sentence each.
     """
     said: list[str] = []
-    trackers = "tensorboard-dir wandb-project wandb-exp-name wandb-save-dir wandb-entity"
-    kept = without(argv, named(trackers))
+    kept = without(argv, named(TRACKERS))
     kept += ["--cpu", "--fake-process-group"]
     kept += [AS_IF] * (options.transformer_impl != "local")
     if (missing := _missing(options)) is not None:

@@ -58,7 +58,6 @@ class DryRank:
         return [
             *(kernels(self.watch) if AS_IF in sys.argv else []),
             Redirect(_LINE, "parse_arguments", _alone, "nothing is read or written"),
-            Redirect(_LINE, "tracker_defaults", instead(lambda flags: {}), "nothing is written"),
             Redirect(_LINE, "model_config", _local, "its own layers, once all is checked"),
             *alike(_DATASETS, "__getitem__", real, "reads"),
             Redirect(f"{_ROWS}.run", "measure", real, "reads"),
@@ -112,8 +111,8 @@ class DryRank:
 
 
 @around
-def _alone(parse: Callable[[], Namespace]) -> Namespace:
-    args = parse()
+def _alone(parse: Callable[..., Namespace]) -> Namespace:
+    args = parse(tracks=False)
     args.exit_interval = STEPS
     args.train_iters = args.train_iters and max(args.train_iters, STEPS)
     for name in FILES.split():

@@ -1,6 +1,5 @@
 """The datasets of a run, built by a tool that is given the run's own flags."""
 
-import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -8,34 +7,35 @@ from typing import Any
 
 from megatron.training import training
 
+from megatron_let.dry_run.flags import TRACKERS, named, without
 from megatron_let.methods.base import Method
 from megatron_let.training import command_line
 from megatron_let.training.run import Run
 from megatron_let.upstream.mended import mend_megatron
 
-LAYOUT = (
-    "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size "
-    "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank "
-    "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
-    "--expert-model-parallel-size --expert-tensor-parallel-size"
-).split()
-LAYOUT_SWITCHES = ("--sequence-parallel", "--use-distributed-optimizer")
-"""Flags of a run that its data do not depend on."""
+LEFT_OUT = named(
+    "account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split "
+    "context-parallel-size decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers "
+    "defer-embedding-wgrad-compute distribute-saved-activations expert-model-parallel-size "
+    "expert-tensor-parallel-size microbatch-group-size-per-virtual-pipeline-stage "
+    "num-distributed-optimizer-instances num-layers-per-virtual-pipeline-stage "
+    "num-virtual-stages-per-pipeline-rank overlap-param-gather "
+    "overlap-param-gather-with-optimizer-step pipeline-model-parallel-layout "
+    "pipeline-model-parallel-size sequence-parallel tensor-model-parallel-size tp-comm-overlap "
+    f"use-distributed-optimizer {TRACKERS}"
+)
+"""Flags of a run that its data do not depend on, and that one process could not follow."""
 
 
 def parse_run(prog: str, flags: Sequence[str]) -> Namespace:
     """Megatron's arguments of a run with these flags; UsageError if they are not those of one.
 
-    Those of its layout are left out: every process here reads all of the data.
+    Those of its layout and its trackers are left out: every process here reads all of the data,
+    and writes nothing into the run's folder.
     """
-    layout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in LAYOUT:
-        layout.add_argument(flag)
-    for flag in LAYOUT_SWITCHES:
-        layout.add_argument(flag, action="store_true")
-    sys.argv = [prog, *layout.parse_known_args(flags)[1]]
+    sys.argv = [prog, *without(flags, LEFT_OUT)]
     mend_megatron()
-    return command_line.parse_arguments()
+    return command_line.parse_arguments(tracks=False)
 
 
 def build_datasets(args: Namespace) -> tuple[Any, Any, Any]:

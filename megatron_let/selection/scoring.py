@@ -75,11 +75,20 @@ def select(config: SelectConfig, args: Namespace, dataset: Any) -> Selection | N
     parts: list[Path] = []
     flops = 0.0
     if config.scorer_model is not None:
-        _check_tokens(config.scorer_model, args)
-        scorer = Scorer(config.scorer_model, config, args.seq_length)
+        try:
+            _check_tokens(config.scorer_model, args)
+            scorer = Scorer(config.scorer_model, config, args.seq_length)
+        except UsageError as error:  # of what loads teachers, too
+            words = str(error).replace("--teacher-model", "--scorer-model")
+            raise type(error)(words) from error
         parts, flops = _score_all(scorer, dataset, candidates), scorer.flops_per_sample * candidates
     if torch.distributed.get_rank() != 0:
         return None
+    if missing := [part for part in parts if not part.exists()]:
+        raise UsageError(
+            f"{missing[0]} is not here: another node has it on a disk of its own. Give an --output "
+            "on one that all nodes share."
+        )
     if parts:
         scores = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
     else:

@@ -79,10 +79,11 @@ LOOKED_AT = 1 << 20
 REFUSALS = AssertionError, ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError
 
 
-def parse_arguments() -> Namespace:
+def parse_arguments(tracks: bool = True) -> Namespace:
     """Parse and check the command line; sets Megatron's globals (`parse_and_validate_args`).
 
-    Raises UsageError for a flag of ours, a mode of Megatron's or a path that can't be right.
+    With `tracks` trackers are opened, in the run's folder. Raises UsageError for a flag of ours, a
+    mode of Megatron's or a path that can't be right.
     """
     if "RANK" not in os.environ:  # plain `python pretrain_let.py`: one process, any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -102,7 +103,8 @@ def parse_arguments() -> Namespace:
     _check_needed(flags)
     _check_tokenizer_is_given(flags)
     _check_shards(flags)
-    defaults = tracker_defaults(flags) | {"tokenizer_type": "GPT2BPETokenizer"}
+    defaults = tracker_defaults(flags) if tracks else {}
+    defaults |= {"tokenizer_type": "GPT2BPETokenizer"}
     if flags.full_validation:
         defaults |= whole_set_batches(flags)
     with _refusals():

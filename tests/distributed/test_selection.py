@@ -52,13 +52,18 @@ def test_half_of_the_candidates_is_kept(selection):
 
 @pytest.mark.parametrize(
     "layout",
-    [[*TP2_PP2, "--sequence-parallel"], pytest.param([], marks=pytest.mark.slow)],
+    [
+        [*TP2_PP2, *"--sequence-parallel --tp-comm-overlap --overlap-param-gather".split()],
+        pytest.param([], marks=pytest.mark.slow),
+    ],
 )
 def test_processes_and_the_runs_layout_do_not_matter(corpus, salt, selection, tmp_path, layout):
     path, run_file = tmp_path / "again.npz", tmp_path / "run.flags"
-    run_file.write_text(as_lines([*salt, *layout]))
+    watched = ["--save", str(tmp_path / "run"), "--wandb-project", "p", "--wandb-exp-name", "n"]
+    run_file.write_text(as_lines([*salt, *layout, *watched, *END]))
     assert select(2, f"@{run_file}", *scorer(corpus), "--output", str(path)) is None
     assert samples(path) == samples(selection)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_scoring_goes_on(corpus, salt, selection, tmp_path):

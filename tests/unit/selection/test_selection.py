@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_let.commands.select_data import main
 from megatron_let.data.selection import (
     SelectedFirst,
     Selection,
@@ -146,3 +147,32 @@ def test_candidates_are_as_many_as_the_kept_part_needs(tmp_path):
 def test_a_run_without_a_stop_has_no_selection():
     with pytest.raises(UsageError, match="first steps of --method salt"):
         number_wanted(run_flags(kd_stop_step=None))
+
+
+def select_with(monkeypatch, tmp_path, check):
+    """Select by a scorer whose scores are on another machine; `check` looks at its tokens."""
+    monkeypatch.setattr(scoring, "_check_tokens", check)
+    monkeypatch.setattr(scoring, "Scorer", lambda *_: Namespace(flops_per_sample=1.0))
+    monkeypatch.setattr(scoring, "_score_all", lambda *_: [tmp_path / "0.npy"])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    config = SelectConfig(output=tmp_path / "x", keep_fraction=1, scorer_model="m")
+    scoring.select(config, run_flags(seq_length=4), range(99))
+
+
+def test_scores_on_another_nodes_disk(monkeypatch, tmp_path):
+    with pytest.raises(UsageError, match="0.npy is not here: another node has it"):
+        select_with(monkeypatch, tmp_path, lambda *_: None)
+
+
+def test_a_scorer_is_called_by_its_flag(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise UsageError("--teacher-model m is bad")
+
+    with pytest.raises(UsageError, match="^--scorer-model m is bad"):
+        select_with(monkeypatch, tmp_path, refuse)
+
+
+def test_how_to_score_without_a_scorer(capsys):
+    with pytest.raises(SystemExit):
+        main("--keep-fraction 1 --output x --top-k 3".split())
+    assert "--scorer-batch need --scorer-model" in capsys.readouterr().err
