@@ -101,12 +101,21 @@ class Run:
 
     def build_datasets(self, num_samples: list[int], vp_stage: int | None = None) -> Any:
         """Build the three datasets; None where this rank needs none."""
-        built = BlendedMegatronDatasetBuilder(
+        builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if self.args.mock_data else GPTDataset,
             num_samples,
             lambda: self._holds_data() and self._reads(vp_stage),
             self._dataset_config(),
-        ).build()
+        )
+        try:
+            built = builder.build()
+        except Exception as error:
+            if not isinstance(why := error.__cause__, OSError):
+                raise
+            raise UsageError(
+                f"The indices of the data cannot be written ({why}). Give a folder that can be, "
+                "with --data-cache-path."
+            ) from error
         if self.args.full_validation:
             built[2] = None  # its loop over whole sets cannot take a test set
         # Of none wanted Megatron makes a blend without samples, which its loader does not take.

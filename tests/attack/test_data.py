@@ -151,6 +151,13 @@ def test_a_pickle_among_the_cached_indices_executes_nothing(corpus, tmp_path):
     assert (tmp_path / "made").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path):
+    write_pair(tmp_path / "data", TEXT)
+    (tmp_path / "cache").touch()
+    error = train(corpus, tmp_path)
+    assert error and re.search("cannot be written .*/cache.*--data-cache-path", error), error
+
+
 def test_the_sentence_is_what_a_user_sees(corpus, tmp_path):
     write_pair(tmp_path / "data", [[1, 2, 3]])
     argv = [*FLAGS, *corpus.flags, "--data-path", str(tmp_path / "data"), "--eval-iters", "0"]
