@@ -126,7 +126,7 @@ def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[lis
     if vocabulary is not None:
         rows = vocabulary["vocab_size"]
         kept = without(kept, named("tokenizer-type tokenizer-model"))
-        kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
+        kept += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows)]
         said.append(f"the tokenizer {tokenizer} by {rows:,} numbers")
     if None not in (vocabulary, config) and config is not vocabulary:
         raise UsageError(

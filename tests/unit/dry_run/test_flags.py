@@ -93,7 +93,7 @@ def test_what_is_not_here_is_replaced_by_its_sizes(tmp_path):
         == (
             "--num-layers 2 --method let --lr 1e-3 --cpu --fake-process-group "
             "--transformer-impl=transformer_engine --mock-data --tokenizer-type NullTokenizer "
-            f"--vocab-size 128255 --teacher-model {tmp_path}/llama-3.2-1b"
+            f"--vocab-size 128256 --teacher-model {tmp_path}/llama-3.2-1b"
         ).split()
     )
     config = json.loads((tmp_path / "llama-3.2-1b" / "config.json").read_text())
