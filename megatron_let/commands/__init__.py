@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
@@ -35,6 +36,15 @@ def mistakes_told(
     except kinds as error:
         status = error.status if isinstance(error, UsageError) else UsageError.status
         parser.exit(status, f"{parser.prog}: error: {error}\n")
+
+
+def labelled(word: str) -> tuple[str, Path]:
+    """The label, or an empty one, and the folder of `[LABEL=]FOLDER`; both may hold the sign."""
+    parts = word.split("=")
+    for at in range(len(parts)):
+        if (folder := Path("=".join(parts[at:]))).exists():
+            return "=".join(parts[:at]), folder
+    return "", Path(word.partition("=")[2] or word)
 
 
 def number(word: str, least: int = 1) -> int:

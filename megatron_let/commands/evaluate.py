@@ -18,7 +18,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws bars everywhere
 
 from megatron_let import hugging_face
-from megatron_let.commands import mistakes_told, number, tool_parser
+from megatron_let.commands import labelled, mistakes_told, number, tool_parser
 from megatron_let.data import sources
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, Harness, TaskScore, find_tasks, local_data
@@ -52,13 +52,8 @@ def _build_parser() -> ArgumentParser:
         command.add_argument("models", nargs="+", metavar="[LABEL=]FOLDER", help="exported models")
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         command.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as saved")
-        command.add_argument(
-            "--batch-size",
-            type=number,
-            default=8,
-            metavar="N",
-            help="sequences at once, a number: no auto (default: %(default)s)",
-        )
+        rows = "sequences at once, a number: no auto (default: %(default)s)"
+        command.add_argument("--batch-size", type=number, default=8, metavar="N", help=rows)
         command.add_argument("--device", help="default: cuda, or cpu where no GPU is promised")
     return parser
 
@@ -67,12 +62,11 @@ def _labelled(words: Sequence[str]) -> dict[str, Path]:
     """The folders by their labels, a folder's name unless one is given."""
     found: dict[str, Path] = {}
     for word in words:
-        label, equals, folder = word.partition("=")
-        if not equals or Path(word).exists():
-            label, folder = Path(word).name, word
+        label, folder = labelled(word)
+        label = label or os.path.basename(os.path.abspath(folder))  # of "." too
         if label in found or "/" in label:
             raise UsageError(f"{word} needs a label of its own: LABEL={folder}.")
-        found[label] = Path(folder)
+        found[label] = folder
     return found
 
 

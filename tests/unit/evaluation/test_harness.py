@@ -125,7 +125,12 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert message in capsys.readouterr().err
 
 
-def test_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file = tmp_path / "text.jsonl"
     rows = [{"text": f"w{i} w{i + 1} w{i + 2}", "meta": {"set": "xy"[i % 2]}} for i in range(9)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
@@ -152,6 +157,9 @@ def test_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     main([*command, "--output", str(tmp_path / "out")])
     again = capsys.readouterr()
     assert again.out == printed.out and not again.err
+    monkeypatch.chdir(folder / "one")
+    main(["text", ".", f"a=b={folder / 'two'}", *flags, "--output", str(tmp_path / "here")])
+    assert "|             one |             a=b |" in capsys.readouterr().out
     file.write_text('{"text": 5}\n')
     with pytest.raises(SystemExit):
         main([*command, "--output", str(tmp_path / "new")])
