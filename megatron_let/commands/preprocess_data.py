@@ -72,12 +72,8 @@ def add_tokenizer(add: Callable[..., Any]) -> None:
 
 
 def _add_work(add: Callable[..., Any]) -> None:
-    add(
-        "--workers",
-        type=int,
-        default=PreprocessConfig.workers,
-        help="processes that tokenize (default: %(default)s)",
-    )
+    processes = "processes that tokenize (default: %(default)s)"
+    add("--workers", type=int, default=PreprocessConfig.workers, help=processes)
     engine = (
         "gigatoken, the tokenizer's own library (tokenizers), or gigatoken as long as it proves to "
         "give the same ids (default: %(default)s)"

@@ -125,7 +125,7 @@ def _text(record: Any, key: str, max_mb: float) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if key not in record:
-        raise ValueError(f"no key {key!r}; check --json-keys")
+        raise ValueError(f"no key {key!r}; check --json-key(s)")
     text = record[key]
     try:
         if isinstance(text, UnicodeDecodeError):

@@ -256,7 +256,7 @@ def _parquet(path: str, columns: Sequence[str]) -> Any:
         if column not in file.schema_arrow.names:
             raise ValueError(
                 f"input {path} has no column {column!r} but {', '.join(file.schema_arrow.names)}; "
-                "check --json-keys"
+                "check the flag that asks for it"
             )
     return file
 

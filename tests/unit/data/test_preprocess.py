@@ -314,7 +314,7 @@ def test_the_last_line_says_what_was_left_out(
     flags = f"--output-prefix {tmp_path}/cli --tokenizer-model {config['tokenizer_model']}".split()
     tool.main(["--input", *config["input"], str(other), "--on-error", "skip", *flags])
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "But: left out 500 records (500: no key 'text'; check --json-keys), "
+        "But: left out 500 records (500: no key 'text'; check --json-key(s)), "
         f"1 of 2 files gave no text ({other})"
     )
 
