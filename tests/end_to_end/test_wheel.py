@@ -30,15 +30,20 @@ def installed(tmp_path_factory):
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     [wheel] = folder.glob("*.whl")
     python = str(folder / "env" / "bin" / "python")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    install = [*pip, "--python", python, "install", "--no-deps", wheel]
+    subprocess.run(install, env=elsewhere(), check=True)  # or a checkout counts as installed
     return folder / "env" / "bin"
 
 
+def elsewhere():
+    """The environment of a user who knows of no checkout."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 def call(installed, folder, *words, timeout=200, **variables):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
     done = subprocess.run(
-        [installed / words[0], *words[1:]], cwd=folder, env=environment, capture_output=True,
-        text=True, timeout=timeout, check=False,
+        [installed / words[0], *words[1:]], cwd=folder, env=elsewhere() | variables,
+        capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
