@@ -182,7 +182,8 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
             raise UsageError(
                 f"{name} is not planned here; pretrain_let.py --dry-run may take it.{way_out}"
             )
-    for name in NEEDED:
+    is_file = "--vocab-file" in values  # whose tokens are not counted here
+    for name in (*NEEDED, *["--vocab-size"] * is_file):
         if name not in [*values, *own] and not tried(name):
             raise UsageError(f"The flags of the run have no {name}. Add it.")
     if "--bf16" not in values and "--fp16" not in values:

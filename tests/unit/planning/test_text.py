@@ -180,6 +180,7 @@ def test_learned_positions_are_megatrons_default(page):
         (f"--gpus 8 -- {STEP} --recompute-modules core_attn mlp", "--recompute-modules is not"),
         (f"--gpus 8 -- {STEP} --optimizer", "--optimizer is not planned here"),
         ("--gpus 8 -- --seq-length 64 --bf16", "have no --micro-batch-size. Add it"),
+        (f"--gpus 8 -- {STEP} --vocab-file v.json --teacher-model gpt2", "have no --vocab-size"),
         (f"--gpus 8 -- {STEP.replace('--bf16', '')}", "is one in fp32: not planned here"),
         (f"{ISSUE} --position-embedding-type learned_absolute --max-position-embeddings -1", "-1"),
         ("--gpus 8 -- @/no/such.flags", "is no readable run file"),
