@@ -6,8 +6,10 @@ it runs on the CPU, GPUs or not: the models are small, and the processes share o
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import itertools
+import os
 import re
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_let.commands import convert_checkpoint, preprocess_data
+from megatron_let.commands import convert_checkpoint, mistakes_told, preprocess_data, tool_parser
 from megatron_let.commands.compare_runs import compare_runs
 from megatron_let.errors import UsageError
 from megatron_let.program import COMMAND, environment
@@ -131,8 +133,7 @@ class Quickstart:
             f"  {report.train.documents} training files of {len(report.train.packages)} packages, "
             f"{report.valid.documents} validation files of others ({report.train.sha256[:12]})"
         )
-        sizes = {"vocab_size": recipe.vocab_size, "max_bytes": recipe.train_bytes}
-        train_tokenizer(corpus / "train.jsonl", tokenizer, **sizes)
+        train_tokenizer(corpus / "train.jsonl", tokenizer, recipe.vocab_size)
         for split in ("train", "valid"):
             if not (self.folder / f"{split}_text_document.idx").exists():
                 preprocess_data.main(
@@ -227,7 +228,7 @@ def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         env=variables,
-        preexec_fn=_end_with_parent,
+        preexec_fn=functools.partial(_end_with_parent, os.getpid()),
     )
     assert process.stdout is not None
     log = save / "log.txt"
@@ -245,10 +246,12 @@ def _run_with_progress(command: list[str], save: Path, steps: int) -> None:
         sys.exit(f"{tail}\nThe training run failed; its whole log is {log}")
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """However that ends: an orphan would go on unseen, and hold its folder against a new start."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def need(extra: str, *packages: str) -> None:
@@ -260,7 +263,7 @@ def need(extra: str, *packages: str) -> None:
 
 def main() -> None:
     """Run the quickstart; a mistake of the user ends in one paragraph."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = tool_parser(__doc__, "quickstart")
     parser.add_argument("--fast", action="store_true", help="a short smoke of the same path")
     regimes = "behind: the teacher stays better than the plain student; pass: it is overtaken"
     parser.add_argument("--regime", choices=tuple(FULL.teachers), default="behind", help=regimes)
@@ -272,10 +275,8 @@ def main() -> None:
     if re.search(r"\s", str(options.output)):
         parser.error(f"--output {options.output}: choose a path without blanks")
     need("plot", "matplotlib", "plotly")
-    try:
+    with mistakes_told(parser, (UsageError, OSError)):
         _run(options)
-    except (UsageError, OSError) as error:
-        sys.exit(f"quickstart: error: {error}")
 
 
 def _run(options: argparse.Namespace) -> None:

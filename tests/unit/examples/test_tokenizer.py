@@ -36,7 +36,7 @@ def train_jsonl(tmp_path):
 def test_loads_in_transformers_and_gives_back_what_it_got(train_jsonl, tmp_path):
     from transformers import AutoTokenizer
 
-    folder = train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=320, max_bytes=10**6)
+    folder = train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=320)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == tokenizer.vocab_size == 320
     assert sorted(tokenizer.get_vocab().values()) == list(range(320))
@@ -50,11 +50,11 @@ def test_loads_in_transformers_and_gives_back_what_it_got(train_jsonl, tmp_path)
 
 
 def test_deterministic_across_processes_and_thread_counts(train_jsonl, tmp_path):
-    here = train_tokenizer(train_jsonl, tmp_path / "here", vocab_size=300, max_bytes=10**6)
+    here = train_tokenizer(train_jsonl, tmp_path / "here", vocab_size=300)
     code = (
         "import sys; from pathlib import Path;"
         "from megatron_let.quickstart.tokenizer import train_tokenizer as t;"
-        "t(Path(sys.argv[1]), Path(sys.argv[2]), vocab_size=300, max_bytes=10**6)"
+        "t(Path(sys.argv[1]), Path(sys.argv[2]), vocab_size=300)"
     )
     there = tmp_path / "there"
     subprocess.run(
@@ -67,18 +67,18 @@ def test_deterministic_across_processes_and_thread_counts(train_jsonl, tmp_path)
 
 
 def test_reuse_and_refusal(train_jsonl, tmp_path):
-    folder = train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=300, max_bytes=5000)
+    folder = train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=300)
     before = (folder / "tokenizer.json").stat().st_mtime_ns
-    assert train_tokenizer(train_jsonl, folder, vocab_size=300, max_bytes=5000) == folder
+    assert train_tokenizer(train_jsonl, folder, vocab_size=300) == folder
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="not made from this text"):
-        train_tokenizer(train_jsonl, folder, vocab_size=301, max_bytes=5000)
+        train_tokenizer(train_jsonl, folder, vocab_size=301)
     train_jsonl.write_text(json.dumps({"text": SOURCE}) + "\n")
     with pytest.raises(ValueError, match="not made from this text"):
-        train_tokenizer(train_jsonl, folder, vocab_size=300, max_bytes=5000)
+        train_tokenizer(train_jsonl, folder, vocab_size=300)
 
 
 def test_bad_input(train_jsonl, tmp_path):
     with pytest.raises(ValueError, match="of 5000 tokens: ask for a smaller"):
-        train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=5000, max_bytes=5000)
+        train_tokenizer(train_jsonl, tmp_path / "tok", vocab_size=5000)
     assert not (tmp_path / "tok").exists()

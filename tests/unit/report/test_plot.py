@@ -68,8 +68,3 @@ def test_every_text_lies_inside_the_picture_and_on_no_other(
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, words
     for (words, box), (other, further) in itertools.combinations(boxes.items(), 2):
         assert not box.overlaps(further), (words, other)
-
-
-def test_nothing_to_plot(tmp_path):
-    with pytest.raises(ValueError, match="nothing to plot"):
-        plot_comparison([], tmp_path / "report.png")
