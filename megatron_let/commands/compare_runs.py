@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_let.commands import mistakes_told, tool_parser
+from megatron_let.commands import labelled, mistakes_told, tool_parser
 from megatron_let.report.page import arguments_of, differing, write_page
 from megatron_let.report.plot import plot_comparison
 from megatron_let.report.runs import Run, read_run
@@ -23,19 +23,11 @@ JUDGED_BY = (
 """Arguments that say what a validation loss is of, and the hash of the training data does not."""
 
 
-def _read_labelled(word: str) -> Run:
-    """Read the run of one `[LABEL=]FOLDER`; both may hold more of the sign."""
-    parts = word.split("=")
-    for at in range(len(parts)):
-        if (folder := Path("=".join(parts[at:]))).exists():
-            return read_run(folder, label="=".join(parts[:at]))
-    return read_run(Path(word.partition("=")[2] or word))
-
-
 def compare_runs(comparisons: Sequence[Comparison], teacher: Run | None) -> str:
     """Return the tables and the sentence that names the regime."""
     parts = [comparison_table(comparisons, teacher), losses_table(comparisons)]
     judged = {f"{c.run.label}, seed {c.run.seed}": c.run for c in comparisons}
+    parts += _differences("the seconds are of other machines. The runs", judged, ["world_size"])
     judged |= {} if teacher is None else {"teacher": teacher}
     parts += _differences("the losses are not of the same text. The runs", judged, JUDGED_BY)
     for label, group in by_label(comparisons).items():
@@ -53,6 +45,8 @@ def _differences(
     known = [replace(run, label=label) for label, run in runs.items() if arguments_of(run)]
     header, *rows = differing(known)
     rows = [row for row in rows if names is None or row[0] in names]
+    # A selection is of the order in which one seed draws the samples.
+    rows = [row for row in rows if row[0] != "kd_selection" or "None" in row]
     return ["\n".join([f"WARNING: {what} differ in", *markdown_table(header, rows)])] * bool(rows)
 
 
@@ -68,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--html", type=Path, metavar="FILE", help="write a page: curves over any axis, tables")
     options = parser.parse_args(arguments)
     with mistakes_told(parser, (ValueError, ImportError, OSError)):
-        runs = [_read_labelled(word) for word in options.runs]
+        runs = [read_run(path, label=label) for label, path in map(labelled, options.runs)]
         teacher = read_run(options.teacher) if options.teacher else None
         compared = compare_all(runs)
         text = compare_runs(compared, teacher)

@@ -18,7 +18,7 @@ AXES = {"steps": "iteration", "tokens": "tokens", "FLOPs": "flops", "seconds": "
 LOGGED = ("let gradient cosine", "let gradient ratio", "let weight", "kd weight", "teacher loss")
 """What is drawn over the steps where a run has logged it."""
 OF_A_START = frozenset(
-    "save load rank local_rank world_size iteration consumed_train_samples consumed_valid_samples "
+    "save load rank local_rank iteration consumed_train_samples consumed_valid_samples "
     "data_cache_path tensorboard_dir listener_states wandb_exp_name seed method_module "
     "teacher_row_tokens".split()
 )

@@ -76,12 +76,18 @@ def test_seeds_of_one_label_that_are_not_alike_are_told(write, lines, capsys):
             words.append(str(folder))
             if weight is not None:  # else nothing is known of it but its losses
                 (folder / "starts").mkdir()
-                record = {"arguments": {"seed": seed, "let_weight": weight * (method == "let")}}
+                record = {"seed": seed, "let_weight": weight * (method == "let")}
+                record |= {"kd_selection": f"{seed}.npz", "world_size": 8 // seed}
+                record = {"arguments": record}
                 (folder / "starts" / "1.json").write_text(json.dumps(record))
     main(words)
-    before, told = capsys.readouterr().out.split("WARNING: ")
-    assert told.startswith("the means of 'let' are of runs that differ in")
-    assert re.search(r"^\| let_weight \| +0.1 \| +3.0 \|$", told, re.MULTILINE)
+    _, seconds, plain, let = capsys.readouterr().out.split("WARNING: ")
+    assert seconds.startswith("the seconds are of other machines. The runs differ in")
+    assert plain.startswith("the means of 'baseline' are of runs that differ in")
+    assert let.startswith("the means of 'let' are of runs that differ in")
+    assert re.search(r"^\| let_weight \| +0.1 \| +3.0 \|$", let, re.MULTILINE)
+    assert re.search(r"^\| world_size +\| +8 \| +4 \|$", let, re.MULTILINE)
+    assert "npz" not in let
 
 
 @pytest.mark.parametrize(
