@@ -4,6 +4,7 @@ A selection names samples of one stream (data, order, seed, length); a run uses 
 order for its first steps, and the stream itself from then on.
 """
 
+import hashlib
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class Selection:
     """What scoring all candidates cost."""
     beyond_reach: int
     """Of the samples, those that were chosen for lack of ones within the scorer's reach."""
+
+    @property
+    def digest(self) -> str:
+        """By which its samples are known."""
+        return hashlib.sha256(self.samples.tobytes()).hexdigest()[:12]
 
     def check(self, data: str) -> None:
         """Raise UsageError if its stream is not the one of the hash `data`."""

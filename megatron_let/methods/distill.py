@@ -78,6 +78,7 @@ class Distill(Signal):
         self._lm_losses: torch.Tensor | None = None
         chosen = self.flags.kd_selection
         self._selection = None if chosen is None else load_selection(Path(chosen))
+        args.kd_selected = self._selection and self._selection.digest  # saved in checkpoints
 
     @classmethod
     def check_flags(cls, args: Namespace) -> None:
@@ -101,6 +102,11 @@ class Distill(Signal):
                 "--kd-stop-step, --kd-decay and --kd-selection have no effect with --method "
                 "reverse-kd, which distils during the whole run. Remove them, or use --method salt."
             )
+
+    @property
+    def same_on_resume(self) -> tuple[str, ...]:
+        """A selection is known by its samples, wherever it lies."""
+        return tuple(n.replace("kd_selection", "kd_selected") for n in super().same_on_resume)
 
     def weight_at(self, step: int) -> float:
         """omega(s)."""

@@ -19,7 +19,7 @@ LOGGED = ("let gradient cosine", "let gradient ratio", "let weight", "kd weight"
 """What is drawn over the steps where a run has logged it."""
 OF_A_START = frozenset(
     "save load rank local_rank iteration consumed_train_samples consumed_valid_samples "
-    "data_cache_path tensorboard_dir listener_states wandb_exp_name seed method_module "
+    "data_cache_path kd_selected tensorboard_dir listener_states wandb_exp_name seed method_module "
     "teacher_row_tokens".split()
 )
 """Arguments that say where a run lies, how far it is, or what it has measured."""

@@ -49,6 +49,7 @@ FUNCTION = (
 ).split()
 """What the model computes besides."""
 FLAG_NAMES = {
+    "kd_selected": "kd_selection",
     "layernorm_epsilon": "norm_epsilon",
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
 }

@@ -1,5 +1,7 @@
 """`tools/select_data.py` over a real training stream, and runs that use what it selected."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -98,7 +100,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(salt, selection, tmp_path):
     assert not run(1, *flags, "--save", str(tmp_path / "whole"))
     halves = ["--save", str(tmp_path / "halves"), "--load", str(tmp_path / "halves")]
     assert not run(1, *flags, *halves, "--exit-interval", "2")
-    assert not run(1, *flags, *halves)
+    moved = ["--kd-selection", str(shutil.copy(selection, tmp_path / "moved.npz"))]
+    assert "saved with --kd-selection" in run(1, *salt, *halves)
+    assert not run(1, *flags, *halves, *moved)
     assert hashes(tmp_path / "halves") == hashes(tmp_path / "whole")
 
 
