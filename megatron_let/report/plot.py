@@ -5,14 +5,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_let.methods.table import METHODS
 from megatron_let.report.runs import Run, shared
 from megatron_let.report.targets import Comparison, by_label, guided, speed_up, verdict
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PLAIN_COLOUR = "#4d4d4d"
 # Okabe and Ito's palette: told apart with every common form of colour blindness.
@@ -98,9 +95,7 @@ def looks(comparisons: Sequence[Comparison]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _draw_losses(
-    axes: "Axes", comparisons: Sequence[Comparison], teacher_loss: float | None
-) -> None:
+def _draw_losses(axes: Any, comparisons: Sequence[Comparison], teacher_loss: float | None) -> None:
     total = max(c.plain_total.steps for c in comparisons)
     target = fmean({c.plain.path: c.target_loss for c in comparisons}.values())
     shown = [target]
@@ -125,7 +120,7 @@ def _draw_losses(
 
 
 def _draw_runs(
-    axes: "Axes", runs: Sequence[Run], look: tuple[str, str], label: str
+    axes: Any, runs: Sequence[Run], look: tuple[str, str], label: str
 ) -> dict[int, float]:
     """Draw a thin line a run, and their mean where all were evaluated; returns it, by step."""
     colour, style = look
@@ -138,7 +133,7 @@ def _draw_runs(
     return mean
 
 
-def _annotate_best(axes: "Axes", comparisons: Sequence[Comparison], target: float) -> None:
+def _annotate_best(axes: Any, comparisons: Sequence[Comparison], target: float) -> None:
     """An arrow along the target, from the plain runs' end to the fastest method's crossing."""
     plain_end, crossing = fmean(c.plain_total.steps for c in comparisons), 0.0
     reached = [group for group in guided(comparisons).values() if speed_up(group)]

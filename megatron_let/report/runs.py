@@ -13,8 +13,8 @@ GROWTH = "growth"
 """What plain training is called that starts from a small model."""
 THEN = ", then "
 """Between the methods of a run that went on with another one, as where the teacher is gone."""
-NOT_ANEW = ("init_from", "teacher", "train_iters", "tokens_per_step")
-"""What a run that goes on need not say anew: its teacher is released, or it makes no step."""
+NOT_ANEW = ("init_from", "teacher")
+"""What a run that goes on need not say anew: its teacher is released."""
 LOGGED = ("name", "seed", "train_iters", "tokens_per_step", "student_parameters")
 """What a `start` line says as a `Run` does."""
 
@@ -118,10 +118,12 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for _, record in read_records(file):
         kind, iteration = record["kind"], record["iteration"]
         if kind == "start":
+            if start and record["train_iters"] is None:
+                continue  # an evaluation by itself, as it was recorded here once
             before = start if start and iteration else {}
             start = record | {name: record.get(name) or before.get(name) for name in NOT_ANEW}
             methods = before.get("method", start["method"])
-            if record["train_iters"] and methods.split(THEN)[-1] != start["method"]:
+            if methods.split(THEN)[-1] != start["method"]:
                 methods += THEN + start["method"]
             start["method"] = methods
             latest = {key: value for key, value in latest.items() if key[1] <= iteration}

@@ -63,6 +63,8 @@ def test_a_run_that_went_on_with_another_method_is_no_run_of_that_one(write, lin
     evaluated = start(20, train_iters=None, tokens_per_step=None)  # --skip-train
     run = read_run(write(*first, evaluated))
     assert (run.method, run.train_iters, run.tokens_per_step) == ("let", 40, 8)
+    run = read_run(write(*first, valid(40, 4.0), evaluated, valid(20, 4.5)))  # of its middle
+    assert run.finished and [e.iteration for e in run.evaluations] == [10, 20, 40]
     assert read_run(write(*first, start(method="baseline"))).method == "baseline"  # begun anew
 
 
