@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_let.console import quiet
     from megatron_let.selection.run_data import build_datasets, parse_run
 
-    with quiet(flags), mistakes_told(parser, (UsageError, OSError)):
+    with mistakes_told(parser, (UsageError, OSError)), quiet(flags):
         args = parse_run(parser.prog, flags)
         if args.data_cache_path is None or args.mock_data:
             raise UsageError("Add --data-cache-path, where caches are put; mock data have none.")

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megatron_let.selection.run_data import build_datasets, parse_run
     from megatron_let.selection.scoring import SelectConfig, select
 
-    with quiet(flags), mistakes_told(parser, (UsageError, OSError)):
+    with mistakes_told(parser, (UsageError, OSError)), quiet(flags):
         config = SelectConfig(**vars(options))
         args = parse_run(parser.prog, flags)
         number_wanted(args)
