@@ -112,9 +112,11 @@ def _evaluate_text(options: Namespace) -> str:
         given = f"--input {' '.join(options.input)}"
         raise UsageError(f"{given} holds no text in --json-key {options.json_key}.")
     scores: dict[str, dict[str, TextScore]] = {}
+    contexts: dict[str, int] = {}
     for label, folder in _labelled(options.models).items():
         model_files = identity(folder)
         context, stride = _windows(folder, options)
+        contexts[label] = context
         about = {
             "model": model_files,
             "input": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
@@ -134,7 +136,11 @@ def _evaluate_text(options: Namespace) -> str:
             del model  # before the next one is loaded
             results.keep("subsets", {subset: asdict(score) for subset, score in found.items()})
         scores[label] = {name: TextScore(**score) for name, score in results["subsets"].items()}
-    return text_table(scores)
+    text = text_table(scores)
+    if len(set(contexts.values())) > 1:
+        read_at_once = ", ".join(f"{label} {context}" for label, context in contexts.items())
+        text += f"\n\nTokens read at once: {read_at_once}. To compare, give all one --context."
+    return text
 
 
 def _windows(folder: Path, options: Namespace) -> tuple[int, int]:

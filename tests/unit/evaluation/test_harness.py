@@ -166,6 +166,23 @@ def test_text(
     assert "text.jsonl:1: the value of 'text' must be a string" in capsys.readouterr().err
 
 
+def test_models_that_read_texts_of_different_lengths(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "two", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 16})
+    )
+    (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n')
+    words = ["text", str(folder / "one"), str(tmp_path / "short"), "--device", "cpu"]
+    words += ["--input", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "out")]
+    main(words)
+    assert "Tokens read at once: one 16384, short 16. To compare" in capsys.readouterr().out
+    main([*words[:-1], str(tmp_path / "alike"), "--context", "16"])
+    assert "at once" not in capsys.readouterr().out
+
+
 def test_the_longest_text_has_many_names(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
