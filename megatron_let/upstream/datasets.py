@@ -98,6 +98,39 @@ def _knowing_no_length(evaluate_and_print: Any, *args: Any, **kwargs: Any) -> No
     evaluate_and_print(*args, **kwargs)
 
 
+@around
+def _with_what_is_left(count: Callable[[], tuple[int, int | None, int]]) -> Any:
+    """Samples that were seen and those that are left, where these are more than upstream counts.
+
+    It takes all of a run for of this command's batches and evaluations; and leaves one evaluation
+    out where `--start-eval-at-iter` is one of them, and the last of all.
+    """
+    train, valid, test = count()
+    args = get_args()
+    if args.skip_train:
+        return train, valid, test
+    done = getattr(args, "iteration", 0)  # a tool has none
+    if not args.train_samples:
+        steps = max(args.train_iters - done, 0)
+        train = max(train, args.consumed_train_samples + steps * args.global_batch_size)
+    if valid is not None:
+        before = max(done, (args.start_eval_at_iter or 1) - 1) // args.eval_interval
+        evaluations = max(args.train_iters // args.eval_interval - before, 0) + 1
+        rows = evaluations * args.eval_iters * args.eval_global_batch_size
+        valid = max(valid, args.consumed_valid_samples + rows)
+    return train, valid, test
+
+
+@around
+def _of_a_complete_run(load: Callable[..., Any], dataset: Any, consumed: int) -> Any:
+    """Upstream refuses to load where no sample is left, though a complete run asks for none."""
+    args = get_args()
+    is_complete = not args.skip_train and args.iteration >= args.train_iters
+    if is_complete and dataset is not None and consumed >= len(dataset):
+        consumed = 0
+    return load(dataset, consumed)
+
+
 def _leave_out_a_step(data_iterator: Any) -> None:
     """`dummy_train_step` of `--iterations-to-skip`: each chunk that reads data draws its own.
 
@@ -133,6 +166,10 @@ REDIRECTS = [
     *alike(_CACHED, "safe_numpy_load", instead(_load_index), "takes some pickles for arrays"),
     Redirect(_SAMPLERS, _SAMPLER, instead(whole_set), "a row at a time"),
     Redirect(_BLEND, "__getitem__", _with_missing_rows, "knows no missing row"),
+    Redirect(
+        _LOOP, "get_train_valid_test_num_samples", _with_what_is_left, "counts too few on a resume"
+    ),
+    Redirect(_LOOP, "build_pretraining_data_loader", _of_a_complete_run, "refuses complete runs"),
     Redirect(_LOOP, "dummy_train_step", instead(_leave_out_a_step), "knows one iterator a rank"),
     Redirect(_LOOP, "evaluate_and_print_results", _knowing_no_length, "None for a length"),
 ]

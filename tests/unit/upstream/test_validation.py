@@ -32,3 +32,40 @@ def test_megatrons_own_ends_before_the_others():
     """The twin."""
     assert is_exact(MegatronFullValidationSampler, 6, 2)
     assert not is_exact(MegatronFullValidationSampler, 7, 2)
+
+
+RUN = {
+    "skip_train": False,
+    "train_samples": None,
+    "train_iters": 8,
+    "iteration": 4,
+    "consumed_train_samples": 32,
+    "global_batch_size": 8,
+    "eval_interval": 3,
+    "start_eval_at_iter": None,
+    "eval_iters": 2,
+    "eval_global_batch_size": 8,
+    "consumed_valid_samples": 16,
+}
+FRESH = {"iteration": 0, "consumed_train_samples": 0, "consumed_valid_samples": 0}
+
+
+@pytest.mark.parametrize(
+    "changed, train, valid",
+    [
+        ({}, 64, 48),  # as upstream counts
+        ({"global_batch_size": 4}, 32 + 4 * 4, 48),
+        ({"eval_iters": 1}, 64, 16 + 2 * 8),
+        ({"eval_interval": 8}, 64, 16 + 2 * 16),
+        ({"start_eval_at_iter": 3, **FRESH}, 64, 3 * 16),
+        ({"start_eval_at_iter": 9, **FRESH}, 64, 16),
+        ({"iteration": 9, "consumed_train_samples": 72}, 72, 16 + 16),
+        ({"skip_train": True}, 0, 0),
+    ],
+)
+def test_samples_suffice_for_what_is_left(monkeypatch, changed, train, valid):
+    """A run of 8 steps, 4 of which and one of its 3 evaluations have been made."""
+    args = Namespace(**RUN | changed)
+    monkeypatch.setattr(datasets, "get_args", lambda: args)
+    count = datasets._with_what_is_left(lambda: (0, 0, 5))
+    assert count() == (train, valid, 5)
