@@ -317,7 +317,10 @@ def model_config(args: Namespace, method: Method) -> Any:
 def pretrain_config(args: Namespace, model_config: Any) -> Any:
     """Return the container of all of Megatron's configurations."""
     with _refusals():
-        return pretrain_cfg_container_from_args(args, model_config)
+        config = pretrain_cfg_container_from_args(args, model_config)
+    # Of its last save, which a step that was left out needs, too (`LoopHooks` makes none twice).
+    config.checkpoint.save_interval = math.inf
+    return config
 
 
 def embedding_ranks(args: Namespace) -> Any:

@@ -105,6 +105,8 @@ class RunLog(Listener):
 
     def on_end(self, is_complete: bool) -> None:
         """Note how it ended: a run that was killed has no such line at its end."""
+        if is_complete and not self.args.skip_train:  # its last steps may have been left out
+            self._iteration = max(self._iteration, self.args.train_iters)
         if self._speaks():
             say(f"> {'complete' if is_complete else 'stopped'} at step {self._iteration}")
         # A stop before the end: the totals of steps that are not logged yet.

@@ -7,7 +7,6 @@ their signatures. Listeners are called in the order in which they were given.
 import contextlib
 import functools
 import inspect
-import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -109,6 +108,7 @@ class LoopHooks:
         self.listeners: list[Listener] = []
         self._reported: set[str] = set()  # names of what listeners reported of the last step
         self._folder: Path | None = None  # where the lasting checkpoint goes that is being written
+        self._saved = 0  # the step of the newest lasting one
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -183,6 +183,8 @@ class LoopHooks:
             learning_rate=given["learning_rate"],
             is_skipped=bool(given["skipped_iter"]),
         )
+        if step.number >= self.args.train_iters:  # this end is the run's own, and is evaluated
+            self.args.exit_interval = None
         self._tell("after_step", step)
         if is_last_rank():
             self._log_reported(step, given["total_loss_dict"])
@@ -214,15 +216,19 @@ class LoopHooks:
     def _save(self, save_checkpoint: Callable[..., None], *given: Any, **named: Any) -> None:
         step, chunks, optimizer = given[:3]
         is_lasting, args = not named.get("non_persistent_ckpt"), self.args
-        load, save = (folder and os.path.realpath(folder) for folder in (args.load, args.save))
-        is_own = load == save and args.non_persistent_ckpt_type is None
-        if is_lasting and is_own and step == args.iteration >= args.train_iters:
-            return  # a complete run, started again: a kill would leave half of its last checkpoint
-        folder = Path(get_checkpoint_name(self.args.save, step, return_base_dir=True))
+        if args.save is None:
+            return  # Megatron saves after a bad step, too, whatever the flags say
+        folder = Path(get_checkpoint_name(args.save, step, return_base_dir=True))
+        # A complete run, started again; or no step was begun since, as where batches grow.
+        is_end = step == args.iteration >= args.train_iters
+        is_there = is_end and (folder / "metadata.json").exists()
+        if is_lasting and (is_there or step == self._saved > args.curr_iteration):
+            return  # a kill would leave half of a checkpoint that was whole
         self._folder = folder if is_lasting else None
         self._tell("before_save", Save(step, chunks, optimizer, self._folder))
         self.args.listener_states = self._states()
         save_checkpoint(*given, **named)
+        self._saved = step if is_lasting else self._saved
         if self._folder and not self.args.async_save:
             self._tell("after_save", self._folder)
 

@@ -232,3 +232,18 @@ def test_a_step_with_finite_gradients_is_not_asked_for_more():
     """No loss is read, nothing gathered: no rank waits for its device or for another rank."""
     step = Step(1, losses={}, grad_norm=0.5, learning_rate=1.0, is_skipped=False, reported=None)
     FiniteCheck(count_bad_losses=None).after_step(step)
+
+
+def test_a_last_step_is_left_out_and_saved(corpus, tmp_path):
+    flags = [*corpus.flags, "--save", str(tmp_path), "--save-interval", "2", "--train-iters", "4"]
+    assert not run(1, *flags, "--exit-interval", "3")
+    go_on = ["--load", str(tmp_path), "--iterations-to-skip", "4", "--exit-interval", "4"]
+    assert not run(1, *flags, *go_on)
+    assert (tmp_path / "iter_0000004" / "metadata.json").exists()
+    assert list(records(tmp_path, "end")) == [4]
+
+
+def test_an_exit_at_the_last_step_leaves_out_no_evaluation(corpus, tmp_path):
+    flags = [*corpus.flags, "--save", str(tmp_path), "--train-iters", "2"]
+    assert not run(1, *flags, "--exit-interval", "2")
+    assert list(records(tmp_path, "valid")) == list(records(tmp_path, "end")) == [2]

@@ -42,3 +42,33 @@ def test_megatron_gets_what_it_can_take_the_mean_of():
         totals["advanced iterations"] += 1
     assert totals == {"advanced iterations": 3, "always": 1 + 2}
     assert step.losses == {"always": 3}  # which Megatron adds
+
+
+def test_a_checkpoint_is_written_once_where_nothing_was_done_since(tmp_path):
+    args = Namespace(save=str(tmp_path), iteration=0, train_iters=9, curr_iteration=3)
+    args.async_save = False
+    hooks, written = LoopHooks(args), []
+
+    def save(step):
+        hooks._save(lambda step, *_: written.append(step), step, [], None)
+
+    save(4)
+    save(4)  # as where batches grow, and at the run's end
+    assert written == [4]
+    args.curr_iteration = 4  # a step that was bad: what is saved tells the next start of it
+    save(4)
+    assert written == [4, 4]
+    args.save = None  # which Megatron does not look at there
+    save(5)
+    assert written == [4, 4]
+
+
+def test_the_checkpoint_of_a_complete_run_stays_as_it_is(tmp_path):
+    args = Namespace(save=str(tmp_path), iteration=9, train_iters=9, curr_iteration=0)
+    args.async_save = False
+    written = []
+    for _ in range(2):  # two starts
+        LoopHooks(args)._save(lambda step, *_: written.append(step), 9, [], None)
+        (tmp_path / "iter_0000009").mkdir(exist_ok=True)
+        (tmp_path / "iter_0000009" / "metadata.json").touch()
+    assert written == [9]
