@@ -50,7 +50,8 @@ BOUNDS = {
         "pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
         "exit_interval exit_duration_in_mins seed lr_decay_iters lr_decay_samples "
         "save_retain_interval distributed_timeout_minutes loss_scale_window hysteresis "
-        "check_weight_hash_across_dp_replicas_interval",
+        "check_weight_hash_across_dp_replicas_interval train_sync_interval eval_global_batch_size "
+        "distributed_timeout_seconds_after_init",
     ),
     "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)": (
         1,
@@ -63,14 +64,14 @@ BOUNDS = {
         FINITE,
         "train_iters train_samples eval_iters num_workers lr min_lr lr_warmup_init lr_warmup_iters "
         "lr_warmup_samples weight_decay start_weight_decay end_weight_decay adam_eps "
-        "manual_gc_interval",
+        "manual_gc_interval decoupled_lr decoupled_min_lr init_method_std",
     ),
     "more than 0": (sys.float_info.min, FINITE, "loss_scale initial_loss_scale min_loss_scale"),
     "0, which clips nothing, or more": (0, math.inf, "clip_grad"),
     "from 0 to 1": (
         0,
         1,
-        "attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction",
+        "attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction rotary_percent",
     ),
 }
 """What numbers must be that Megatron does not look at, or only when it is too late for words."""
@@ -172,6 +173,9 @@ def _check_schedule(args: Namespace) -> None:
     _, decay, warmup = schedule_samples(args)
     unit, batch = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
     fall = vars(args)[f"lr_wsd_decay_{unit}"]
+    own_least = args.decoupled_min_lr
+    if own_least is None and args.decoupled_lr is not None:
+        own_least = args.min_lr
     for is_wrong, what in (
         (
             warmup >= decay,
@@ -181,6 +185,11 @@ def _check_schedule(args: Namespace) -> None:
         (
             args.lr_warmup_init > args.lr,
             f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: begin lower.",
+        ),
+        (
+            own_least is not None and (args.decoupled_lr or 0) < own_least,
+            f"--decoupled-lr is {args.decoupled_lr} and must be at least {own_least}, its end "
+            "(--decoupled-min-lr, or else --min-lr).",
         ),
         (
             (args.lr_decay_style == "WSD") != (fall is not None),

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import (
@@ -16,6 +17,7 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 
+from megatron_let.checkpoint.choice import is_own
 from megatron_let.checkpoint.door import Door
 from megatron_let.checkpoint.folder import step_of
 from megatron_let.console import say
@@ -96,6 +98,7 @@ def check_resume(door: Door, args: Namespace, method: Method, chunks: list[Any])
             _check_ours(args, saved, method)
             if not args.skip_train:
                 _check_steps(args, saved, step_of(chosen))
+                _begin_optimizer_once(args, saved)
         check_flags(args, saved)
         if not args.finetune and os.environ.get("RANK", "0") == "0":
             _tell_changes(args, saved)
@@ -185,6 +188,17 @@ def _check_steps(args: Namespace, saved: Namespace, step: int) -> None:
             f"--step-batch-size-schedule {before},{samples * args.seq_length}:SIZE "
             f"--eval-global-batch-size {evaluated} in the place of --global-batch-size."
         )
+
+
+def _begin_optimizer_once(args: Namespace, saved: Namespace) -> None:
+    """A job that starts again has `--no-load-optim` still, and an optimizer of its own by then."""
+    args.optimizer_is_new = bool(args.no_load_optim)  # the checkpoints' mark
+    is_made = vars(saved).get("optimizer_is_new") and not vars(saved).get("no_save_optim")
+    is_other = any(_differing(args, saved, OPTIMIZER))
+    if args.no_load_optim and is_made and not is_other and is_own(args, Path(args.load)):
+        args.no_load_optim = None
+        if os.environ.get("RANK", "0") == "0":
+            say("> --no-load-optim has been followed: goes on with the optimizer begun then")
 
 
 def _tell_changes(args: Namespace, saved: Namespace) -> None:

@@ -12,7 +12,12 @@ from megatron.core import num_microbatches_calculator as calculator
 
 from megatron_let.errors import UsageError
 from megatron_let.training.log import take_over
-from megatron_let.training.resume import _check_steps, _tell_changes, check_flags
+from megatron_let.training.resume import (
+    _begin_optimizer_once,
+    _check_steps,
+    _tell_changes,
+    check_flags,
+)
 from tests.distributed.training import run, series
 from tests.support.tiny_run import checkpoint
 
@@ -80,6 +85,8 @@ REFUSED = {
     "no log interval": ("--log-interval 0", "--log-interval 0 must be at least 1"),
     "an exit after no step": ("--exit-interval 0", "--exit-interval 0 must be at least 1"),
     "an exit at once": ("--exit-duration-in-mins 0", "--exit-duration-in-mins 0 must be at least"),
+    "a step after no step": ("--train-sync-interval 0", "--train-sync-interval 0 must be at least"),
+    "an evaluation of nothing": ("--eval-global-batch-size 0", "size 0 must be at least 1"),
     "no loss scale": ("--fp16 --loss-scale 0", "--loss-scale 0.0 must be more than 0"),
     "no window": ("--fp16 --loss-scale-window 0", "--loss-scale-window 0.0 must be at least 1"),
     "a negative interval": ("--manual-gc --manual-gc-interval -1", "-1 must be 0 or more"),
@@ -147,6 +154,21 @@ def test_what_may_be_changed_is_said(saved, tmp_path, capsys):
         kept,
         f"{changed}, --adam-beta2 0.9 (0.999)",
     ]
+
+
+@pytest.mark.parametrize(
+    "flags, elsewhere, kept",
+    [({}, {}, True), ({"load": "other"}, {}, False), ({"bf16": True}, {}, False)]
+    + [({}, {"optimizer_is_new": False}, False), ({}, {"no_save_optim": True}, False)],
+)
+def test_a_job_that_starts_again_begins_its_optimizer_once(flags, elsewhere, kept):
+    given = {"save": "run", "load": "run", "no_load_optim": True, "bf16": False}
+    saved = {"optimizer_is_new": True, "no_save_optim": None, "bf16": False}
+    now, before = given | flags, saved | elsewhere
+    now, before = (Namespace(group_query_attention=True, **of) for of in (now, before))
+    _begin_optimizer_once(now, before)
+    assert now.no_load_optim == (None if kept else True)
+    assert now.optimizer_is_new  # for the start after it
 
 
 @pytest.mark.parametrize(

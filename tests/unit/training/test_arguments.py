@@ -295,6 +295,8 @@ MISTAKES = {
             ("--num-workers -1", "must be 0 or more"),
             ("--weight-decay nan", "must be 0 or more"),
             ("--lr inf", "must be 0 or more"),
+            ("--decoupled-lr nan", "must be 0 or more"),
+            ("--rotary-percent 25.0", "must be from 0 to 1"),
             ("--clip-grad nan", "must be 0, which clips nothing, or more"),
             ("--hidden-dropout 2.0", "must be from 0 to 1"),
             ("--split a,b,c", "must be the parts of training, validation and test"),
@@ -307,6 +309,18 @@ MISTAKES = {
         "would rise for 200 samples .*after 20 .*warm up for less",
     ),
     "a warm-up from above": (f"{PLAIN} --lr-warmup-init 1", "--lr-warmup-init 1.0 is above --lr 0"),
+    "an own rate below its end": (
+        f"{PLAIN} --decoupled-lr 1e-4 --decoupled-min-lr 1e-3",
+        "--decoupled-lr is 0.0001 and must be at least 0.001, its end",
+    ),
+    "an own rate below the end of all": (
+        f"{PLAIN} --min-lr 1e-4 --decoupled-lr 1e-5",
+        "--decoupled-lr is 1e-05 and must be at least 0.0001, its end",
+    ),
+    "an end of no own rate": (
+        f"{PLAIN} --decoupled-min-lr 1e-4",
+        "--decoupled-lr is None and must",
+    ),
     "a course without its fall": (f"{PLAIN} --lr-decay-style WSD", "and --lr-wsd-decay-iters, its"),
     "a fall in samples of a run in steps": (
         f"{PLAIN} --lr-decay-style WSD --lr-wsd-decay-samples 4",
