@@ -197,8 +197,9 @@ class RunLog(Listener):
         peak_memory, sets = _peak_memory(), self._validation_sets()
         seen = self._evaluated.setdefault(self._iteration, [])
         # After training Megatron evaluates all once more, then the test sets, at the same
-        # iteration: its first evaluations are those that count.
-        if losses and len(seen) < len(sets):
+        # iteration: its first evaluations are those that count, of an earlier start, too.
+        is_new = self._iteration > self.args.iteration or not self.file.is_evaluated
+        if losses and len(seen) < len(sets) and (is_new or self.args.skip_train):
             seen.append({key: value.item() for key, value in losses.items()})
             if len(sets) > 1:
                 self.file.write("valid set", self._iteration, set=sets[len(seen) - 1], **seen[-1])

@@ -29,11 +29,17 @@ class MetricsFile:
     def __init__(self, path: Path | None, iteration: int) -> None:
         self.path = path
         self.totals: Totals = dict.fromkeys(TOTALS, 0)
+        self.is_evaluated = False
+        """Whether the validation loss of that iteration is known, of this attempt."""
         if path is not None and path.exists():
             text = path.read_bytes()
             if not text.endswith(b"\n"):  # a killed run's, which would garble the next record
                 os.truncate(path, text.rfind(b"\n") + 1)
             for _, record in read_records(path) if iteration else ():
+                if record["iteration"] == iteration:
+                    self.is_evaluated |= record["kind"] == "valid"
+                elif record["kind"] == "start":
+                    self.is_evaluated = False
                 if record["iteration"] <= iteration:
                     known = [n for n in TOTALS if isinstance(record.get(n), int | float)]
                     self.totals |= {name: record[name] for name in known}

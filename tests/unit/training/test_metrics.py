@@ -51,6 +51,18 @@ def test_totals_go_on_from_the_resumed_step_and_not_from_the_last_record(tmp_pat
     assert first.totals["tokens"] == 500
 
 
+def test_an_evaluation_counts_that_an_earlier_start_has_made(tmp_path):
+    """A complete run, started again, would put another one, of other rows, in its place."""
+    path = tmp_path / "metrics.jsonl"
+    train(path, stop=4)
+    assert MetricsFile(path, 4).is_evaluated
+    assert not MetricsFile(path, 3).is_evaluated
+    MetricsFile(path, 4).write("start", 4, **FACTS)
+    assert MetricsFile(path, 4).is_evaluated
+    train(path, start=2, stop=3)  # from a checkpoint before it
+    assert not MetricsFile(path, 4).is_evaluated
+
+
 def test_a_run_from_the_first_step_counts_from_zero_although_the_file_is_there(tmp_path):
     path = tmp_path / "metrics.jsonl"
     train(path, stop=3)
