@@ -99,7 +99,7 @@ class RunLog(Listener):
                 say(
                     "> the samples from here on may be others than the checkpoint's run would "
                     "have seen, or in another order: the data or its folder, --split, --seed, "
-                    "--seq-length or the run's length have changed"
+                    "--seq-length, the batches or the run's length have changed"
                 )
         self._data = data
 

@@ -197,6 +197,17 @@ MISTAKES = {
         f"{STEPS} --data-path 1 TMP/one 0 TMP/absent",
         "TMP/absent has the weight 0.0: give one above 0, or leave it out",
     ),
+    **{
+        f"names of validation sets: {flags}": (
+            f"{STEPS} --train-data-path TMP/one --valid-data-path TMP/one TMP/one {flags}",
+            f"^{flags.split(' --')[0]} must be a name of its own for .*there are 2, with --full",
+        )
+        for flags in (
+            "--validation-set-names a b",
+            "--validation-set-names a --full-validation --multiple-validation-sets",
+            "--validation-set-names a a --full-validation --multiple-validation-sets",
+        )
+    },
     "weights of whole sets": (
         f"{STEPS} --train-data-path TMP/one --valid-data-path 1 TMP/one 2 TMP/absent "
         "--full-validation --multiple-validation-sets",
