@@ -25,7 +25,7 @@ from megatron_let.checkpoint.folder import (
 )
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.console import say
-from megatron_let.errors import MachineError, UsageError
+from megatron_let.errors import MachineError, UsageError, first_line
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 SAVE_ERRORS = (RuntimeError, OSError, CheckpointException)
@@ -181,11 +181,10 @@ def explain_failed_save(error: BaseException) -> str | None:
         return None  # a lost peer, or no memory left
     called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     if called & {"save_checkpoint", "maybe_finalize_async_save"}:
-        says = next(iter(str(error).splitlines()), type(error).__name__)
         return (
             f"a checkpoint could not be written to {get_args().save}. A full disk or quota is the "
             "usual reason: make room and start again; earlier checkpoints are as they were. "
-            f"Megatron says: {says}"
+            f"Megatron says: {first_line(error)}"
         )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error.filename or 'a file'} cannot be written, or read: {error.strerror}."

@@ -49,11 +49,11 @@ class Door:
         rank = 0 if alone else torch.distributed.get_rank()
         ranks = 1 if alone else torch.distributed.get_world_size()
         while True:
-            decided = _agreed(ranks, lambda: self._decide(args) if rank == 0 else None)
+            decided = agreed(lambda: self._decide(args) if rank == 0 else None, ranks)
             self.chosen, args.finetune, self._from = decided[0]
             if self.chosen is None:
                 break
-            found = _agreed(ranks, functools.partial(differing, self.chosen, rank, ranks))
+            found = agreed(functools.partial(differing, self.chosen, rank, ranks), ranks)
             if not any(found):
                 break
             self._damaged[self.chosen] = next(filter(None, found))
@@ -131,7 +131,7 @@ class Door:
         return loaded
 
 
-def _agreed(ranks: int, find: Callable[[], Any]) -> list[Any]:
+def agreed(find: Callable[[], Any], ranks: int | None = None) -> list[Any]:
     """What each rank finds; the error of one is raised on all, or they would wait for ever."""
     try:
         found = find()
@@ -142,7 +142,7 @@ def _agreed(ranks: int, find: Callable[[], Any]) -> list[Any]:
     except Exception as error:  # the others would wait for this rank
         traceback.print_exc()
         found = UsageError(f"{type(error).__name__}: {error}")
-    every = gathered(found) if ranks > 1 else [found]
+    every = [found] if ranks == 1 else gathered(found)
     for found in every:
         if isinstance(found, UsageError):
             raise found

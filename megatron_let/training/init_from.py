@@ -13,8 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.training import get_tokenizer
 
-from megatron_let.checkpoint.door import Door
-from megatron_let.checkpoint.finite import gathered
+from megatron_let.checkpoint.door import Door, agreed
 from megatron_let.conversion import checks, configs
 from megatron_let.conversion.from_hf import Source
 from megatron_let.conversion.grow import grown_model, open_small
@@ -46,13 +45,7 @@ def grow(args: Namespace, door: Door, chunks: list[Any]) -> list[Any]:
                 "which did not begin so. Leave it out, or --load."
             )
         return chunks
-    error: UsageError | None = None
-    try:
-        _grow(args, chunks)
-    except UsageError as found:  # a tensor that one stage alone reads may be damaged
-        error = found
-    if (first := next(filter(None, gathered(error)), None)) is not None:
-        raise first  # as it is: a hub that is away has a status of its own
+    agreed(lambda: _grow(args, chunks))  # a tensor that one stage alone reads may be damaged
     return chunks
 
 

@@ -90,8 +90,8 @@ def check_accelerators(argv: Sequence[str]) -> None:
             if "--transformer-impl local" not in " ".join(argv).replace("=", " "):
                 sys.exit(
                     f"{Path(sys.argv[0]).name}: error: Transformer Engine is installed and cannot "
-                    f"be loaded ({_told(error)}). Mend or uninstall it, or "
-                    "add --transformer-impl local to go on without."
+                    f"be loaded ({type(error).__name__}: {first_line(error)}). Mend or uninstall "
+                    "it, or add --transformer-impl local to go on without."
                 )
             for name in ("transformer_engine", "transformer_engine_torch"):
                 sys.modules[name] = None  # type: ignore[assignment]
@@ -103,8 +103,5 @@ def check_accelerators(argv: Sequence[str]) -> None:
         except Exception as error:
             sys.modules[name] = None  # type: ignore[assignment]
             if os.environ.get("RANK", "0") == "0":
-                show(f"> {name} is left out: it cannot be loaded ({_told(error)})", sys.stdout)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition('\n')[0]}"
+                why = f"{type(error).__name__}: {first_line(error)}"
+                show(f"> {name} is left out: it cannot be loaded ({why})", sys.stdout)
