@@ -145,6 +145,14 @@ def _check_numbers(args: Namespace) -> None:
             value = vars(args)[name]
             if value is not None and not least <= value <= most:  # nan is neither
                 raise UsageError(f"{arguments.flag(name, value)} must be {what}.")
+    for small, large in (
+        ("min_loss_scale", "initial_loss_scale"),
+        ("moe_router_topk", "num_experts"),
+    ):
+        value, most = vars(args)[small], vars(args)[large]
+        if None not in (value, most) and value > most:
+            above = f"{arguments.flag(small, value)} is above {arguments.flag(large, most)}"
+            raise UsageError(f"{above}: change one of them.")
     shares = re.findall(r"[.0-9]+", args.split or "1")  # as Megatron reads them
     if len(shares) > 3 or not any(share.strip(".0") for share in shares):
         raise UsageError(

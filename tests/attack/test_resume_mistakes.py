@@ -89,6 +89,14 @@ REFUSED = {
     "an evaluation of nothing": ("--eval-global-batch-size 0", "size 0 must be at least 1"),
     "no loss scale": ("--fp16 --loss-scale 0", "--loss-scale 0.0 must be more than 0"),
     "no window": ("--fp16 --loss-scale-window 0", "--loss-scale-window 0.0 must be at least 1"),
+    "a least scale above the first": (
+        "--fp16 --initial-loss-scale 4 --min-loss-scale 8",
+        "--min-loss-scale 8.0 is above --initial-loss-scale 4.0",
+    ),
+    "a token for more experts than there are": (
+        "--num-experts 2 --moe-router-topk 4",
+        "--moe-router-topk 4 is above --num-experts 2",
+    ),
     "a negative interval": ("--manual-gc --manual-gc-interval -1", "-1 must be 0 or more"),
     "no interval of hashes": (
         "--check-weight-hash-across-dp-replicas-interval 0",
