@@ -113,7 +113,7 @@ def _with_what_is_left(count: Callable[[], tuple[int, int | None, int]]) -> Any:
     if not args.train_samples:
         steps = max(args.train_iters - done, 0)
         train = max(train, args.consumed_train_samples + steps * args.global_batch_size)
-    if valid is not None:
+    if valid is not None and args.eval_iters:
         before = max(done, (args.start_eval_at_iter or 1) - 1) // args.eval_interval
         evaluations = max(args.train_iters // args.eval_interval - before, 0) + 1
         rows = evaluations * args.eval_iters * args.eval_global_batch_size

@@ -60,6 +60,7 @@ FRESH = {"iteration": 0, "consumed_train_samples": 0, "consumed_valid_samples": 
         ({"start_eval_at_iter": 3, **FRESH}, 64, 3 * 16),
         ({"start_eval_at_iter": 9, **FRESH}, 64, 16),
         ({"iteration": 9, "consumed_train_samples": 72}, 72, 16 + 16),
+        ({"eval_iters": 0}, 64, 0),  # a set may be too small for any
         ({"skip_train": True}, 0, 0),
     ],
 )
