@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -59,6 +60,11 @@ def test_the_map_of_rooms_is_the_house():
 
 
 def test_the_picture_of_a_step_is_drawn(tmp_path):
-    script = ROOT / "docs" / "guided_step.py"
+    script, kept = (
+        ROOT / "docs" / "guided_step.py",
+        (ROOT / "docs" / "guided_step.png").read_bytes(),
+    )
+    if f"Matplotlib version{version('matplotlib')}".encode() not in kept:
+        pytest.skip("another version of Matplotlib has drawn the one that is kept")
     subprocess.run([sys.executable, script, tmp_path / "step.png"], check=True)
-    assert (tmp_path / "step.png").read_bytes() == (ROOT / "docs" / "guided_step.png").read_bytes()
+    assert (tmp_path / "step.png").read_bytes() == kept
