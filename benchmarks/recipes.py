@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_let.commands import plan
-from megatron_let.dry_run.flags import without  # noqa: F401
 from megatron_let.planning.plan import Plan
-from megatron_let.program import expanded
+from megatron_let.program import expanded, without  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 BLEND = "pile_text_blend.txt"

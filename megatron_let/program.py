@@ -4,7 +4,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_let.errors import UsageError
@@ -17,6 +18,8 @@ QUOTED = re.compile(r"""'[^']*'|("[^"]*")""")
 REPLACED = re.compile(r"(?:(?<!\S)~|(?<!\\)\$[\w{(])\S*")
 """What a shell would replace, outside of single quotes."""
 COMMAND = [sys.executable, "-m", "megatron_let.pretrain"]
+TRACKERS = "tensorboard-dir wandb-project wandb-exp-name wandb-save-dir wandb-entity"
+"""Flags that write beside a run."""
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -68,6 +71,27 @@ def as_lines(words: Sequence[str]) -> str:
         else:
             lines[-1] += f" {quoted}"
     return "".join(f"{line}\n" for line in lines)
+
+
+def values_of(words: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line with the word behind each, another flag or none as well."""
+    parts = [part for word in words for part in word.split("=", word.startswith("--"))]
+    return {word: after for word, after in pairwise([*parts, ""]) if word.startswith("--")}
+
+
+def without(words: Sequence[str], unwanted: Callable[[str], bool]) -> list[str]:
+    """The words of a command line without the unwanted flags and their values."""
+    kept, keep = [], True
+    for word in words:
+        if word.startswith("--"):
+            keep = not unwanted(word.partition("=")[0])
+        kept += [word] * keep
+    return kept
+
+
+def named(names: str) -> Callable[[str], bool]:
+    """Whether a flag is one of these, given without dashes and apart by spaces."""
+    return {f"--{name}" for name in names.split()}.__contains__
 
 
 def read_command_line() -> None:

@@ -1,15 +1,12 @@
 """One run at a time writes into a `--save`: a second one hears who the first is.
 
-Rank 0 holds an `fcntl` lock on a file there, which goes when the process does. (`flock` would be
-inherited by the writers of asynchronous saves, which may outlive it.) The file names its holder and
+Rank 0 holds a lock on a file there, which goes when the process does. The file names its holder and
 is touched every few seconds: that tells a run from a lost node whose lock an NFS server still
 keeps, and is all there is on a file system without locks.
 """
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import os
 import platform
 import threading
@@ -21,12 +18,12 @@ from typing import IO
 
 from megatron_let.console import say
 from megatron_let.errors import MachineError
+from megatron_let.locks import lock
 
 FILE = "run.lock"
 BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0
 """So long a start waits for one that may be dying, as after a requeue; more than some beats."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def save_folder(argv: Sequence[str]) -> Path | None:
@@ -66,7 +63,7 @@ def _hold(path: Path) -> IO[str]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", errors="replace")
-        is_locked, stat = _lock(file), os.fstat(file.fileno())
+        is_locked, stat = lock(file), os.fstat(file.fileno())
         file.seek(0)
         holder = file.read().strip()
         if is_locked or (is_locked is None and not holder):
@@ -88,19 +85,6 @@ def _hold(path: Path) -> IO[str]:
             say(f"> {holder}: gives no sign of life, this run takes its place")
             path.unlink(missing_ok=True)
         time.sleep(0.2)
-
-
-def _lock(file: IO[str]) -> bool | None:
-    """Try to lock; False if another process has it, None if this file system has no locks."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno not in NO_LOCKS:
-            raise
-        return None
-    return True
 
 
 def _sign(file: IO[str], without_locks: bool) -> IO[str]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.commands import mistakes_told, tool_parser
-from megatron_let.dry_run.flags import named, values_of, without
 from megatron_let.dry_run.start import found_by
 from megatron_let.errors import UsageError
 from megatron_let.methods.table import BASELINE, LET_LAYER, LET_STOP_STEP, MAIN, METHODS
@@ -27,7 +26,7 @@ from megatron_let.planning.plan import Plan, plan, search
 from megatron_let.planning.run import Gpu, Layout, RunShape
 from megatron_let.planning.shapes import ModelShape
 from megatron_let.planning.text import page, ranking
-from megatron_let.program import expanded
+from megatron_let.program import expanded, named, values_of, without
 
 LAYOUT_FLAGS = named(
     "tensor-model-parallel-size pipeline-model-parallel-size micro-batch-size sequence-parallel "

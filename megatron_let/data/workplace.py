@@ -4,7 +4,6 @@ Killed at any instant, a run goes on from its last commit: everything behind it 
 complete is moved to its final places, indices last, and that too can be taken up again.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 from megatron_let.data.indexed import check_absent, whole_file
 from megatron_let.data.sources import Position
+from megatron_let.locks import lock
 
 
 @dataclass
@@ -57,15 +57,10 @@ class Workplace:
         self._state_file = self.folder / "state.json"
         self.folder.mkdir(exist_ok=True)
         self._lock = open(self.folder / "lock", "w")
-        try:
-            # Not `flock`: a killed run's workers would hold that one a moment longer.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        if lock(self._lock) is False:
             raise ValueError(
                 f"another process is writing {prefix}; wait, or choose another --output-prefix"
-            ) from error
-        except OSError:  # a file system without locks, as Lustre often is: nothing is known
-            pass
+            )
         self.state = State(identity, engine)
         if self._state_file.exists():
             self._take_up(json.loads(self._state_file.read_text()))

@@ -7,13 +7,13 @@ import json
 import math
 import re
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import UsageError
 from megatron_let.planning.shapes import TEACHERS
+from megatron_let.program import TRACKERS, named, values_of, without
 
 RESULT = "MEGATRON_LET_DRY_RUN"
 """In the environment of a process that is one rank: the file for what it found."""
@@ -27,7 +27,6 @@ WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
 )
-TRACKERS = "tensorboard-dir wandb-project wandb-exp-name wandb-save-dir wandb-entity"
 PARALLEL = ("tensor-model", "context", "pipeline-model")
 UNSEEN = {
     "only Transformer Engine has attention over parts of a sequence": "context-parallel-size",
@@ -159,24 +158,3 @@ def _known(name: str | None) -> dict | None:
     if name is None or Path(name).exists():
         return None
     return TEACHERS.get(name.rpartition("/")[2].lower())
-
-
-def values_of(words: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line with the word behind each, another flag or none as well."""
-    parts = [part for word in words for part in word.split("=", word.startswith("--"))]
-    return {word: after for word, after in pairwise([*parts, ""]) if word.startswith("--")}
-
-
-def without(words: Sequence[str], unwanted: Callable[[str], bool]) -> list[str]:
-    """The words of a command line without the unwanted flags and their values."""
-    kept, keep = [], True
-    for word in words:
-        if word.startswith("--"):
-            keep = not unwanted(word.partition("=")[0])
-        kept += [word] * keep
-    return kept
-
-
-def named(names: str) -> Callable[[str], bool]:
-    """Whether a flag is one of these, given without dashes and apart by spaces."""
-    return {f"--{name}" for name in names.split()}.__contains__

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_let.dry_run import flags
 from megatron_let.errors import UsageError
 from megatron_let.planning.memory import GIB, RUNTIME_BYTES
-from megatron_let.program import COMMAND, environment
+from megatron_let.program import COMMAND, environment, named, without
 
 MIB, TERA = 2**20, 1e12
 KINDS = ("weights", "gradients", "optimizer", "teacher", "step", "peak")
@@ -64,7 +64,7 @@ def begin() -> None:
         from megatron_let.upstream import cpu, dry
 
         # What these would do is not seen.
-        sys.argv = flags.without(sys.argv, flags.named(NEEDS_GPU))
+        sys.argv = without(sys.argv, named(NEEDS_GPU))
         cpu.activate()
         dry.before_megatron()
         return

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron.training import training
 
-from megatron_let.dry_run.flags import TRACKERS, named, without
 from megatron_let.methods.base import Method
+from megatron_let.program import TRACKERS, named, without
 from megatron_let.training import command_line
 from megatron_let.training.run import Run
 from megatron_let.upstream.mended import mend_megatron

@@ -243,7 +243,8 @@ def _data_prefixes(args: Namespace) -> list[str]:
             "--full-validation evaluates each set by itself, without weights: give the training "
             "data with theirs by --train-data-path, and the sets alone by --valid-data-path."
         )
-    names, sets = args.validation_set_names, per_split[1][0] if per_split and per_split[1] else [""]
+    names = args.validation_set_names
+    sets = per_split[1][0] if per_split and per_split[1] else [""]
     is_named = names and args.full_validation and len(names) == len(set(names)) == len(sets)
     if names is not None and not is_named:
         raise UsageError(

@@ -208,7 +208,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def lockf(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(workplace.fcntl, "lockf", lockf)
+    monkeypatch.setattr("fcntl.lockf", lockf)
     workplace.Workplace(str(tmp_path / "x"), {}, "auto").close()
     assert not (tmp_path / "x.partial").exists()
 
