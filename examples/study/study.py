@@ -16,13 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from examples.study.record import Summary, machine, read_summary, score_model, write_summary
 from examples.study.table import PLAIN, Planned, Regime, Setting, Table
 from megatron_let.commands import convert_checkpoint
-from megatron_let.quickstart.corpus import (
-    Deduplicator,
-    default_roots,
-    find_sources,
-    sha256_file,
-    write_split,
-)
+from megatron_let.files import sha256
+from megatron_let.quickstart.corpus import Deduplicator, default_roots, find_sources, write_split
 from megatron_let.quickstart.run import Model, Quickstart, is_finished
 from megatron_let.quickstart.wheels import fetch_wheels
 from megatron_let.report.runs import Evaluation, Run, read_run
@@ -67,7 +62,7 @@ class Study:
             sources = find_sources(roots, ending)
             write_split(path, sources, self.table.documentation_bytes, Deduplicator(), 1.0)
         for name, expected in self.table.hashes.items():
-            found = sha256_file(self.folder / name)
+            found = sha256(self.folder / name)
             if found != expected:
                 raise ValueError(
                     f"{self.folder / name} has the hash {found[:12]} instead of {expected[:12]}: "

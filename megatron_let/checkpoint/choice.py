@@ -21,11 +21,11 @@ from megatron_let.checkpoint.folder import (
     iteration_folders,
     listed,
     step_of,
-    write_whole,
 )
 from megatron_let.checkpoint.reader import Checkpoint
 from megatron_let.console import say
 from megatron_let.errors import MachineError, UsageError, first_line
+from megatron_let.files import write_whole
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 SAVE_ERRORS = (RuntimeError, OSError, CheckpointException)

@@ -1,14 +1,13 @@
 """A folder of checkpoints: their names, whether all their bytes are there, and what they were."""
 
-import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_let.errors import MachineError, UsageError
+from megatron_let.files import sha256
 from megatron_let.upstream.inert import MetadataUnpickler
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -59,12 +58,13 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
     folders = [*iteration_folders(load).values()][::-1] + [load / "release"]
     if step is not None:
         folders = [load / f"iter_{step:07d}"]
-    problem: str | None = ""
+    problem: str | None = None
     for folder in folders:
         if is_finished(folder) and (problem := cut(folder)) is None:
             return folder
+    found = f" ({problem})" if problem else ""
     raise UsageError(
-        f"No whole checkpoint at {load if step is None else folders[0]}. {problem} {load} holds: "
+        f"No whole checkpoint at {load if step is None else folders[0]}{found}. {load} holds: "
         f"{listed(load)}. Give the folder that was the run's --save, not an iter_ folder inside "
         "it; --ckpt-step chooses among those."
     )
@@ -115,12 +115,6 @@ def differing(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     return f"the SHA-256 of {', '.join(others)} is not what it was" if others else None
 
 
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_metadata(folder: Path) -> Metadata:
     """Return what `.metadata` says of the other files; one that is damaged is a `UsageError`."""
     path = folder / ".metadata"
@@ -136,10 +130,3 @@ def read_metadata(folder: Path) -> Metadata:
             raise  # the disk's fault
         raise UsageError(f"{path} cannot be read: {error}") from error
     return metadata
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file in one go: a kill leaves the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -18,7 +18,7 @@ from typing import IO
 
 from megatron_let.console import say
 from megatron_let.errors import MachineError
-from megatron_let.locks import lock
+from megatron_let.files import lock
 
 FILE = "run.lock"
 BEAT_SECONDS = 5.0

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_let.checkpoint.folder import SUMS, sha256, write_whole
+from megatron_let.checkpoint.folder import SUMS
 from megatron_let.console import say
+from megatron_let.files import sha256, write_whole
 from megatron_let.upstream.loop_hooks import Listener, Save
 
 PARTS = "integrity_{}.part"

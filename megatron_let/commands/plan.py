@@ -181,15 +181,26 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
             raise UsageError(
                 f"{name} is not planned here; pretrain_let.py --dry-run may take it.{way_out}"
             )
-    is_file = "--vocab-file" in values  # whose tokens are not counted here
-    for name in (*NEEDED, *["--vocab-size"] * is_file):
+    for name in NEEDED:
         if name not in [*values, *own] and not tried(name):
             raise UsageError(f"The flags of the run have no {name}. Add it.")
     if "--bf16" not in values and "--fp16" not in values:
         raise UsageError("A run without --bf16 or --fp16 is one in fp32: not planned here.")
+    if "--fp16" in values and "--accumulate-allreduce-grads-in-fp32" not in values:
+        raise UsageError(
+            "Gradients in fp16 are not planned here. Megatron-LM keeps them in fp32 "
+            "with --accumulate-allreduce-grads-in-fp32."
+        )
+    if "--vocab-file" in values and "--vocab-size" not in own:
+        raise UsageError(
+            "How many tokens --vocab-file has is not known on paper. Add --vocab-size "
+            "with their number, before --."
+        )
     known = build_parser()._option_string_actions.keys() - {"--dry-run"}
     if "--group-query-attention" not in values:  # which alone makes Megatron read it
         known -= {"--num-query-groups"}
+    if values.keys() & {"--tokenizer-model", "--vocab-file"}:  # which have their own
+        known -= {"--vocab-size"}
     if values.get("--position-embedding-type", "learned_absolute") != "learned_absolute":
         known -= {"--max-position-embeddings"}  # a limit then, and no rows
     return [*_defaults(values), *without(words, (values.keys() - known).__contains__)]

@@ -141,5 +141,5 @@ def with_end(rows: Rows, eod: int | None, dtype: type[np.number]) -> tuple[np.nd
 
 def dataset_name(group: str, key: str) -> str:
     """What a dataset is called behind the output prefix: Megatron's KEY_document, or per group."""
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", group).strip("-.")
+    slug = re.sub(r"(?:[^\w.]|_)+", "-", group).strip("-.")
     return f"{slug}_{key}_document" if group else f"{key}_document"

@@ -4,15 +4,15 @@ The bytes are those of Megatron's `IndexedDatasetBuilder`, which keeps the lengt
 in Python lists. Here they lie on disk beside the tokens, and the index is made from them.
 """
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from megatron_let.files import commit
 
 HEADER = b"MMIDIDX\x00\x00"
 HEAD = struct.Struct("<9sQBQQ")
@@ -60,29 +60,6 @@ def open_at(path: Path, size: int) -> BinaryIO:
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def commit(file: BinaryIO) -> int:
-    """Bring what was written to the disk; return the file's size."""
-    file.flush()
-    os.fsync(file.fileno())
-    return file.tell()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears whole or not at all, in the place of the one before."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-        commit(file)
-    partial.replace(path)
-
-
-def sha256_file(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_folder_of(prefix: str) -> None:

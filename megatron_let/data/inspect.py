@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_let.data.indexed import DTYPES, HEAD, HEADER, sha256_file
+from megatron_let.data.indexed import DTYPES, HEAD, HEADER
 from megatron_let.errors import UsageError
+from megatron_let.files import sha256
 
 _SCANNED_BYTES = 32 * 1024**2
 
@@ -140,7 +141,7 @@ def check_tokens(pair: Pair, vocab_size: int) -> None:
 
 def checksum(pair: Pair) -> dict[str, str]:
     """SHA-256 of both files, to compare copies."""
-    return {suffix: sha256_file(Path(pair.prefix + suffix)) for suffix in (".bin", ".idx")}
+    return {suffix: sha256(Path(pair.prefix + suffix)) for suffix in (".bin", ".idx")}
 
 
 def summary(pair: Pair) -> str:

@@ -14,8 +14,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from megatron_let.data.indexed import whole_file
 from megatron_let.errors import UsageError
+from megatron_let.files import whole_file
 
 MIN_KEPT = 0.1
 """Part of a sample's tokens that the scorer must have among its guesses; others score last."""

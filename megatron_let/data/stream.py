@@ -11,11 +11,12 @@ from tqdm import tqdm
 from megatron_let.data.documents import columns
 from megatron_let.data.encode import BlockEncoder, EncodedBlock, PreprocessConfig, dataset_name
 from megatron_let.data.engines import make_engine
-from megatron_let.data.indexed import PairWriter, commit, open_at, token_dtype
+from megatron_let.data.indexed import PairWriter, open_at, token_dtype
 from megatron_let.data.sources import InputFile
 from megatron_let.data.tokenizer import Tokenizer
 from megatron_let.data.workers import map_in_order
 from megatron_let.data.workplace import Workplace
+from megatron_let.files import commit
 
 COMMIT_SECONDS = 1.0
 """What a killed run loses at most, besides what is under way in the workers."""

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_let.data.indexed import check_absent, whole_file
+from megatron_let.data.indexed import check_absent
 from megatron_let.data.sources import Position
-from megatron_let.locks import lock
+from megatron_let.files import lock, write_whole
 
 
 @dataclass
@@ -87,8 +87,7 @@ class Workplace:
 
     def save(self) -> None:
         """Replace state.json, which is whole at any instant."""
-        with whole_file(self._state_file) as file:
-            file.write(json.dumps(asdict(self.state)).encode())
+        write_whole(self._state_file, json.dumps(asdict(self.state)))
 
     def publish(self) -> None:
         """Move what is complete to its final places, then remove the folder."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from megatron_let.data.indexed import whole_file
 from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, TaskScore
 from megatron_let.evaluation.perplexity import TextScore
+from megatron_let.files import write_whole
 from megatron_let.report.table import markdown_table
 
 Mean = tuple[float, float]
@@ -42,9 +42,8 @@ class Results(dict[str, Any]):
     def keep(self, key: str, value: Any) -> None:
         """Add one result; the file is complete at any time."""
         self[key] = value
-        text = json.dumps({"about": self._about, "results": self}, indent=1) + "\n"
-        with whole_file(self._path) as file:
-            file.write(text.encode())
+        text = json.dumps({"about": self._about, "results": self}, indent=1)
+        write_whole(self._path, f"{text}\n")
 
 
 def identity(folder: Path) -> dict[str, list[int]]:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from megatron_let.data.indexed import sha256_file, whole_file
 from megatron_let.errors import UsageError
+from megatron_let.files import sha256, write_whole
 
 LARGEST_FILE_BYTES = 200_000
 VALID_FRACTION = 0.05
@@ -87,8 +87,7 @@ def build_corpus(
     train = write_split(output_dir / "train.jsonl", train_sources, max_train_bytes, seen)
     valid = write_split(output_dir / "valid.jsonl", valid_sources, max_valid_bytes, seen)
     report = CorpusReport(VERSION, max_train_bytes, max_valid_bytes, train, valid)
-    with whole_file(report_path) as file:
-        file.write(f"{json.dumps(asdict(report), indent=1)}\n".encode())
+    write_whole(report_path, f"{json.dumps(asdict(report), indent=1)}\n")
     return report
 
 
@@ -200,11 +199,10 @@ def write_split(
             lines.append(json.dumps({"text": text, "meta": meta}) + "\n")
     if not lines:
         raise UsageError(f"no usable document for {path.name} within {max_bytes} bytes: raise them")
-    with whole_file(path) as file:
-        file.writelines(map(str.encode, lines))
+    write_whole(path, "".join(lines))
     return SplitReport(
         file=path.name,
-        sha256=sha256_file(path),
+        sha256=sha256(path),
         documents=len(lines),
         bytes=kept_bytes.total(),
         packages=sorted(kept_bytes),
@@ -227,7 +225,7 @@ def _reuse(report_path: Path, max_train_bytes: int, max_valid_bytes: int) -> Cor
         )
     for split in (train, valid):
         file = report_path.parent / split.file
-        if not file.exists() or sha256_file(file) != split.sha256:
+        if not file.exists() or sha256(file) != split.sha256:
             raise UsageError(f"{file} is not the file {report_path} describes: delete the folder")
     return report
 

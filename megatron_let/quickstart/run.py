@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_let.checkpoint.folder import iteration_folders
 from megatron_let.commands import convert_checkpoint, mistakes_told, preprocess_data, tool_parser
 from megatron_let.commands.compare_runs import compare_runs
 from megatron_let.errors import UsageError
@@ -214,9 +215,10 @@ class Quickstart:
 def is_finished(save: Path) -> bool:
     """Whether a run has come to its end; it has not where a kill left no record to be read."""
     try:
-        return read_run(save).finished
+        run = read_run(save)
     except ValueError:
         return False
+    return run.finished and run.train_iters in iteration_folders(save)  # its last save, too
 
 
 def _run_with_progress(command: list[str], save: Path, steps: int) -> None:

@@ -14,9 +14,9 @@ import torch
 from megatron.training import get_tokenizer
 from tqdm import tqdm
 
-from megatron_let.data.indexed import whole_file
 from megatron_let.data.selection import Selection, difficulty_B, highest, number_wanted
 from megatron_let.errors import UsageError
+from megatron_let.files import whole_file
 from megatron_let.teacher import load
 from megatron_let.teacher.load import read_teacher_config, read_token_ids
 from megatron_let.teacher.stage import Teacher, logits

@@ -223,12 +223,13 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def _data_prefixes(args: Namespace) -> list[str]:
+    values = {name: vars(args)[name] for name in DATA_FLAGS if vars(args)[name] is not None}
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except Exception as error:  # a damaged list can raise anything
-        values = {name: vars(args)[name] for name in DATA_FLAGS if vars(args)[name] is not None}
         given = " ".join(arguments.flag(name, value) for name, value in values.items())
-        why = str(error) or "give one list, with a weight before each path or before none"
+        why = str(error) if all(values.values()) else ""
+        why = why or "give one list, with a weight before each path or before none"
         raise UsageError(f"{given} cannot be read: {why}") from error
     parts = [part for part in (blend, *(per_split or ())) if part]
     for prefixes, weights in parts:

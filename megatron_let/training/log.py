@@ -17,8 +17,8 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank
 
 from megatron_let.checkpoint.finite import ranks_with
-from megatron_let.checkpoint.folder import write_whole
 from megatron_let.console import keep, say
+from megatron_let.files import write_whole
 from megatron_let.methods.base import Method
 from megatron_let.training.metrics import MetricsFile, Totals
 from megatron_let.training.tracking import record_start
@@ -125,6 +125,8 @@ class RunLog(Listener):
             f"{args.pipeline_model_parallel_size} x DP {args.data_parallel_size}",
             *self.method.summary(),
         ]
+        if left_out := sorted(n for n in args.iterations_to_skip if n > args.iteration):
+            rows.append(f"--iterations-to-skip leaves out {', '.join(map(str, left_out))}")
         if teacher:
             share = self.method.extra_flops(1) / student_flops_per_token
             rows.append(f"expected extra FLOPs in a guided step: {100 * share:.1f} %")

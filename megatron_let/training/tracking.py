@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megatron_let.checkpoint.folder import write_whole
 from megatron_let.console import say
 from megatron_let.errors import UsageError
+from megatron_let.files import write_whole
 from megatron_let.program import as_lines
 from megatron_let.upstream.secrets import scrubbed
 

@@ -80,7 +80,9 @@ def test_the_run_stops_and_goes_on_without_the_step(corpus, tmp_path):
 
     go_on = ["--load", str(tmp_path), "--rerun-mode", "disabled", "--iterations-to-skip", str(STEP)]
     # Virtual stages have an iterator each, of which upstream's step without a model knows none.
-    assert ends(train(tmp_path, *flags, *go_on, *VIRTUAL_STAGES)) == [None, None]
+    found = train(tmp_path, *flags, *go_on, *VIRTUAL_STAGES)
+    assert ends(found) == [None, None]
+    assert f"> --iterations-to-skip leaves out {STEP}" in found[0][1].splitlines()
     steps = records(tmp_path, "train")
     assert list(steps) == [step for step in range(1, STEPS + 1) if step != STEP]
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_let import locks
+from megatron_let import files
 from megatron_let.checkpoint import lock
 from megatron_let.checkpoint.lock import FILE, one_run_in, save_folder
 from megatron_let.errors import MachineError
@@ -107,7 +107,7 @@ def test_a_run_on_another_node(hold, tmp_path):
 
 def test_without_locks_the_age_decides(tmp_path, capsys):
     folder = tmp_path / "run"
-    refuse = mock.Mock(side_effect=OSError(locks.NO_LOCKS[0], "No locks available"))
+    refuse = mock.Mock(side_effect=OSError(files.NO_LOCKS[0], "No locks available"))
     with mock.patch("fcntl.lockf", refuse):
         with one_run_in(folder):
             assert "> no locks on this file system" in capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_file_that_its_holder_removes_meanwhile(tmp_path, monkeypatch):
         removing.pop()(file.name)
         return kept(file)
 
-    kept, removing = locks.lock, [lambda name: None, os.unlink]
+    kept, removing = files.lock, [lambda name: None, os.unlink]
     monkeypatch.setattr(lock, "lock", removed)
     with one_run_in(tmp_path):
         assert (tmp_path / FILE).exists()

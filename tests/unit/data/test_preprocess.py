@@ -250,14 +250,15 @@ def test_rows_of_a_table_are_sent_without_the_others(tmp_path: Path) -> None:
 
 
 def test_a_blend_holds_the_subsets_of_its_key(tmp_path: Path, config: dict[str, object]) -> None:
-    """A subset without a name too, and none of a key that ends like this one."""
-    subsets = ["", "A", "B"]
+    """A subset without a name too, of any script, and none of a key that ends like this one."""
+    subsets = ["", "A", "B_\u4e2d\u6587", "\u0434 1"]
     records = [{"text": "a", "my_text": "b", "meta": {"set": name}} for name in subsets]
     config["input"] = (write_jsonl(tmp_path / "in.jsonl", records),)
     preprocess(PreprocessConfig(**config, json_keys=("text", "my_text"), split_by_meta="set"))
     for key in ("text", "my_text"):
         listed = (tmp_path / f"out_{key}_blend.txt").read_text().split()[1::2]
-        names = [f"out_{key}_document", f"out_A_{key}_document", f"out_B_{key}_document"]
+        names = ["out", "out_A", "out_B-\u4e2d\u6587", "out_\u0434-1"]
+        names = [f"{name}_{key}_document" for name in names]
         assert [Path(prefix).name for prefix in listed] == names
 
 

@@ -117,7 +117,7 @@ def test_another_machine_trains_no_teacher_that_no_open_regime_takes(study):
     assert [study.is_done(name) for name in study.teachers] == [True, True, False]
     write_lines(study, deep, [start | {"name": deep}, *curve(2.0, 1000)])
     assert [study.is_done(name) for name in study.teachers] == [True, True, False]
-    study._save(deep).mkdir(parents=True)  # its checkpoints are at hand
+    (study._save(deep) / "iter_0001000").mkdir(parents=True)  # its checkpoints are at hand
     record = (study.record / "runs" / f"{deep}.jsonl").read_text()
     (study._save(deep) / "metrics.jsonl").write_text(record)
     assert all(map(study.is_done, study.teachers))

@@ -76,7 +76,8 @@ def test_a_runs_defaults_are_megatrons(page):
     size = (
         "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --vocab-size 1000 --seq-length 64"
     )
-    run = f"{size} --micro-batch-size 1 --global-batch-size 8 --train-iters 9 --fp16"
+    run = f"{size} --micro-batch-size 1 --global-batch-size 8 --train-iters 9 --fp16 "
+    run += "--accumulate-allreduce-grads-in-fp32"
     plain = page(f"--gpus 4 -- {run} --tensor-model-parallel-size 2")
     assert "method baseline" in plain and "distributed optimizer" not in plain
     assert "sequence parallel" not in plain
@@ -100,7 +101,8 @@ def test_a_run_is_planned_as_megatron_reads_it(page):
     rotated = f"{run} --vocab-size 1000 --position-embedding-type rope"
     assert page(f"{rotated} --max-position-embeddings 128") == page(rotated)
     let = f"{run} --method let --teacher-model meta-llama/Llama-3.2-1B"
-    assert "vocab 50304 tied" in page(f"{let} --tokenizer-model gpt2")
+    for vocabulary in ("--tokenizer-model gpt2", "--tokenizer-model gpt2 --vocab-size 9"):
+        assert "vocab 50304 tied" in page(f"{let} {vocabulary}")
     assert "until step 2000 (100.0 %" in page(f"{let} --let-decay constant")
 
 
@@ -180,7 +182,8 @@ def test_learned_positions_are_megatrons_default(page):
         (f"--gpus 8 -- {STEP} --recompute-modules core_attn mlp", "--recompute-modules is not"),
         (f"--gpus 8 -- {STEP} --optimizer", "--optimizer is not planned here"),
         ("--gpus 8 -- --seq-length 64 --bf16", "have no --micro-batch-size. Add it"),
-        (f"--gpus 8 -- {STEP} --vocab-file v.json --teacher-model gpt2", "have no --vocab-size"),
+        (f"--gpus 8 -- {STEP} --vocab-file v.json --teacher-model gpt2", "--vocab-file has is not"),
+        (f"--gpus 8 -- {STEP.replace('--bf16', '--fp16')}", "Gradients in fp16 are not planned"),
         (f"--gpus 8 -- {STEP.replace('--bf16', '')}", "is one in fp32: not planned here"),
         (f"{ISSUE} --position-embedding-type learned_absolute --max-position-embeddings -1", "-1"),
         ("--gpus 8 -- @/no/such.flags", "is no readable run file"),

@@ -193,6 +193,10 @@ MISTAKES = {
         f"{STEPS} --data-path TMP/one TMP/one 0.5 TMP/one",
         "--data-path .*'0.5', .*cannot be read: .*with a weight before each path or before none",
     ),
+    "no path": (
+        f"{STEPS} --data-path",
+        r"--data-path \[\] cannot be read: give one list, with a weight before each path or before",
+    ),
     "a set that is switched off": (
         f"{STEPS} --data-path 1 TMP/one 0 TMP/absent",
         "TMP/absent has the weight 0.0: give one above 0, or leave it out",
