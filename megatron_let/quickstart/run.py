@@ -290,7 +290,9 @@ def _run(options: argparse.Namespace) -> None:
 
     print(f"[{next(number)}/{stages}] data: Python sources", flush=True)
     quickstart.data()
-    print(f"[{next(number)}/{stages}] teacher: {quickstart.teacher_model}", flush=True)
+    model = quickstart.teacher_model
+    size = f"{model.layers} layers of width {model.hidden}, {model.steps} steps"
+    print(f"[{next(number)}/{stages}] teacher: {size}", flush=True)
     teacher, exported = quickstart.teacher()
     let = f"--method let --teacher-model {exported} {recipe.let_flags}"
     runs: list[Run] = []
@@ -301,7 +303,7 @@ def _run(options: argparse.Namespace) -> None:
         runs.append(quickstart.guided("let", seed, let))
         print(f"[{next(number)}/{stages}] the teacher grown to a student, seed {seed}", flush=True)
         # RMSNorm averages over the new features too, which are zero.
-        epsilon = 1e-5 * quickstart.teacher_model.hidden / recipe.student.hidden
+        epsilon = 1e-5 * model.hidden / recipe.student.hidden
         grown = f"--method baseline --init-from {exported} --norm-epsilon {epsilon:.8g}"
         runs.append(quickstart.guided("growth", seed, grown))
     print(f"[{next(number)}/{stages}] report", flush=True)

@@ -41,7 +41,7 @@ def write_page(
     """
     title = default_title(comparisons)
     runs = [c.run for c in comparisons]
-    figures = [_losses(comparisons, teacher_loss), *_logged(runs)]
+    figures = [_losses(comparisons, teacher_loss), *_logged(comparisons)]
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for number, figure in enumerate(figures):
         parts.append(figure.to_html(full_html=False, include_plotlyjs=number == 0))
@@ -105,14 +105,24 @@ def _losses(comparisons: Sequence[Comparison], teacher_loss: float | None) -> An
     return figure
 
 
-def _logged(runs: Sequence[Run]) -> Iterator[Any]:
+def _logged(comparisons: Sequence[Comparison]) -> Iterator[Any]:
+    """A line for every run in its label's colour, over all steps of the run."""
+    steps = [0.0, max(c.plain_total.steps for c in comparisons)]
+    colours = {label: colour for label, (colour, _) in looks(comparisons).items()}
     for key in LOGGED:
-        logged = [(run, points) for run in runs if (points := run.series(key))]
+        logged = [(c.run, points) for c in comparisons if (points := c.run.series(key))]
         if logged:
-            figure = _figure(height=260, xaxis_title="steps", yaxis_title=key)
+            xaxis = {"title": "steps", "range": steps}
+            figure = _figure(height=260, xaxis=xaxis, yaxis_title=key, showlegend=True)
+            shown: set[str] = set()
             for run, points in logged:
                 x, y = zip(*points, strict=True)
-                figure.add_scatter(x=x, y=y, name=f"{run.label}, seed {run.seed}", showlegend=True)
+                name, line = display(run.label), {"color": colours[run.label], "width": 1.5}
+                figure.add_scatter(
+                    x=x, y=y, name=name, line=line, legendgroup=name, showlegend=name not in shown,
+                    hovertemplate=f"{name}, seed {run.seed}: %{{y:.4g}}<extra></extra>",
+                )  # fmt: skip
+                shown.add(name)
             yield figure
 
 

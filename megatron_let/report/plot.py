@@ -67,7 +67,8 @@ def default_title(comparisons: Sequence[Comparison]) -> str:
     plain = comparisons[0].plain
     others = guided(comparisons)
     seeds = len({c.run.seed for c in comparisons})
-    what = " and ".join(display(label) for label in others) + " against plain training"
+    names = " and ".join(map(display, others)) if len(others) < 4 else f"{len(others)} methods"
+    what = f"{names} against plain training"
     return (
         f"{what if others else 'Plain training'}: {_short(plain.student_parameters)} student, "
         f"{plain.train_iters:,} steps of {plain.tokens_per_step:,} tokens, "
@@ -147,7 +148,6 @@ def _annotate_best(axes: Any, comparisons: Sequence[Comparison], target: float) 
         crossing = plain_end / best
         arrow = {"arrowstyle": "-|>", "color": "black"}
         axes.annotate("", xy=(crossing, target), xytext=(plain_end, target), arrowprops=arrow)
-    axes.annotate(
-        text, ((crossing + plain_end) / 2, target), (0, -4), textcoords="offset points",
-        ha="center", va="top", weight="bold",
-    )  # fmt: skip
+    # Below all curves: they lie close to the target there.
+    place, below = (crossing + plain_end) / 2, axes.get_xaxis_transform()
+    axes.text(place, 0.01, text, transform=below, ha="center", va="bottom", weight="bold")
