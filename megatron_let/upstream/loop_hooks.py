@@ -184,7 +184,7 @@ class LoopHooks:
             is_skipped=bool(given["skipped_iter"]),
         )
         if step.number >= self.args.train_iters:  # this end is the run's own, and is evaluated
-            self.args.exit_interval = None
+            self.args.exit_interval = self.args.exit_duration_in_mins = None
         self._tell("after_step", step)
         if is_last_rank():
             self._log_reported(step, given["total_loss_dict"])

@@ -1,5 +1,8 @@
 from argparse import Namespace
 
+import pytest
+
+from megatron_let.upstream import loop_hooks
 from megatron_let.upstream.loop_hooks import Listener, LoopHooks, Step
 
 
@@ -42,6 +45,20 @@ def test_megatron_gets_what_it_can_take_the_mean_of():
         totals["advanced iterations"] += 1
     assert totals == {"advanced iterations": 3, "always": 1 + 2}
     assert step.losses == {"always": 3}  # which Megatron adds
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_the_end_of_the_run_is_no_stop_before_it(number, monkeypatch):
+    """By --exit-interval or --exit-duration-in-mins, after which nothing is evaluated."""
+    monkeypatch.setattr(loop_hooks, "is_last_rank", lambda: False)
+    args = Namespace(train_iters=4, exit_interval=2, exit_duration_in_mins=5)
+
+    def training_log(loss_dict, iteration, grad_norm, learning_rate, skipped_iter):
+        """As Megatron's."""
+
+    LoopHooks(args)._log(training_log, {}, number, 1.0, 0.1, skipped_iter=0)
+    stops = (args.exit_interval, args.exit_duration_in_mins)
+    assert stops == ((2, 5) if number < 4 else (None, None))
 
 
 def test_a_checkpoint_is_written_once_where_nothing_was_done_since(tmp_path):
