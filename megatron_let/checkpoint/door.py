@@ -141,7 +141,7 @@ def agreed(find: Callable[[], Any], ranks: int | None = None) -> list[Any]:
         found = MachineError(str(error))
     except Exception as error:  # the others would wait for this rank
         traceback.print_exc()
-        found = UsageError(f"{type(error).__name__}: {error}")
+        found = MachineError(f"{type(error).__name__}: {error}")
     every = [found] if ranks == 1 else gathered(found)
     for found in every:
         if isinstance(found, UsageError):
