@@ -67,11 +67,7 @@ def _prepare_wandb(args: Namespace) -> None:
         )
     if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1:
         return
-    path = Path(args.save) / WANDB_ID_FILE  # the id that the first start chose
-    if not path.is_file() or not path.read_text().strip():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, uuid.uuid4().hex[:12])
-    os.environ.setdefault("WANDB_RUN_ID", path.read_text().strip())
+    os.environ.setdefault("WANDB_RUN_ID", _wandb_id(Path(args.save).resolve()))
     os.environ.setdefault("WANDB_RESUME", "allow")
     if "WANDB_MODE" not in os.environ and not _reachable():
         os.environ["WANDB_MODE"] = "offline"
@@ -80,6 +76,19 @@ def _prepare_wandb(args: Namespace) -> None:
             "> W&B's host does not answer: the run is logged offline (WANDB_MODE=online insists). "
             f"Where it does, send it with: wandb sync {folder}/wandb/offline-run-*"
         )
+
+
+def _wandb_id(save: Path) -> str:
+    """The id that the run's first start chose; a copy of its folder is a run of its own."""
+    path = save / WANDB_ID_FILE
+    known, *homes = path.read_text().strip().split("\n") if path.is_file() else [""]
+    is_copy = any(home != str(save) and Path(home, WANDB_ID_FILE).exists() for home in homes)
+    if not known or is_copy:
+        known = uuid.uuid4().hex[:12]
+    if homes != [str(save)]:
+        save.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{known}\n{save}")
+    return known
 
 
 def _reachable() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 from argparse import Namespace
@@ -54,8 +55,19 @@ def test_a_later_start_goes_on_with_the_same_run(tmp_path, monkeypatch, capsys):
         ids.append(os.environ["WANDB_RUN_ID"])
         assert os.environ["WANDB_RESUME"] == "allow"
         assert os.environ["WANDB_MODE"] == "offline"
-    assert ids[0] == ids[1] == (tmp_path / tracking.WANDB_ID_FILE).read_text()
+    assert ids[0] == ids[1] == (tmp_path / tracking.WANDB_ID_FILE).read_text().split()[0]
     assert f"wandb sync {tmp_path}/wandb/wandb/offline-run-*" in capsys.readouterr().out
+
+
+def test_a_copied_folder_is_another_run_and_a_moved_one_the_same(tmp_path):
+    first, copy, moved = (tmp_path / name for name in ("a run", "copy", "moved"))
+    known = tracking._wandb_id(first)
+    shutil.copytree(first, copy)
+    assert tracking._wandb_id(copy) == tracking._wandb_id(copy) != known
+    first.rename(moved)
+    assert tracking._wandb_id(moved) == tracking._wandb_id(moved) == known
+    (moved / tracking.WANDB_ID_FILE).write_text("older\n")  # which has no second line
+    assert tracking._wandb_id(moved) == "older"
 
 
 def test_with_a_host_that_answers_it_is_online(tmp_path, monkeypatch):
