@@ -128,7 +128,7 @@ def _measure_all(let: Trainee, args: Any) -> None:
         signal.queue.compare(*gradients)
     totals = [torch.ones(1) for _ in signal.recorded]
     signal.learn(*totals)
-    let.method._judge(signal, totals)  # type: ignore[attr-defined]
+    let.method._judge(signal, torch.ones(1), totals)  # type: ignore[attr-defined]
 
 
 def run_pairs(args: Any, baseline: Trainee, let: Trainee, pairs: int) -> dict[str, list[float]]:

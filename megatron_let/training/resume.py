@@ -192,7 +192,8 @@ def _check_steps(args: Namespace, saved: Namespace, step: int) -> None:
 
 def _begin_optimizer_once(args: Namespace, saved: Namespace) -> None:
     """A job that starts again has `--no-load-optim` still, and an optimizer of its own by then."""
-    args.optimizer_is_new = bool(args.no_load_optim)  # the checkpoints' mark
+    if args.no_load_optim:
+        args.optimizer_is_new = True  # the checkpoints' mark
     is_made = vars(saved).get("optimizer_is_new") and not vars(saved).get("no_save_optim")
     is_other = any(_differing(args, saved, OPTIMIZER))
     if args.no_load_optim and is_made and not is_other and is_own(args, Path(args.load)):
