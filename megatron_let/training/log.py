@@ -18,7 +18,6 @@ from megatron.training.utils import is_last_rank
 
 from megatron_let.checkpoint.finite import ranks_with
 from megatron_let.console import keep, say
-from megatron_let.files import write_whole
 from megatron_let.methods.base import Method
 from megatron_let.training.metrics import MetricsFile, Totals
 from megatron_let.training.tracking import record_start
@@ -300,13 +299,17 @@ def _peak_memory() -> float:
 
 
 def take_over(earlier: Path, path: Path) -> None:
-    """Go on with the records of the checkpoint's run, where it was saved in another folder."""
-    if path.exists():
-        return
-    if earlier.is_file():
-        write_whole(path, earlier.read_text(errors="replace"))
-    else:
+    """Go on with the records of the checkpoint's run, where it was saved in another folder.
+
+    They begin with a start, which makes void what a run without that checkpoint has left in `path`.
+    """
+    known = path.read_bytes() if path.exists() else b""
+    if not earlier.is_file():
         say(f"> no {earlier}: tokens, FLOPs and seconds are counted from this step on")
+    elif (records := earlier.read_bytes()) not in known:
+        with path.open("ab") as file:
+            file.truncate(known.rfind(b"\n") + 1)  # without what a kill has torn
+            file.write(records)
 
 
 def tokens_per_step(args: Namespace) -> int | None:

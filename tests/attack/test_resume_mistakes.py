@@ -3,6 +3,7 @@
 One trained run serves all of them; the flags are put behind its own.
 """
 
+import json
 import re
 import shutil
 from argparse import Namespace
@@ -232,8 +233,15 @@ def test_a_change_works_as_it_is_meant(change, saved, tmp_path):
     assert series(tmp_path, "learning-rate")[LAST + 1] == pytest.approx(rate, rel=1e-6)
 
 
+ATTEMPT = "start train train".split()
+
+
 def test_a_run_in_another_folder_counts_from_its_first_step(saved, tmp_path, capfd):
     """Its data come from a worker process, which a process that was not forked could not start."""
+    (tmp_path / "on").mkdir()  # a first attempt forgot --load, and was ended before it saved
+    forgot = [{"kind": kind, "iteration": n, "tokens": 64 * n} for n, kind in enumerate(ATTEMPT)]
+    text = "\n".join(map(json.dumps, forgot))
+    (tmp_path / "on/metrics.jsonl").write_text(f'{text}\n{{"kind": "tr')
     assert not saved(tmp_path / "on", f"--exit-interval {LAST + 1} --num-workers 1")
     assert series(tmp_path / "on", "tokens") == {n: 128 * n for n in range(1, LAST + 2)}
     take_over(tmp_path / "none.jsonl", tmp_path / "new.jsonl")
