@@ -11,6 +11,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_let.data.tokenizer import TOKENIZER_TYPES
+from megatron_let.errors import UsageError
 from megatron_let.upstream import datasets, optimizers, secrets
 from megatron_let.upstream.table import Redirect, apply, around
 
@@ -42,8 +43,18 @@ def _moving_first(wrap: Any, chunks: list[torch.nn.Module], config: Any, *rest: 
     return wrap(chunks, config, *rest)
 
 
+@around
+def _refusing(build: Any, *args: Any, **kwargs: Any) -> Any:
+    """The builder of a chunk, of which each layer asserts what flags it goes with."""
+    try:
+        return build(*args, **kwargs)
+    except AssertionError as error:
+        raise UsageError(f"Megatron-LM refuses these flags: {error}") from error
+
+
 _NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
-_MODELS = "megatron.training.models.dist_utils"
+_MODELS = "megatron.training.models"
+_BUILDER = f"{_MODELS}.gpt.GPTModelBuilder"
 TORCH_NORM = Redirect(_NORM, "__new__", _marking_weights, "refuses sequence parallelism")
 """For where Transformer Engine and Apex are missing."""
 REDIRECTS = [
@@ -51,7 +62,10 @@ REDIRECTS = [
     *datasets.REDIRECTS,
     TORCH_NORM,
     # The builder leaves weights there that --use-cpu-initialization drew on the CPU.
-    Redirect(_MODELS, "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"),
+    Redirect(
+        f"{_MODELS}.dist_utils", "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"
+    ),
+    Redirect(_BUILDER, "build_model", _refusing, "ends in a traceback"),
     *optimizers.REDIRECTS,
 ]
 

@@ -127,3 +127,11 @@ def test_a_stop_behind_the_end_of_a_run_with_growing_batches(corpus):
         argv = [*words.split(), *corpus.flags, *grown]
         [error] = run_distributed("tests.distributed.training:train", 1, argv)
         assert error is None if told is None else told in error
+
+
+def test_what_a_layer_asserts_is_a_sentence(corpus):
+    experts = "--num-experts 4 --moe-layer-freq [0,1,0]".split()
+    [error] = run_distributed(
+        "tests.distributed.training:train", 1, [*FLAGS, *corpus.flags, *experts]
+    )
+    assert error and "Megatron-LM refuses these flags: Invalid length of moe_layer_pattern" in error
