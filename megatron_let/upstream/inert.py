@@ -15,7 +15,7 @@ METADATA_CLASSES = {
     "int8 uint8 bool",
     "pathlib": "PosixPath",
     "torch.serialization": "_get_layout",
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta "
     "TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
     "_MEM_FORMAT_ENCODING",

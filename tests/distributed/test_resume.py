@@ -21,7 +21,9 @@ KINDS = {
     # Dropout depends on the random state, a weight decay that grows on the scheduler's.
     "dropout": "--attention-dropout 0.1 --hidden-dropout 0.1 --start-weight-decay 0.01 "
     "--end-weight-decay 0.3 --weight-decay-incr-style linear",
-    "linear_bf16": "--let-resize linear --let-weight-rule ratio --bf16 --use-distributed-optimizer",
+    # From the second save on the metadata are those of the first, with what is new.
+    "linear_bf16": "--let-resize linear --let-weight-rule ratio --bf16 --use-distributed-optimizer "
+    "--ckpt-assume-constant-structure",
 }
 EVERY_2 = ("--save-interval", "2")
 
