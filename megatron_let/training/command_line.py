@@ -159,10 +159,10 @@ def _check_numbers(args: Namespace) -> None:
             f"--split {args.split} must be the parts of training, validation and test, such as "
             "90,9,1."
         )
-    if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
+    if args.non_persistent_save_interval and None in (args.non_persistent_ckpt_type, args.save):
         raise UsageError(
             f"--non-persistent-save-interval {args.non_persistent_save_interval} has no effect "
-            "alone: add --non-persistent-ckpt-type global, or leave it out."
+            "alone: add --non-persistent-ckpt-type global and --save, or leave it out."
         )
 
 

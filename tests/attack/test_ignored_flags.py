@@ -47,6 +47,7 @@ REFUSED = {
     "--finetune": "without --load: the run would start from random weights",
     "--no-load-optim": "without --load: the run would start from random weights",
     "--init-method-xavier-uniform": "here. Megatron-Core 0.19 has no working code",
+    "--dist-ckpt-strictness raise_all": "here. Megatron-Core 0.19 has no working code",
     "--num-query-groups 2": "without --group-query-attention. Add it",
     "--dataloader-type external": "with external: the data come from files",
     "--wandb-exp-name x": "without --wandb-project",

@@ -319,6 +319,10 @@ MISTAKES = {
             ("--non-persistent-save-interval 2", "has no effect alone: add --non-persistent-ckpt"),
         )
     },
+    "checkpoints without a folder": (
+        f"{PLAIN} --non-persistent-save-interval 2 --non-persistent-ckpt-type global",
+        "has no effect alone: add --non-persistent-ckpt-type global and --save",
+    ),
     "a warm-up beyond the run": (
         f"{PLAIN} --lr-warmup-iters 100",
         "would rise for 200 samples .*after 20 .*warm up for less",
