@@ -45,8 +45,8 @@ class CheckpointArguments(Flags):
     title = "checkpoints"
 
     save_keep_last: int | None = None
-    """Keep this many of the newest checkpoints; older ones are removed, except at multiples of
-    --save-retain-interval. The default keeps what Megatron keeps."""
+    """Keep this many of the newest checkpoints (with 2 a damaged one costs an interval); older ones
+    go, except at multiples of --save-retain-interval. The default keeps what Megatron keeps."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,6 @@ def _flags_of(parts: list[Any]) -> set[str]:
 
 def check_groups(args: Namespace) -> None:
     """Check the flags that belong to no method; raises UsageError, which names one."""
-    if args.save_keep_last is not None and args.save_keep_last < 1:
-        raise UsageError(
-            f"--save-keep-last {args.save_keep_last} would keep no checkpoint; use at least 1, or "
-            "2 so that a damaged newest one costs one interval."
-        )
     needed = ("save", CheckpointArguments), ("init_from", InitFlags), ("dry_run", DryRunFlags)
     for name, group in needed:
         for own, value in vars(group.of(args)).items():

@@ -51,7 +51,7 @@ BOUNDS = {
         "exit_interval exit_duration_in_mins seed lr_decay_iters lr_decay_samples "
         "save_retain_interval distributed_timeout_minutes loss_scale_window hysteresis "
         "check_weight_hash_across_dp_replicas_interval train_sync_interval eval_global_batch_size "
-        "distributed_timeout_seconds_after_init",
+        "distributed_timeout_seconds_after_init save_keep_last",
     ),
     "at least 1 step. (No evaluation: --eval-iters 0; no checkpoints: leave --save out)": (
         1,

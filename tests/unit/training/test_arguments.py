@@ -97,7 +97,7 @@ MISTAKES = {
     ),
     "keep no checkpoint": (
         f"{PLAIN} --save TMP/save --save-interval 5 --save-keep-last 0",
-        "--save-keep-last 0 would keep no checkpoint; use at least 1",
+        "--save-keep-last 0 must be at least 1",
     ),
     "keep what is not saved": (
         f"{PLAIN} --save-keep-last 2",
