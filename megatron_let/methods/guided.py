@@ -14,14 +14,7 @@ from megatron_let.console import say
 from megatron_let.errors import UsageError
 from megatron_let.methods.auto import choices
 from megatron_let.methods.base import Method
-from megatron_let.methods.ending import (
-    MARGIN,
-    NAMES,
-    PATIENCE,
-    RAMP,
-    Ending,
-    check_ending,
-)
+from megatron_let.methods.ending import MARGIN, NAMES, PATIENCE, RAMP, Ending, check_ending
 from megatron_let.methods.signal import Signal
 from megatron_let.methods.table import Flags
 from megatron_let.teacher.host import TeacherHost

@@ -60,10 +60,7 @@ class MethodRow:
 
 BASELINE, MAIN = "baseline", "let"
 METHODS = {
-    BASELINE: MethodRow(
-        label="plain",
-        help="plain next-token training, exactly Megatron",
-    ),
+    BASELINE: MethodRow(label="plain", help="plain next-token training, exactly Megatron"),
     MAIN: MethodRow(
         label="LET",
         help="Late-to-Early Training, a small frozen teacher's last layer guides an early student "

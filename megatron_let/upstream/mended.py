@@ -35,7 +35,7 @@ def _marking_weights(new: Any, cls: Any, config: Any, *args: Any, **kwargs: Any)
 
 @around
 def _moving_first(wrap: Any, chunks: list[torch.nn.Module], config: Any, *rest: Any) -> Any:
-    """The wrapper of the built chunks, which go to the GPU before where they are not yet."""
+    """The wrapper of the chunks: what --use-cpu-initialization drew goes to the GPU before."""
     waits = config.init_model_with_meta_device or get_args().use_torch_fsdp2
     if config.use_cpu_initialization and not waits:
         for chunk in chunks:
@@ -53,18 +53,15 @@ def _refusing(build: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
-_MODELS = "megatron.training.models"
-_BUILDER = f"{_MODELS}.gpt.GPTModelBuilder"
+_MODELS = "megatron.training.models.dist_utils"
+_BUILDER = "megatron.training.models.gpt.GPTModelBuilder"
 TORCH_NORM = Redirect(_NORM, "__new__", _marking_weights, "refuses sequence parallelism")
 """For where Transformer Engine and Apex are missing."""
 REDIRECTS = [
     *secrets.REDIRECTS,
     *datasets.REDIRECTS,
     TORCH_NORM,
-    # The builder leaves weights there that --use-cpu-initialization drew on the CPU.
-    Redirect(
-        f"{_MODELS}.dist_utils", "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"
-    ),
+    Redirect(_MODELS, "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"),
     Redirect(_BUILDER, "build_model", _refusing, "ends in a traceback"),
     *optimizers.REDIRECTS,
 ]
