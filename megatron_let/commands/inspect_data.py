@@ -19,9 +19,9 @@ from megatron_let.errors import UsageError
 
 def _show(pair: Pair, options: Namespace) -> None:
     print(summary(pair))
-    vocab_size = options.vocab_size or pair.sidecar.get("vocab_size")
     reader = _reader(pair, options) if options.tokenizer_model or options.vocab_file else None
-    if vocab_size := vocab_size or (reader and reader.vocab_size):
+    ids = 1 + max(reader.ids().values()) if reader else 0
+    if vocab_size := options.vocab_size or pair.sidecar.get("vocab_size") or ids:
         check_tokens(pair, vocab_size)
         print("\nwhole: sizes, order, counts and every token id were checked")
     else:
@@ -34,15 +34,15 @@ def _show(pair: Pair, options: Namespace) -> None:
     full = np.flatnonzero(np.diff(pair.documents))
     wanted = min(options.documents, len(full))
     for index in sorted(np.random.default_rng(options.seed).choice(full, wanted, replace=False)):
-        ids = pair.document(int(index))
-        beginning = ids[:100].tolist()
-        if (largest := max(beginning)) >= reader.vocab_size:
+        document = pair.document(int(index))
+        beginning = document[:100].tolist()
+        if (largest := max(beginning)) >= ids:
             raise UsageError(
                 f"document {index:,} has the token id {largest}, and --tokenizer-model "
-                f"{options.tokenizer_model} has {reader.vocab_size:,} tokens: give the tokenizer "
+                f"{options.tokenizer_model} has {ids:,} tokens: give the tokenizer "
                 "that the data were made with."
             )
-        print(f"\ndocument {index:,} ({len(ids):,} tokens): {reader.detokenize(beginning)}")
+        print(f"\ndocument {index:,} ({len(document):,} tokens): {reader.detokenize(beginning)}")
 
 
 def _reader(pair: Pair, options: Namespace) -> tokenizer.Tokenizer:

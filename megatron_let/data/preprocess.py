@@ -163,7 +163,7 @@ def _complete(
         "tool_version": __version__,
         "engine": state.engine,
         "tokenizer_fingerprint": state.identity["tokenizer"],
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": max(tokenizer.ids().values()) + 1,  # a list of tokens may have gaps
         "around_text": tokenizer.tokenize(""),
         "eod_id": tokenizer.eod if config.append_eod else None,
         "arguments": asdict(config),

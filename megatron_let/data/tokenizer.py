@@ -6,6 +6,7 @@ times as long as preprocessing 100 MB. `tests/unit/data/test_tokenizer.py` compa
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -145,7 +146,9 @@ class SentencePiece:
         return ids + self._model.encode_as_ids(text[start:])
 
     def detokenize(self, ids: Sequence[int]) -> str:  # noqa: D102
-        return self._model.decode_ids(list(ids))
+        names = {index: f" {token} " for token, index in self._special.items()}
+        decode, runs = self._model.decode_ids, itertools.groupby(ids, names.get)
+        return "".join(name * len([*run]) if name else decode([*run]) for name, run in runs)
 
 
 Tokenizer = HuggingFace | SentencePiece

@@ -14,6 +14,7 @@ from megatron_let.commands import inspect_data, merge_datasets
 from megatron_let.commands.merge_datasets import merge
 from megatron_let.data.inspect import check_tokens, checksum, open_pair, summary
 from megatron_let.data.preprocess import PreprocessConfig, preprocess
+from megatron_let.data.tokenizer import TokenizerConfig, load_tokenizer
 from megatron_let.errors import UsageError
 from tests.unit.data.test_preprocess import EOD, make_records, save_tokenizer, write_jsonl
 
@@ -156,6 +157,21 @@ def test_tool_takes_the_flags_by_which_the_data_were_made(
     with pytest.raises(SystemExit):
         inspect_data.main([prefix, "--documents", "5"])
     assert "--documents needs --tokenizer-model" in capsys.readouterr().err
+
+
+def test_a_list_of_tokens_may_have_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(save_tokenizer(tmp_path / "gaps")) / "tokenizer.json"
+    source = json.loads(file.read_text())
+    vocab = source["model"]["vocab"]
+    vocab |= {token: index + 50 for token, index in vocab.items() if len(token) > 1 and index > 200}
+    file.write_text(json.dumps(source))
+    prefix = make_pair(tmp_path, "a", str(file.parent))
+    largest = int(np.fromfile(f"{prefix}.bin", np.uint16).max())
+    assert largest >= load_tokenizer(TokenizerConfig(tokenizer_model=str(file.parent))).vocab_size
+    inspect_data.main([prefix])
+    Path(f"{prefix}.json").unlink()
+    inspect_data.main([prefix, "--tokenizer-model", str(file.parent)])
+    assert capsys.readouterr().out.count("every token id were checked") == 2
 
 
 def test_merged_pair_is_megatrons(tmp_path: Path, tokenizer_model: str) -> None:

@@ -95,6 +95,8 @@ def test_it_is_megatrons(tmp_path: Path, case: str) -> None:
     assert ours.vocab_size == theirs.vocab_size
     assert ours.ids() == token_ids(theirs)
     if "legacy" in case:
+        ids = [ours.tokenize(text) for text in texts]
+        assert [ours.detokenize(i).strip() for i in ids] == [theirs.detokenize(i) for i in ids]
         assert ours.eod is None
         with pytest.raises(AttributeError):
             theirs.eod  # noqa: B018
