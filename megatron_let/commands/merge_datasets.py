@@ -102,7 +102,7 @@ def _sidecar(pairs: list[Pair]) -> dict[str, object]:
     about |= {key: sum(pair.sidecar[key] for pair in pairs) for key in ADDED if key in known}
     if all("skipped" in pair.sidecar for pair in pairs):
         about["skipped"] = sum((Counter(pair.sidecar["skipped"]) for pair in pairs), Counter())
-    return about | {"merged": [pair.prefix for pair in pairs]}
+    return about | {"merged": [n for p in pairs for n in (p.prefix, *p.sidecar.get("merged", ()))]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

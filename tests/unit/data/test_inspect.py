@@ -266,6 +266,9 @@ def test_what_was_merged_is_not_merged_with_its_parts(tmp_path: Path, prefix: st
     merge([prefix], str(folder / "all"))
     with pytest.raises(ValueError, match="all was merged from .*would be there twice"):
         merge([str(folder / "all"), prefix], str(tmp_path / "again"))
+    merge([str(folder / "all")], str(folder / "whole"))
+    with pytest.raises(ValueError, match="whole was merged from .*would be there twice"):
+        merge([str(folder / "whole"), prefix], str(tmp_path / "again"))
 
 
 def test_merge_overwrites_nothing(tmp_path: Path, prefix: str) -> None:
