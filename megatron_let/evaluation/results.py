@@ -11,6 +11,7 @@ from megatron_let.errors import UsageError
 from megatron_let.evaluation.harness import PAPER_TASKS, TaskScore
 from megatron_let.evaluation.perplexity import TextScore
 from megatron_let.files import write_whole
+from megatron_let.hugging_face import OWN_FOLDER, TOKENIZER_FILES
 from megatron_let.report.table import markdown_table
 
 Mean = tuple[float, float]
@@ -48,14 +49,16 @@ class Results(dict[str, Any]):
 
 def identity(folder: Path) -> dict[str, list[int]]:
     """Size and time of change of a model's files; UsageError if the folder is no exported model."""
-    files = sorted(folder.glob("*.safetensors"))
-    others = [*sorted(folder.glob("*.json")), *sorted(folder.glob("tokenizer*/*"))]
-    if not files or not (folder / "config.json").is_file():
+    files = list(folder.glob("*.safetensors"))
+    names = ("config.json", *TOKENIZER_FILES, f"{OWN_FOLDER}/*")
+    others = [path for name in names for path in folder.glob(name)]
+    if not files or folder / "config.json" not in others:
         raise UsageError(
             f"{folder} is no exported model: it lacks config.json or *.safetensors. Export a run "
             "with megatron-let convert to-hf."
         )
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in [*files, *others]}
+    stats = {str(path.relative_to(folder)): path.stat() for path in [*files, *others]}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def accuracy_table(scores: Mapping[str, Mapping[str, TaskScore]], shots: int) -> str:

@@ -20,7 +20,7 @@ from megatron_let.evaluation.harness import (
     find_tasks,
     local_data,
 )
-from megatron_let.evaluation.results import accuracy_table, mean_of
+from megatron_let.evaluation.results import accuracy_table, identity, mean_of
 from megatron_let.hugging_face import context
 from tests.unit.conversion.hf_models import make_model, save_model, write_tokenizer
 from tests.unit.evaluation.task_data import QUESTIONS, write_task_data
@@ -181,6 +181,21 @@ def test_models_that_read_texts_of_different_lengths(
     assert "Tokens read at once: one 16384, short 16. To compare" in capsys.readouterr().out
     main([*words[:-1], str(tmp_path / "alike"), "--context", "16"])
     assert "at once" not in capsys.readouterr().out
+
+
+def test_results_are_of_the_files_that_make_a_model(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "one", model)
+    (model / "tokenizer").mkdir()
+    (model / "tokenizer" / "tokenizer.json").touch()
+    (model / "tokenizer.model").write_text("pieces")
+    before = identity(model)
+    (model / "model-text.json").write_text("{}")  # an --output in the model's folder
+    assert identity(model) == before
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer/tokenizer.json"):
+        (model / name).write_text("other ones")
+        assert identity(model) != before
+        before = identity(model)
 
 
 def test_the_longest_text_has_many_names(
