@@ -45,6 +45,7 @@ def preprocess(config: PreprocessConfig) -> list[str]:
             names = [f"{dataset_name('', key)}{end}" for key in config.json_keys for end in ENDINGS]
             if config.split_by_meta is not None:  # its datasets are not known yet
                 names = [f"{key}_blend.txt" for key in config.json_keys]
+            names += ["skipped.jsonl"] * (config.on_error == "skip")
             check_absent(f"{config.output_prefix}_{name}" for name in names)
             _check_tokenizer(config, tokenizer, ids)
             _tokenize(config, paths, tokenizer, workplace)

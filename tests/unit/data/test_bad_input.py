@@ -238,6 +238,14 @@ def test_a_bad_record_can_be_left_out(tmp_path: Path, config: Config, kind: str)
     assert skipped["record"] == 201 and skipped["path"] == config["input"][0]
 
 
+def test_a_list_of_what_is_left_out_is_not_overwritten(tmp_path: Path, config: Config) -> None:
+    listed = Path(f"{config['output_prefix']}_skipped.jsonl")  # by a call with another key
+    listed.touch()
+    with pytest.raises(ValueError, match="_skipped.jsonl exists already"):
+        preprocess(PreprocessConfig(**config | {"on_error": "skip"}))
+    assert list(listed.parent.iterdir()) == [listed]
+
+
 @pytest.mark.parametrize(
     ("make", "kept", "reason", "record"),
     [
