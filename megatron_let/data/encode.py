@@ -9,7 +9,6 @@ import numpy as np
 
 from megatron_let.data.documents import Documents, Skipped, parse
 from megatron_let.data.engines import Engine, Gigatoken, Rows
-from megatron_let.data.indexed import MAX_LENGTH
 from megatron_let.data.sources import Block, Position
 from megatron_let.data.tokenizer import TokenizerConfig
 
@@ -104,12 +103,6 @@ class BlockEncoder:
         for group in dict.fromkeys(documents.groups):
             places = [place for place, its in enumerate(documents.groups) if its == group]
             ids, lengths = with_end([rows[place] for place in places], self.eod, self.dtype)
-            if lengths.max(initial=0) > MAX_LENGTH:
-                record = documents.records[places[int(lengths.argmax())]]
-                raise ValueError(
-                    f"{block.path}:{record}: a document of more than the {MAX_LENGTH} tokens that "
-                    "Megatron's index can hold; split it"
-                )
             text_bytes = sum(len(documents.texts[key][place].encode()) for place in places)
             yield Part(group, key, ids, lengths, text_bytes)
 

@@ -22,7 +22,6 @@ DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float3
 ENDINGS = (".bin", ".json", ".idx")
 """Of a finished dataset's files; the index is moved last, since a reader opens it first."""
 LENGTH = np.dtype("<i4")
-MAX_LENGTH = np.iinfo(LENGTH).max
 _CHUNK = 1 << 20
 """Documents in memory at once while the index is made."""
 
@@ -38,7 +37,7 @@ class PairWriter:
         self._files = {end: open_at(Path(f"{prefix}{end}"), size) for end, size in sizes.items()}
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents of at most `MAX_LENGTH` tokens; an empty one holds no sequence."""
+        """Append documents; an empty one holds no sequence."""
         self._files[".bin"].write(np.ascontiguousarray(ids))
         self._files[".lengths"].write(lengths.astype(LENGTH))
 

@@ -72,7 +72,10 @@ def _check(config: PreprocessConfig) -> None:
             f"--output-prefix {prefix!r} has a blank in it, at which Megatron would cut the names "
             "in the blend of --split-by-meta; choose another",
         ),
-        (config.max_document_mb > 0, f"--max-document-mb {config.max_document_mb} must be above 0"),
+        (
+            0 < config.max_document_mb <= 2000,  # its tokens are counted in 31 bits
+            f"--max-document-mb {config.max_document_mb} must be above 0 and at most 2000",
+        ),
         (0 <= config.verify_fraction <= 1, f"{fraction} must lie between 0 and 1"),
     ):
         if not is_good:

@@ -200,6 +200,7 @@ BAD: dict[str, Callable[[Path, Config], Config]] = {
     "no worker": change(workers=0),
     "a blank in a blend": change(output_prefix="out of it/x", split_by_meta="set"),
     "no length": change(max_document_mb=0),
+    "too great a length": change(max_document_mb=2001),
 }
 
 
