@@ -147,9 +147,10 @@ class Settled:
     def _tried(self, part: tuple[int, ...]) -> list[bool]:
         beginnings = [part[: i + 1] for i in range(len(part))]
         texts = [self._teacher.join(ids).decode(errors="replace") for ids in beginnings]
-        alone = self._teacher.encode_many(texts)
+        fast = self._teacher.tokenizer.fast
+        alone = fast.encode_batch_fast(texts, add_special_tokens=False)
         # One that ends inside a character does not come out the same.
-        return [tuple(ids) == begun for ids, begun in zip(alone, beginnings, strict=True)]
+        return [tuple(row.ids) == begun for row, begun in zip(alone, beginnings, strict=True)]
 
 
 def _is_open(piece: bytes) -> bool:

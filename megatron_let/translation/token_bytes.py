@@ -92,11 +92,6 @@ class TokenBytes:
             return self.tokenizer.tokenize(text)
         return fast.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same of many texts, of a compiled tokenizer."""
-        fast = self.tokenizer.fast
-        return [row.ids for row in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-
     def words(self, text: str) -> tuple[list[int], list[int | None]]:
         """A text's tokens, and the number of the word that each belongs to."""
         found = self.tokenizer.fast.encode(text, add_special_tokens=False)
