@@ -61,11 +61,16 @@ def expanded(
     return found
 
 
+def collapsed(words: Sequence[str]) -> list[str]:
+    """The words that `expanded`, which every start of the program does once more, makes these."""
+    return [f"@{word}" if word.startswith("@") else word for word in words]
+
+
 def as_lines(words: Sequence[str]) -> str:
     """The text of a run file with these flags, one a line."""
     lines: list[str] = []
-    for word in words:
-        quoted = shlex.quote(f"@{word}" if word.startswith("@") else word)
+    for word in collapsed(words):
+        quoted = shlex.quote(word)
         if word.startswith("--") or not lines:
             lines.append(quoted)
         else:
@@ -105,4 +110,4 @@ def read_command_line() -> None:
 
 if __name__ == "__main__":  # for scripts that look for flags: a word a line
     read_command_line()
-    print(*sys.argv[1:], sep="\n")
+    print(*collapsed(sys.argv[1:]), sep="\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_let.dry_run import flags
 from megatron_let.errors import UsageError
 from megatron_let.planning.memory import GIB, RUNTIME_BYTES
-from megatron_let.program import COMMAND, environment, named, without
+from megatron_let.program import COMMAND, collapsed, environment, named, without
 
 MIB, TERA = 2**20, 1e12
 KINDS = ("weights", "gradients", "optimizer", "teacher", "step", "peak")
@@ -93,9 +93,10 @@ def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:
     with tempfile.TemporaryDirectory(prefix="dry-run-") as name:
         folder = Path(name)
         own, said = flags.replaced(words, options, folder)
+        command = [*COMMAND, *collapsed(own)]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             try:
-                found = pool.map(lambda rank: _rank(own, rank, world, folder, running), chosen)
+                found = pool.map(lambda rank: _rank(command, rank, world, folder, running), chosen)
                 return list(found), said
             finally:  # a rank that failed, or a signal, ends all
                 for process in running:
@@ -103,7 +104,7 @@ def found_by(words: Sequence[str]) -> tuple[list[Found], list[str]]:
 
 
 def _rank(
-    words: list[str], rank: int, world: int, folder: Path, running: list[subprocess.Popen[str]]
+    command: list[str], rank: int, world: int, folder: Path, running: list[subprocess.Popen[str]]
 ) -> Found:
     """Run one rank in a process of its own, which is noted among those `running`."""
     result = folder / f"{rank}.json"
@@ -113,7 +114,7 @@ def _rank(
         **{flags.RESULT: str(result)},
     )  # fmt: skip
     process = subprocess.Popen(
-        [*COMMAND, *words], env=own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     running.append(process)
     _, errors = process.communicate()

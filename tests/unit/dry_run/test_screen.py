@@ -1,9 +1,11 @@
 """What a dry run found, on one screen."""
 
+import sys
+
 import pytest
 
-from megatron_let.dry_run import flags
-from megatron_let.dry_run.start import Found, screen
+from megatron_let.dry_run import flags, start
+from megatron_let.dry_run.start import Found, found_by, screen
 from megatron_let.planning.memory import GIB
 
 FOUND = [
@@ -42,3 +44,14 @@ def test_whether_it_fits(memory, verdict):
 def test_a_rank_that_sends_nothing():
     alone = [Found(rank=0, stage=0)]
     assert "Rank 0 sends nothing." in page(found=alone)
+
+
+def test_a_rank_is_given_what_it_reads_as_these_words(monkeypatch):
+    """Every start reads `@FILE`s, this one's ranks too."""
+    program = (
+        "import os, sys; assert '@@me' in sys.argv; "
+        f"print('{{\"rank\": 0, \"stage\": 0}}', file=open(os.environ['{flags.RESULT}'], 'w'))"
+    )
+    monkeypatch.setattr(start, "COMMAND", [sys.executable, "-S", "-c", program])
+    monkeypatch.setattr(start.signal, "signal", lambda *_: None)
+    assert found_by(["--data-cache-path", "@me"])[0] == [Found(rank=0, stage=0)]

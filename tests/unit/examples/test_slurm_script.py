@@ -142,6 +142,11 @@ def test_what_is_complete_is_not_started(job: Job) -> None:
     assert status == 0 and "complete at step 9 already" in said and not job.given
 
 
+def test_a_word_that_begins_with_an_at_sign_stays_one(job: Job) -> None:
+    job.start("--wandb-entity", "@@me", reaches="1")
+    assert "--wandb-entity @@me" in job.given  # which the program reads once more
+
+
 def test_chain_and_container(job: Job) -> None:
     status, said = job.start(reaches="5", status=1, CHAIN="1")
     assert status == 0 and not job.requeued and "the chain's next job goes on" in said

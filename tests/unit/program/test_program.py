@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from megatron_let.errors import UsageError
-from megatron_let.program import as_lines, expanded
+from megatron_let.program import as_lines, collapsed, expanded
 
 
 def test_a_file_stands_for_its_flags(tmp_path):
@@ -49,6 +49,7 @@ def test_what_cannot_be_read_is_named(tmp_path, text, words):
 def test_a_line_without_files_stays():
     words = shlex.split("--eod-mask-loss --hub-id a@b --seed 1")
     assert expanded(words) == words and expanded(["@@me"]) == ["@me"]
+    assert expanded(collapsed(["@me", "@@me", "me"])) == ["@me", "@@me", "me"]
 
 
 def test_a_comment_begins_at_a_word(tmp_path):
