@@ -111,8 +111,10 @@ def _draw_losses(axes: Any, comparisons: Sequence[Comparison], teacher_loss: flo
         shown.append(teacher_loss)
     finite = [loss for loss in shown if math.isfinite(loss)]
     low, high = min(finite), max(finite)
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.02 * (high - low))
-    _annotate_best(axes, comparisons, target)
+    height = high - low or 1.0  # of one evaluation alone
+    axes.set_ylim(low - 0.08 * height, high + 0.02 * height)
+    if guided(comparisons):
+        _annotate_best(axes, comparisons, target)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)", xlim=(0, total * 1.02))
     if len(groups) > MANY_LINES:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=7, ncols=3)

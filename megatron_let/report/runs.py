@@ -85,8 +85,6 @@ def read_run(path: Path, *, label: str | None = None) -> Run:
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{file} does not exist: give the folder of a run that has started")
-    if not file.read_bytes().strip():
-        raise UsageError(f"{file} is empty: the run has logged nothing yet, wait for its start")
     try:
         start, records = _kept(file)
         method, small = start["method"], start.get("init_from")
@@ -130,7 +128,8 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         else:
             latest[kind, iteration] = record
     if start is None:
-        raise UsageError(f"{file} has no start line: it was not written by pretrain_let.py")
+        why = "the run has not begun yet, or another program wrote it"
+        raise UsageError(f"{file} has no start line: {why}")
     return start, [latest[key] for key in sorted(latest)]
 
 

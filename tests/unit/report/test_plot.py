@@ -35,6 +35,12 @@ def test_target_not_reached(run_with, tmp_path):
     assert png_size(path) == (1380, 600)
 
 
+@pytest.mark.filterwarnings("error:Attempting to set identical")
+def test_plain_training_alone_is_not_said_to_miss_its_own_end(run_with, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_let.report.plot._annotate_best", None)
+    plot_comparison(compare_all([run_with([4.0], train_iters=10)]), tmp_path / "report.png")
+
+
 @pytest.mark.parametrize("others", [1, 7], ids=["few labels", "many labels"])
 def test_every_text_lies_inside_the_picture_and_on_no_other(
     run_with, tmp_path, monkeypatch, others
