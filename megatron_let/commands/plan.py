@@ -37,15 +37,16 @@ LAYOUT_FLAGS = named(
 """What a search tries; of a run, what the layout that it finds replaces."""
 UNPLANNED = named(
     "account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split "
-    "attention-output-gate cpu-offloading-num-layers experimental-attention-variant "
-    "fine-grained-activation-offloading fp4-format fp8-format grad-reduce-in-bf16 "
-    "heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path "
-    "hybrid-layer-pattern hybrid-override-pattern let-teacher-layer mtp-num-layers "
-    "multi-latent-attention num-distributed-optimizer-instances num-experts "
-    "num-layers-per-virtual-pipeline-stage optimizer-cpu-offload pipeline-model-parallel-layout "
-    "quick-geglu recompute-modules spec step-batch-size-schedule train-samples use-checkpoint-args "
-    "use-megatron-fsdp use-precision-aware-optimizer use-rotary-position-embeddings "
-    "use-torch-fsdp2 window-size"
+    "attention-output-gate cpu-offloading-num-layers disable-pad-vocab-size "
+    "distribute-saved-activations experimental-attention-variant "
+    "fine-grained-activation-offloading fp32-residual-connection fp4-format fp8-format "
+    "grad-reduce-in-bf16 heterogeneous-layers-config-encoded-json "
+    "heterogeneous-layers-config-path hybrid-layer-pattern hybrid-override-pattern "
+    "let-teacher-layer mtp-num-layers multi-latent-attention no-pad-vocab-size "
+    "num-distributed-optimizer-instances num-experts num-layers-per-virtual-pipeline-stage "
+    "optimizer-cpu-offload pipeline-model-parallel-layout quick-geglu recompute-modules spec "
+    "step-batch-size-schedule train-samples use-checkpoint-args use-megatron-fsdp "
+    "use-precision-aware-optimizer use-rotary-position-embeddings use-torch-fsdp2 window-size"
 )
 """Flags of a run that change its size or cost, and not as this tool knows."""
 PLANNED = {
@@ -171,9 +172,8 @@ def words_of(flags: Sequence[str], own: Sequence[str] = ()) -> list[str]:
     this tool's `own` those of the layout. Raises UsageError for one that changes them in a way that
     is not known here.
     """
-    words = [part for word in flags for part in word.split("=", 1 if word.startswith("--") else 0)]
     tried = LAYOUT_FLAGS if "--search" in own else named("")
-    words = without(words, tried)
+    words = without(flags, tried)
     values = values_of(words)
     for name, value in sorted(values.items()):
         if UNPLANNED(name) or (name in PLANNED and value not in PLANNED[name].split()):

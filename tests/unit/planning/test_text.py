@@ -178,6 +178,7 @@ def test_learned_positions_are_megatrons_default(page):
         (f"--gpus 8 -- {STEP} --attention-dropout x", "--vocab-size"),
         (f"--gpus 8 -- {STEP} --tokenizer-model a/b", "--tokenizer-model a/b has is not known"),
         (f"--gpus 8 -- {STEP} --quick-geglu", "--quick-geglu is not planned here"),
+        (f"--gpus 8 -- {STEP} --no-pad-vocab-size", "--no-pad-vocab-size is not planned here"),
         (f"--gpus 8 -- {STEP} --recompute-method block", "may take it. Only uniform is"),
         (f"--gpus 8 -- {STEP} --recompute-modules core_attn mlp", "--recompute-modules is not"),
         (f"--gpus 8 -- {STEP} --optimizer", "--optimizer is not planned here"),
