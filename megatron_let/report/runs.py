@@ -128,8 +128,7 @@ def _kept(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         else:
             latest[kind, iteration] = record
     if start is None:
-        why = "the run has not begun yet, or another program wrote it"
-        raise UsageError(f"{file} has no start line: {why}")
+        raise UsageError(f"{file} has no start line: its run has not begun yet, or is not ours")
     return start, [latest[key] for key in sorted(latest)]
 
 

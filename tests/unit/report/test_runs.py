@@ -97,7 +97,7 @@ def test_missing_empty_and_foreign_files_say_what_to_do(write, lines, tmp_path):
         read_run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="a value was changed"):
         read_run(write(start(), valid(10, None)))
-    with pytest.raises(ValueError, match="the run has not begun yet"):
+    with pytest.raises(ValueError, match="its run has not begun yet"):
         read_run(write(""))
     with pytest.raises(ValueError, match=r"^[^:]* has no start line"):
         read_run(write(valid(10, 5.0)))
