@@ -43,7 +43,7 @@ def expanded(
     found: list[str] = []
     for word in words:
         if not word.startswith("@") or word.startswith("@@"):
-            found.append(word.removeprefix("@") if word.startswith("@@") else word)
+            found.append(word.removeprefix("@"))
             continue
         path = within / word[1:]
         if path.resolve() in opened:

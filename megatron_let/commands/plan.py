@@ -344,7 +344,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not args.search:
             print(page(plan(*asked)))
             return
-        found = search(
-            *asked, None if args.padded_vocab_size else args.make_vocab_size_divisible_by
-        )
+        divisor = None if args.padded_vocab_size else args.make_vocab_size_divisible_by
+        found = search(*asked, divisor)
         print(ranking(found, [_dry(one, flags) for one in found] if args.dry_run else None))

@@ -4,7 +4,6 @@ Data, tokenizer and teacher that are not on this machine are replaced by what ha
 """
 
 import json
-import math
 import re
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ WITH_DATA = (
     "data-cache-path per-dataset-sequences-path full-validation multiple-validation-sets "
     "kd-selection"
 )
-PARALLEL = ("tensor-model", "context", "pipeline-model")
 UNSEEN = {
     "only Transformer Engine has attention over parts of a sequence": "context-parallel-size",
     "how many tokens an expert gets, only data tells": "num-experts",
@@ -41,7 +39,8 @@ UNSEEN = {
 SEEN = {"--context-parallel-size": "1", "--cuda-graph-impl": "none"}
 """Values of them that ask for nothing."""
 FLAGS: dict[str, dict[str, Any]] = {
-    " ".join(f"{name}-parallel-size" for name in PARALLEL): {"type": int, "default": 1},
+    "tensor-model-parallel-size pipeline-model-parallel-size": {"type": int, "default": 1},
+    "context-parallel-size": {"type": int, "default": 1},
     "dry-run-world-size": {"type": int},
     "step-batch-size-schedule transformer-impl tokenizer-model teacher-model": {},
     "use-tp-pp-dp-mapping": {"action": "store_true"},
@@ -74,10 +73,11 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def world_size(options: Namespace) -> int:
     """GPUs of the run, by default the fewest; a UsageError if the layout does not divide them."""
-    sizes = [_value(options, f"{name}-parallel-size") for name in PARALLEL]
-    model = math.prod(sizes)
+    tp, pp = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    cp = options.context_parallel_size
+    model = tp * pp * cp
     world = model if options.dry_run_world_size is None else options.dry_run_world_size
-    if min(*sizes, world) < 1 or world % model:
+    if min(tp, pp, cp, world) < 1 or world % model:
         raise UsageError(
             f"--dry-run-world-size {world} is no multiple of the {model} GPUs that TP x PP x CP "
             "take: give one."
@@ -100,10 +100,6 @@ def ranks(options: Namespace, world: int) -> list[int]:
             "commas between them, or one-per-stage."
         )
     return sorted({int(word) for word in words})
-
-
-def _value(options: Namespace, name: str) -> Any:
-    return vars(options)[name.replace("-", "_")]
 
 
 def replaced(argv: Sequence[str], options: Namespace, folder: Path) -> tuple[list[str], list[str]]:
@@ -147,7 +143,7 @@ def _missing(options: Namespace) -> str | None:
     """A path of the data that is not on this machine."""
     for name in DATA.split():
         ending = "" if name.endswith("args-path") else ".idx"
-        for word in _value(options, name):
+        for word in vars(options)[name.replace("-", "_")]:
             if not WEIGHT.fullmatch(word) and not Path(word + ending).exists():
                 return word
     return None

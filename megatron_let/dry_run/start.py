@@ -70,9 +70,8 @@ def begin() -> None:
         return
     try:
         if os.environ.get("RANK", "0") == "0":  # one says it for all that torchrun has started
-            words = sys.argv[1:]
-            found, said = found_by(words)
-            print(screen(found, flags.parse(words), said))
+            found, said = found_by(sys.argv[1:])
+            print(screen(found, flags.parse(sys.argv[1:]), said))
     except UsageError as error:
         print(f"pretrain_let.py: error: {error}", file=sys.stderr)
         sys.exit(error.status)
