@@ -238,10 +238,13 @@ def forget_last_run() -> None:
     """
     forget_outsiders()
     import torch
+    from megatron.core.dist_checkpointing.strategies import cached_metadata_filesystem_reader
     from megatron.training import training
     from torch.distributed import distributed_c10d
 
     training.destroy_global_state()
+    # With --ckpt-assume-constant-structure saves change what is known of the loaded checkpoint.
+    cached_metadata_filesystem_reader.CachedMetadataFileSystemReader.clear_metadata_cache()
     for group in list(distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
