@@ -54,8 +54,9 @@ class TeacherFlags(Flags):
 
     guidance_stop: Literal["step", "loss", "cosine"] = "step"
     """step: the guidance ends at its stop step, the latest for the others. loss: once the student's
-    loss is down to the teacher's on the same tokens, with LET alone those of every tenth step.
-    cosine (LET): once the two gradients at the aligned layer point apart."""
+    loss is down to the teacher's on the same tokens, with LET alone those of every tenth step, with
+    let+salt until --kd-stop-step. cosine (LET): once the two gradients at the aligned layer point
+    apart."""
 
     guidance_margin: float = MARGIN
     """What the moving average must come down to: of the student's less the teacher's loss in nats,

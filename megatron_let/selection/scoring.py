@@ -152,7 +152,7 @@ def _score_all(scorer: Scorer, dataset: Any, candidates: int) -> list[Path]:
     """Files with the scores of all candidates, in order, once every rank has scored its own."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config, data = scorer.config, dataset.unique_description_hash
-    settings = f"{config.top_k} {config.dtype} {scorer.context}"
+    settings = f"{config.top_k} {config.dtype} {scorer.context} {dataset.config.eod_mask_loss}"
     what = f"{data} {candidates} {scorer.fingerprint} {settings}"
     key = hashlib.sha256(what.encode()).hexdigest()[:12]
     # Scores that are there already, of this scorer and these samples.

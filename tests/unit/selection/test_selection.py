@@ -1,6 +1,7 @@
 """Scores against a loop in numpy, the choice, and what a user can get wrong."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,24 @@ def select_with(monkeypatch, tmp_path, check):
 def test_scores_on_another_nodes_disk(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="0.npy is not here: another node has it"):
         select_with(monkeypatch, tmp_path, lambda *_: None)
+
+
+def test_scores_of_other_tokens_are_not_gone_on_with(monkeypatch, tmp_path):
+    """The mask is no part of a stream's hash."""
+    for name, value in {"get_rank": 0, "get_world_size": 1, "barrier": None}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    config = SelectConfig(output=tmp_path / "x", keep_fraction=1, scorer_model="m")
+    scored = Namespace(config=config, context=4, fingerprint="f", score=lambda s: np.zeros(len(s)))
+
+    class Stream(list):
+        unique_description_hash = "d"
+
+    places = []
+    for mask in (False, True, False):
+        stream = Stream(range(9))
+        stream.config = Namespace(eod_mask_loss=mask)
+        places += scoring._score_all(scored, stream, 9)
+    assert places[0] == places[2] != places[1] and all(map(Path.exists, places))
 
 
 def test_a_scorer_is_called_by_its_flag(monkeypatch, tmp_path):
