@@ -42,11 +42,12 @@ UNPLANNED = named(
     "fine-grained-activation-offloading fp32-residual-connection fp4-format fp8-format "
     "grad-reduce-in-bf16 heterogeneous-layers-config-encoded-json "
     "heterogeneous-layers-config-path hybrid-layer-pattern hybrid-override-pattern "
-    "let-teacher-layer mtp-num-layers multi-latent-attention no-pad-vocab-size "
-    "num-distributed-optimizer-instances num-experts num-layers-per-virtual-pipeline-stage "
-    "optimizer-cpu-offload pipeline-model-parallel-layout quick-geglu recompute-modules spec "
-    "step-batch-size-schedule train-samples use-checkpoint-args use-megatron-fsdp "
-    "use-precision-aware-optimizer use-rotary-position-embeddings use-torch-fsdp2 window-size"
+    "let-teacher-layer microbatch-group-size-per-virtual-pipeline-stage mtp-num-layers "
+    "multi-latent-attention no-pad-vocab-size num-distributed-optimizer-instances num-experts "
+    "num-layers-per-virtual-pipeline-stage optimizer-cpu-offload pipeline-model-parallel-layout "
+    "quick-geglu recompute-modules spec step-batch-size-schedule train-samples "
+    "use-checkpoint-args use-megatron-fsdp use-precision-aware-optimizer "
+    "use-rotary-position-embeddings use-torch-fsdp2 window-size"
 )
 """Flags of a run that change its size or cost, and not as this tool knows."""
 PLANNED = {
