@@ -158,7 +158,7 @@ class Study:
             with self._one_at_a_time:
                 model, flags, facts = self._resolve(run)
             seed, evaluations = run.seed, self.table.recipe.evaluations
-        facts["flags"] = flags.replace(f"{ROOT}/", "")
+        facts["flags"] = flags.replace(f"{self.record}/", "docs/study/").replace(f"{ROOT}/", "")
         if minutes is not None:
             flags += f" --exit-duration-in-mins {max(1, int(minutes))}"
         log = self.quickstart.train(model, self._save(name), seed, evaluations, flags)
