@@ -301,7 +301,7 @@ def _vocabulary(args: Namespace, teacher: ModelShape | None) -> int:
         except UsageError as error:
             raise UsageError(
                 f"How many tokens --tokenizer-model {args.tokenizer_model} has is not known on "
-                "paper. Add --vocab-size with their number."
+                "paper. Add --vocab-size with their number, before any --."
             ) from error
     if teacher is None:
         raise UsageError("The student has no vocabulary. Give --teacher or --vocab-size.")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_let.checkpoint.folder import iteration_folders
+from megatron_let.checkpoint.folder import find_checkpoint
 from megatron_let.commands import convert_checkpoint, mistakes_told, preprocess_data, tool_parser
 from megatron_let.commands.compare_runs import compare_runs
 from megatron_let.errors import UsageError
@@ -216,9 +216,10 @@ def is_finished(save: Path) -> bool:
     """Whether a run has come to its end; it has not where a kill left no record to be read."""
     try:
         run = read_run(save)
+        find_checkpoint(save, run.train_iters)  # a kill may have come between both
     except ValueError:
         return False
-    return run.finished and run.train_iters in iteration_folders(save)  # its last save, too
+    return run.finished
 
 
 def _run_with_progress(command: list[str], save: Path, steps: int) -> None:

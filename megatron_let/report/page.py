@@ -114,15 +114,14 @@ def _logged(comparisons: Sequence[Comparison]) -> Iterator[Any]:
         if logged:
             xaxis = {"title": "steps", "range": steps}
             figure = _figure(height=260, xaxis=xaxis, yaxis_title=key, showlegend=True)
-            shown: set[str] = set()
             for run, points in logged:
                 x, y = zip(*points, strict=True)
                 name, line = display(run.label), {"color": colours[run.label], "width": 1.5}
+                is_first = name not in [trace.name for trace in figure.data]
                 figure.add_scatter(
-                    x=x, y=y, name=name, line=line, legendgroup=name, showlegend=name not in shown,
+                    x=x, y=y, name=name, line=line, legendgroup=name, showlegend=is_first,
                     hovertemplate=f"{name}, seed {run.seed}: %{{y:.4g}}<extra></extra>",
                 )  # fmt: skip
-                shown.add(name)
             yield figure
 
 

@@ -1,13 +1,10 @@
 """What `pretrain_let.py` reads from: the command line and the model's configuration."""
 
-import contextlib
 import math
 import os
 import re
 import sys
-import traceback
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +22,13 @@ from megatron_let.data.checked import check_ids
 from megatron_let.data.inspect import first_tokens, read_sidecar
 from megatron_let.data.tokenizer import tokenizer_fingerprint
 from megatron_let.errors import UsageError
-from megatron_let.hugging_face import remote_code
 from megatron_let.methods.base import Method
 from megatron_let.methods.schedules import schedule_samples
 from megatron_let.training import arguments
 from megatron_let.training.ignored_flags import refuse_ignored, refuse_unsupported
 from megatron_let.training.tracking import tracker_defaults
 from megatron_let.upstream.datasets import check_whole_sets, whole_set_batches
-from megatron_let.upstream.mended import gpt_config, known_token_ids, token_ids
+from megatron_let.upstream.mended import gpt_config, known_token_ids, refusals, token_ids
 
 DATA_FLAGS = (
     "data_args_path per_split_data_args_path data_path train_data_path valid_data_path "
@@ -77,7 +73,6 @@ BOUNDS = {
 """What numbers must be that Megatron does not look at, or only when it is too late for words."""
 LOOKED_AT = 1 << 20
 """Token ids of each dataset that are compared with the model's rows before the first step."""
-REFUSALS = AssertionError, ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError
 
 
 def parse_arguments(tracks: bool = True) -> Namespace:
@@ -91,7 +86,7 @@ def parse_arguments(tracks: bool = True) -> Namespace:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     refuse_unsupported(sys.argv)
     arguments.import_methods(sys.argv)
-    with _refusals():
+    with refusals():
         flags = parse_args(arguments.add_arguments)
     _check_numbers(flags)
     if not (flags.use_megatron_fsdp or flags.use_torch_fsdp2):
@@ -108,7 +103,7 @@ def parse_arguments(tracks: bool = True) -> Namespace:
     defaults |= {"tokenizer_type": "GPT2BPETokenizer"}
     if flags.full_validation:
         defaults |= whole_set_batches(flags)
-    with _refusals():
+    with refusals():
         args = parse_and_validate_args(arguments.add_arguments, args_defaults=defaults)
     if args.full_validation:
         check_whole_sets(args)
@@ -120,23 +115,6 @@ def parse_arguments(tracks: bool = True) -> Namespace:
     if args.save_keep_last is not None:  # then it is ours to remove checkpoints
         args.save_retain_interval = None
     return args
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """What Megatron refuses by an assertion, or by another error, becomes a message."""
-    try:
-        yield
-    except UsageError:
-        raise  # a checkpoint's, of --use-checkpoint-args
-    except REFUSALS as error:
-        # Some assertions have no words: then the violated condition speaks for itself.
-        if "trust_remote_code" in str(error):
-            raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
-        words = "" if isinstance(error, ArithmeticError) else str(error)
-        words = words or traceback.extract_tb(error.__traceback__)[-1].line or ""
-        words = f"{words} is unknown" if isinstance(error, KeyError) else words
-        raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
 
 
 def _check_numbers(args: Namespace) -> None:
@@ -223,10 +201,10 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def _data_prefixes(args: Namespace) -> list[str]:
-    values = {name: vars(args)[name] for name in DATA_FLAGS if vars(args)[name] is not None}
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except Exception as error:  # a damaged list can raise anything
+        values = {name: vars(args)[name] for name in DATA_FLAGS if vars(args)[name] is not None}
         given = " ".join(arguments.flag(name, value) for name, value in values.items())
         why = str(error) if all(values.values()) else ""
         why = why or "give one list, with a weight before each path or before none"
@@ -334,7 +312,7 @@ def _check_data_tokenizer(args: Namespace) -> None:
 
 def model_config(args: Namespace, method: Method) -> Any:
     """Return Megatron's `GPTModelConfig` with what the method changes in it."""
-    with _refusals():
+    with refusals():
         config = gpt_config(args)
     method.check_tokens(known_token_ids(args))
     method.configure(config)
@@ -343,7 +321,7 @@ def model_config(args: Namespace, method: Method) -> Any:
 
 def pretrain_config(args: Namespace, model_config: Any) -> Any:
     """Return the container of all of Megatron's configurations."""
-    with _refusals():
+    with refusals():
         config = pretrain_cfg_container_from_args(args, model_config)
     # Of its last save, which a step that was left out needs, too (`LoopHooks` makes none twice).
     config.checkpoint.save_interval = math.inf

@@ -1,8 +1,11 @@
 """What is mended in Megatron for every run, whatever it runs on, and what it does not tell."""
 
+import contextlib
 import copy
 import multiprocessing
+import traceback
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +15,11 @@ from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_let.data.tokenizer import TOKENIZER_TYPES
 from megatron_let.errors import UsageError
+from megatron_let.hugging_face import remote_code
 from megatron_let.upstream import datasets, optimizers, secrets
 from megatron_let.upstream.table import Redirect, apply, around
+
+REFUSALS = AssertionError, ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError
 
 
 @around
@@ -43,13 +49,21 @@ def _moving_first(wrap: Any, chunks: list[torch.nn.Module], config: Any, *rest: 
     return wrap(chunks, config, *rest)
 
 
-@around
-def _refusing(build: Any, *args: Any, **kwargs: Any) -> Any:
-    """The builder of a chunk, of which each layer asserts what flags it goes with."""
+@contextlib.contextmanager
+def refusals(kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
+    """What Megatron refuses by an assertion, or by another error of `kinds`, becomes a message."""
     try:
-        return build(*args, **kwargs)
-    except AssertionError as error:
-        raise UsageError(f"Megatron-LM refuses these flags: {error}") from error
+        yield
+    except UsageError:
+        raise  # a checkpoint's, of --use-checkpoint-args
+    except kinds as error:
+        # Some assertions have no words: then the violated condition speaks for itself.
+        if "trust_remote_code" in str(error):
+            raise remote_code("--tokenizer-model", "; or add --trust-remote-code") from error
+        words = "" if isinstance(error, ArithmeticError) else str(error)
+        words = words or traceback.extract_tb(error.__traceback__)[-1].line or ""
+        words = f"{words} is unknown" if isinstance(error, KeyError) else words
+        raise UsageError(f"Megatron-LM refuses these flags: {words}") from error
 
 
 _NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
@@ -62,7 +76,7 @@ REDIRECTS = [
     *datasets.REDIRECTS,
     TORCH_NORM,
     Redirect(_MODELS, "_wrap_with_mp_wrapper", _moving_first, "leaves weights on the CPU"),
-    Redirect(_BUILDER, "build_model", _refusing, "ends in a traceback"),
+    Redirect(_BUILDER, "build_model", refusals((AssertionError,)), "its layers assert flags"),
     *optimizers.REDIRECTS,
 ]
 

@@ -16,11 +16,13 @@ def test_a_run_without_a_readable_record_is_not_finished(text, tmp_path):
     assert not is_finished(tmp_path)
 
 
-def test_a_run_without_its_last_save_is_not_finished(tmp_path):
+def test_a_run_without_its_last_save_is_not_finished(tmp_path, monkeypatch):
     lines = start_line(train_iters=4), valid_line(4, 1.0)
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert not is_finished(tmp_path)
-    (tmp_path / "iter_0000004").mkdir()
+    (tmp_path / "iter_0000004").mkdir()  # half of one
+    assert not is_finished(tmp_path)
+    monkeypatch.setattr("megatron_let.quickstart.run.find_checkpoint", lambda save, step: save)
     assert is_finished(tmp_path)
 
 
